@@ -1,0 +1,1 @@
+"""From a transcoder to circuits: replacement, attribution, interventions."""

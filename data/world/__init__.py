@@ -1,0 +1,1 @@
+"""The bundled world: a small language model whose right circuit is known."""

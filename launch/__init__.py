@@ -1,0 +1,1 @@
+"""The verbs, sweeps, clusters and reports."""

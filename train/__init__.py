@@ -1,0 +1,1 @@
+"""From a store of activations to a transcoder."""
