@@ -1,1 +1,1 @@
-"""Foreign file formats, both ways."""
+"""Foreign files, read and written: circuit-tracer folders, Neuronpedia graphs, SAELens transcoders."""
