@@ -1,0 +1,50 @@
+# Every target makes .venv on first use; nothing is installed outside it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := __init__.py data train circuit launch conf benchmarks tests
+RUN ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-quick test test-slow test-interop lint format bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "Crosslace needs Python 3.11 to 3.13; name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,sweep]'
+	@touch $@
+
+demo: $(VENV)/.ready  ## train on the bundled world and look at a circuit (10 minutes on 2 cores)
+	$(BIN)/crosslace demo run=$(RUN)
+
+demo-quick: $(VENV)/.ready  ## the same path on a tiny world (about a minute; the figures mean little)
+	$(BIN)/crosslace demo experiment=demo_quick run=$(RUN)-quick
+
+test: $(VENV)/.ready  ## every test but the slow ones, on two processes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not interop"
+
+test-slow: $(VENV)/.ready  ## the slow ones, which CI runs too
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "slow and not interop"
+
+test-interop: $(VENV)/.ready  ## tests against foreign programs, each in an environment of its own
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m interop
+
+lint: $(VENV)/.ready  ## ruff (lint and format) and pyright on the whole tree
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/pyright
+
+format: $(VENV)/.ready  ## let ruff put the tree in order
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(VENV)/.ready  ## the benchmarks, one after another, as tables
+	@for file in benchmarks/*.py; do name=$$(basename $$file .py); \
+	  case $$name in _*) ;; *) echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1;; esac; done
+
+clean:  ## remove the environment and what tools left; runs and stores stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
