@@ -1,0 +1,134 @@
+"""What one rank needs from the others, as an object handed in from outside.
+
+The numeric code of this room calls these methods and knows nothing of process groups; `SINGLE` is the answer on one
+process, and `train/sharding.py` builds the distributed ones. Two axes: *feature* ranks hold different features of each
+layer and see the same tokens; *data* ranks hold the same features and see different tokens.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Collectives(Protocol):
+    """The seam between the mathematics and the processes. Every rank makes the same calls in the same order."""
+
+    data_rank: int
+    data_ranks: int
+    feature_rank: int
+    feature_ranks: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes logs and shared files."""
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over feature shards; backward is the identity, since every shard computes the same loss from it."""
+        ...
+
+    def sum_shards(self, x: Tensor) -> Tensor:
+        """Sum over feature shards, without gradient (norms, counts)."""
+        ...
+
+    def mean_data(self, x: Tensor) -> Tensor:
+        """Mean over data ranks, without gradient."""
+        ...
+
+    def sum_data(self, x: Tensor) -> Tensor:
+        """Sum over data ranks, without gradient (counts)."""
+        ...
+
+    def max_all(self, x: Tensor) -> Tensor:
+        """Largest over all ranks, elementwise (flags: a bad gradient, a request to stop)."""
+        ...
+
+    def reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace each gradient by its mean over data ranks, in place."""
+        ...
+
+    def top_threshold(self, values: Tensor, count: int) -> Tensor:
+        """The (count * data_ranks)-th largest over all ranks' `values`: []. Fewer than that: the smallest of them.
+
+        Each rank gives at least its `count` largest entries, or all it has.
+        """
+        ...
+
+    def row_threshold(self, h_BF: Tensor, k: int) -> Tensor:
+        """Each row's k-th largest over feature shards: [B, 1]. Fewer than k: the smallest."""
+        ...
+
+    def gather_features(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Concatenate the shards' `x` along its feature dimension (rare: export, resampling), without gradient."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        ...
+
+    def broadcast(self, value: Any) -> Any:
+        """The main rank's plain value (numbers, strings, lists), on every rank."""
+        ...
+
+
+class SingleProcess:
+    """One process: every collective is the identity."""
+
+    data_rank = feature_rank = 0
+    data_ranks = feature_ranks = 1
+    is_main = True
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum_shards(self, x: Tensor) -> Tensor:
+        return x
+
+    def mean_data(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum_data(self, x: Tensor) -> Tensor:
+        return x
+
+    def max_all(self, x: Tensor) -> Tensor:
+        return x
+
+    def reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
+        return None
+
+    def top_threshold(self, values: Tensor, count: int) -> Tensor:
+        return values.topk(min(count, values.numel())).values[-1]
+
+    def row_threshold(self, h_BF: Tensor, k: int) -> Tensor:
+        return h_BF.topk(min(k, h_BF.shape[-1]), dim=-1).values[..., -1:]
+
+    def gather_features(self, x: Tensor, dim: int = 0) -> Tensor:
+        return x
+
+    def barrier(self) -> None:
+        return None
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+SINGLE: Collectives = SingleProcess()
+
+
+def global_norm(sharded: Iterable[Tensor], replicated: Iterable[Tensor], comm: Collectives = SINGLE) -> Tensor:
+    """The 2-norm of all gradients together: each shard's part added up, what every rank holds counted once."""
+    squares = [_square_sum(sharded), _square_sum(replicated)]
+    parts = [part for part in squares if part is not None]
+    if not parts:
+        return torch.zeros(())
+    total = comm.sum_shards(squares[0]) if squares[0] is not None else torch.zeros_like(parts[0])
+    return (total if squares[1] is None else total + squares[1]).sqrt()
+
+
+def _square_sum(tensors: Iterable[Tensor]) -> Tensor | None:
+    listed = list(tensors)
+    if not listed:
+        return None
+    return torch.stack(torch._foreach_norm(listed)).square().sum()

@@ -1,0 +1,370 @@
+"""The transcoder: one class for every reach.
+
+    h_l = x_l W_enc_l^T + b_enc_l        a_l = act(h_l)
+    y^_t = sum over l <= t < l + reach of a_l W_dec_{l->t}  +  b_dec_t  (+ x_t W_skip_t^T)
+
+`reach` 1 is a per-layer transcoder (PLT), `all` a cross-layer one (CLT), anything between a windowed one. `W_dec_l` is
+[F, reach_l, D], contiguous, so that one feature's whole decoder is one row. Lists run over the layers that the
+transcoder covers (`layers`), and reach counts along that list.
+
+The stages are separate so that a step can fuse them: `preactivations` (one product per layer), `activate` (the active
+set), `decode`. `train/objective.py` composes them densely; `train/sparse.py` does the same without touching a zero.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..data.errors import SettingsError, UserError, check_choice, check_range
+from .activations import ACTIVATIONS, SparseActs, above, batchtopk_threshold, jumprelu, to_sparse, topk_threshold
+from .collectives import SINGLE, Collectives
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE, DESCRIPTION_FILE = "transcoder.safetensors", "transcoder.json"
+
+# Below this, a bandwidth belongs to activations of unit norm, not to E|x|^2 = D.
+_LEAST_BANDWIDTH = 0.05
+
+Acts = Sequence[Tensor | SparseActs]
+
+
+@dataclass(frozen=True)
+class TranscoderSettings:
+    """What the transcoder is; how it is trained stands in `TrainerSettings`."""
+
+    features: int = 1024
+    """Features of each layer."""
+
+    features_per_layer: list[int] | None = None
+    """Features of each covered layer, one number a layer; takes the place of `features`."""
+
+    reach: str = "all"
+    """How many layers a feature writes to, its own first: 1 (per-layer), all (cross-layer), or a number between."""
+
+    activation: str = "batchtopk"
+    """relu, jumprelu, topk (k per token and layer) or batchtopk (k per token on average over the batch)."""
+
+    k: int = 16
+    """Active features per token and layer, for topk and batchtopk; `trainer.target_l0` takes its place where given."""
+
+    k_scope: str = "layer"
+    """Where batchtopk chooses: `layer` gives each layer its own k, `all` lets layers compete for n_layers * k."""
+
+    skip: bool = False
+    """Add a linear map from each layer's input to its output."""
+
+    read: str = "resid"
+    """The site that is read: resid (before the MLP's norm) or mlp_in (after it)."""
+
+    layers: list[int] | None = None
+    """Layers of the model to cover; all of the store's where not given."""
+
+    theta_init: float = 0.03
+    """jumprelu: the thresholds' first value, under E|x|^2 = D."""
+
+    bandwidth: float = 1.0
+    """jumprelu: width of the straight-through window, under E|x|^2 = D."""
+
+    ste_reaches_h: bool = True
+    """jumprelu: whether the estimator's gradient reaches the pre-activation too, or the threshold alone."""
+
+    def __post_init__(self) -> None:
+        check_choice("transcoder.activation", self.activation, ACTIVATIONS)
+        check_choice("transcoder.k_scope", self.k_scope, ("layer", "all"))
+        check_choice("transcoder.read", self.read, ("resid", "mlp_in"))
+        for setting, sizes in (("features", [self.features]), ("features_per_layer", self.features_per_layer or [])):
+            for size in sizes:
+                check_range(f"transcoder.{setting}", size, low=1)
+        check_range("transcoder.k", self.k, low=1)
+        self.reach_of(1)
+        if self.layers is not None and (not self.layers or sorted(set(self.layers)) != list(self.layers)):
+            raise SettingsError(f"transcoder.layers={self.layers} must name each layer once, in rising order")
+        if self.features_per_layer and self.layers and len(self.features_per_layer) != len(self.layers):
+            self.sizes(len(self.layers))
+        if self.activation == "jumprelu":
+            check_range("transcoder.theta_init", self.theta_init, low=1e-6)
+            if self.bandwidth < _LEAST_BANDWIDTH:
+                raise SettingsError(
+                    f"transcoder.bandwidth={self.bandwidth} belongs to activations of unit norm; here E|x|^2 = D, "
+                    f"and it takes {_LEAST_BANDWIDTH} or more, usually 1.0"
+                )
+
+    def reach_of(self, n_layers: int) -> int:
+        """The reach as a number of layers."""
+        if self.reach == "all":
+            return n_layers
+        if not str(self.reach).isdigit() or int(self.reach) < 1:
+            raise SettingsError(f"transcoder.reach={self.reach} is not known; it takes all or a number from 1")
+        return min(int(self.reach), n_layers)
+
+    def sizes(self, n_layers: int) -> list[int]:
+        """Features of each covered layer."""
+        if self.features_per_layer is None:
+            return [self.features] * n_layers
+        if len(self.features_per_layer) != n_layers:
+            raise SettingsError(
+                f"transcoder.features_per_layer has {len(self.features_per_layer)} numbers for {n_layers} layers"
+            )
+        return list(self.features_per_layer)
+
+
+class Transcoder(nn.Module):
+    """A sparse dictionary over the covered layers. Tensors in and out are [..., n_layers, d_model]."""
+
+    def __init__(
+        self,
+        settings: TranscoderSettings,
+        d_model: int,
+        layers: int | Sequence[int],
+        *,
+        seed: int | None = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        meta: dict[str, Any] | None = None,
+    ) -> None:
+        """`layers`: the model layers to cover (or how many, from 0). Weights are drawn from `seed`, or
+        left at zero where it is None."""
+        super().__init__()
+        self.settings = settings
+        self.layers = list(range(layers)) if isinstance(layers, int) else list(layers)
+        self.n_layers = len(self.layers)
+        self.d_model = d_model
+        self.features = settings.sizes(self.n_layers)
+        self.reach = settings.reach_of(self.n_layers)
+        self.meta: dict[str, Any] = dict(meta or {})
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, device=device, dtype=dtype))
+
+        self.W_enc = nn.ParameterList([empty(n, d_model) for n in self.features])
+        self.b_enc = nn.ParameterList([empty(n) for n in self.features])
+        self.W_dec = nn.ParameterList([empty(n, self.reach_at(l), d_model) for l, n in enumerate(self.features)])
+        self.b_dec = nn.ParameterList([empty(d_model) for _ in self.features])
+        thresholds = self.features if settings.activation == "jumprelu" else []
+        self.log_theta = nn.ParameterList([empty(n) for n in thresholds])
+        self.W_skip = nn.ParameterList([empty(d_model, d_model) for _ in self.features] if settings.skip else [])
+        if seed is not None:
+            self.reset_parameters(seed)
+
+    # Shapes.
+
+    def reach_at(self, l: int) -> int:
+        """How many layers the features of covered layer `l` write to."""
+        return min(self.reach, self.n_layers - l)
+
+    @property
+    def kind(self) -> str:
+        """plt, clt or windowed."""
+        if self.reach == 1:
+            return "plt"
+        return "clt" if self.reach == self.n_layers else "windowed"
+
+    @property
+    def device(self) -> torch.device:
+        return self.b_dec[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.b_dec[0].dtype
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Encoder U(+-1/sqrt F), decoder U(+-1/sqrt(L D)), biases zero, thresholds theta_init; drawn on the CPU."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(parameter: Tensor, bound: float) -> None:
+            noise = torch.rand(parameter.shape, generator=generator)
+            parameter.copy_((2 * noise - 1) * bound)
+
+        for l, size in enumerate(self.features):
+            uniform(self.W_enc[l], 1 / math.sqrt(size))
+            uniform(self.W_dec[l], 1 / math.sqrt(self.n_layers * self.d_model))
+        for log_theta in self.log_theta:
+            log_theta.fill_(math.log(self.settings.theta_init))
+
+    def theta(self, l: int) -> Tensor:
+        """[F]: the thresholds of covered layer `l`; zero where the activation has none."""
+        if len(self.log_theta):
+            return self.log_theta[l].exp()
+        return torch.zeros_like(self.b_enc[l])
+
+    def decoder_norms(self, l: int) -> Tensor:
+        """[F]: the norm of each feature's whole decoder row, all its layers together, with gradient."""
+        return torch.linalg.vector_norm(self.W_dec[l].float() if self.dtype.itemsize < 4 else self.W_dec[l], dim=(1, 2))
+
+    # Stages.
+
+    def preactivations(self, x: Tensor) -> list[Tensor]:
+        """x [..., L, D] -> per layer h_l [..., F], in float32 or better whatever the autocast dtype."""
+        return [self.preactivation(x[..., l, :], l) for l in range(self.n_layers)]
+
+    def preactivation(self, x: Tensor, l: int) -> Tensor:
+        """x [..., D] -> h_l [..., F]."""
+        h = F.linear(x, self.W_enc[l], self.b_enc[l])
+        return h.float() if h.dtype.itemsize < 4 else h
+
+    def activate(
+        self, h: list[Tensor], thresholds: Sequence[Tensor] | None = None, comm: Collectives = SINGLE
+    ) -> list[Tensor]:
+        """h_l [B, F] -> a_l [B, F]. `thresholds`, one a layer, take the place of the choice topk kinds make."""
+        if self.settings.activation in ("topk", "batchtopk"):
+            chosen = self.select(h, comm) if thresholds is None else thresholds
+            return [above(h_BF, tau) for h_BF, tau in zip(h, chosen, strict=True)]
+        if self.settings.activation == "relu":
+            return [h_BF.relu() for h_BF in h]
+        return [
+            jumprelu(h_BF, self.theta(l), self.settings.bandwidth, self.settings.ste_reaches_h)
+            for l, h_BF in enumerate(h)
+        ]
+
+    def select(self, h: list[Tensor], comm: Collectives = SINGLE, k: float | None = None) -> list[Tensor]:
+        """The thresholds by which topk ([B, 1] a layer) or batchtopk ([] a layer) choose among these tokens."""
+        k = self.settings.k if k is None else k
+        rows = h[0].shape[0]
+        if self.settings.activation == "topk":
+            return [topk_threshold(h_BF, round(k), comm) for h_BF in h]
+        if self.settings.k_scope == "layer":
+            return [batchtopk_threshold([h_BF], max(1, round(k * rows)), comm) for h_BF in h]
+        return [batchtopk_threshold(h, max(1, round(k * rows * len(h))), comm)] * len(h)
+
+    def encode(self, x: Tensor, sparse: bool = False, thresholds: Sequence[Tensor] | None = None) -> Any:
+        """x [B, L, D] -> per layer a_l: [B, F], or SparseActs with `sparse`."""
+        acts = self.activate(self.preactivations(x), thresholds)
+        return [to_sparse(acts_BF) for acts_BF in acts] if sparse else acts
+
+    def encode_layer(self, x: Tensor, l: int) -> Tensor:
+        """x [..., D] of covered layer `l` -> a_l [..., F], each token for itself."""
+        if self.settings.activation == "batchtopk":
+            raise UserError("a batchtopk transcoder has no activation for a lone token: fold it first")
+        h = self.preactivation(x, l)
+        if self.settings.activation == "jumprelu":
+            return h * (h > self.theta(l))
+        return h.relu() if self.settings.activation == "relu" else above(h, topk_threshold(h, self.settings.k))
+
+    def decode_from(self, l: int, acts: Tensor | SparseActs) -> Tensor:
+        """What covered layer `l` writes: [B, reach_l, D], for dense or sparse activations."""
+        rows_FE = self.W_dec[l].flatten(1)
+        if isinstance(acts, SparseActs):
+            weights = acts.values.to(rows_FE.dtype)
+            written = F.embedding_bag(acts.indices, rows_FE, mode="sum", per_sample_weights=weights)
+        else:
+            written = acts @ rows_FE if torch.is_autocast_enabled(rows_FE.device.type) else acts.to(rows_FE) @ rows_FE
+        return written.unflatten(-1, (self.reach_at(l), self.d_model))
+
+    def decode_features(self, acts: Acts) -> list[Tensor]:
+        """Per target layer [B, D]: the features' part alone, no bias and no skip (so, what shards add up)."""
+        written: list[Tensor | None] = [None] * self.n_layers
+        for l, acts_l in enumerate(acts):
+            for offset, part_BD in enumerate(self.decode_from(l, acts_l).unbind(-2)):
+                before = written[l + offset]
+                written[l + offset] = part_BD if before is None else before + part_BD
+        return [part for part in written if part is not None]
+
+    def decode(self, acts: Acts, x: Tensor | None = None) -> Tensor:
+        """Activations of every layer -> y^ [B, L, D]; a transcoder with skip needs `x` too."""
+        y = torch.stack(self.decode_features(acts), dim=-2) + torch.stack(list(self.b_dec))
+        return y + self.skip(x) if len(self.W_skip) else y
+
+    def skip(self, x: Tensor | None) -> Tensor:
+        """[..., L, D]: x_t W_skip_t^T."""
+        if x is None:
+            raise ValueError("a transcoder with skip decodes from x as well: decode(acts, x)")
+        return torch.stack([F.linear(x[..., l, :], self.W_skip[l]) for l in range(self.n_layers)], dim=-2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, L, D] -> y^ [B, L, D]."""
+        return self.decode(self.encode(x), x)
+
+    # Export.
+
+    @torch.no_grad()
+    def folded(
+        self, in_scale: Tensor, out_scale: Tensor, thresholds: Sequence[Tensor | float] | None = None
+    ) -> "Transcoder":
+        """The same map on raw activations: reads x where this one reads x * in_scale, writes y^ / out_scale ([L] each).
+
+        Pre-activations, and so thresholds, keep their values: the scales go into the encoder's and decoder's weights.
+        topk and batchtopk become jumprelu with the given `thresholds`, a number or [F] per layer.
+        """
+        settings = replace(self.settings, theta_init=max(self.settings.theta_init, 1e-6))
+        if self.settings.activation in ("topk", "batchtopk"):
+            if thresholds is None:
+                raise ValueError(f"{self.settings.activation} is exported as jumprelu: give calibrated thresholds")
+            settings = replace(settings, activation="jumprelu")
+        other = Transcoder(
+            settings, self.d_model, self.layers, seed=None, device=self.device, dtype=self.dtype, meta=self.meta
+        )
+        scale_in, scale_out = in_scale.to(self.b_dec[0]), out_scale.to(self.b_dec[0])
+        for l in range(self.n_layers):
+            other.W_enc[l].copy_(self.W_enc[l] * scale_in[l])
+            other.b_enc[l].copy_(self.b_enc[l])
+            other.W_dec[l].copy_(self.W_dec[l] / scale_out[l : l + self.reach_at(l), None])
+            other.b_dec[l].copy_(self.b_dec[l] / scale_out[l])
+            if len(other.W_skip):
+                other.W_skip[l].copy_(self.W_skip[l] * (scale_in[l] / scale_out[l]))
+            if thresholds is not None:
+                theta = torch.as_tensor(thresholds[l], dtype=torch.float64).clamp_min(1e-30)
+                other.log_theta[l].copy_(theta.log().expand(self.features[l]))
+            elif len(other.log_theta):
+                other.log_theta[l].copy_(self.log_theta[l])
+        return other
+
+    def save(self, folder: str | Path, meta: dict[str, Any] | None = None) -> Path:
+        """Write transcoder.safetensors and transcoder.json. A saved transcoder reads and writes raw activations."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS_FILE)
+        description = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "reach": self.reach,
+            "activation": self.settings.activation,
+            "sites": {"read": self.settings.read, "write": "mlp_out"},
+            "d_model": self.d_model,
+            "layers": self.layers,
+            "features": self.features,
+            "settings": asdict(self.settings),
+            "meta": self.meta | (meta or {}),
+        }
+        (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+        return folder
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> "Transcoder":
+        """Read what `save` wrote."""
+        folder = Path(folder)
+        try:
+            description = json.loads((folder / DESCRIPTION_FILE).read_text())
+            tensors = load_file(folder / WEIGHTS_FILE, device=str(device))
+        except FileNotFoundError as error:
+            raise UserError(f"{folder} holds no transcoder ({error})") from error
+        except (json.JSONDecodeError, SafetensorError) as error:
+            raise UserError(f"{folder} holds a damaged transcoder ({error}); write it again") from error
+        if description.get("format_version") != FORMAT_VERSION:
+            raise UserError(f"{folder} has transcoder format {description.get('format_version')}; this version reads 1")
+        known = {field.name for field in fields(TranscoderSettings)}
+        settings = TranscoderSettings(**{k: v for k, v in description["settings"].items() if k in known})
+        stored = next(iter(tensors.values())).dtype
+        transcoder = cls(
+            settings,
+            description["d_model"],
+            description["layers"],
+            seed=None,
+            device=device,
+            dtype=dtype or stored,
+            meta=description["meta"],
+        )
+        transcoder.load_state_dict(tensors)
+        return transcoder
