@@ -73,6 +73,8 @@ class LayerParts:
     attn: nn.Module
     mlp: nn.Module
     """The block that a transcoder stands in for."""
+    mlp_down: nn.Module | None
+    """The last linear map of the MLP, whose input is its neurons; None for a mixture of experts."""
     layer: nn.Module
     """The whole layer: its input is the residual stream."""
 
@@ -142,6 +144,7 @@ class Family:
     """A learned position embedding, inside the decoder."""
     attn: str = "self_attn"
     mlp: str = "mlp"
+    mlp_down: str | None = "down_proj"
     attn_norm: str | None = "input_layernorm"
     post_attn_norm: str | None = None
     mlp_norm: str | None = "post_attention_layernorm"
@@ -158,6 +161,7 @@ class Family:
 
 
 _LLAMA = Family()
+_EXPERTS = Family(mlp_down=None)
 _GEMMA = Family(norm_eps="eps", norm_offset=1.0)
 _SANDWICH = replace(
     _GEMMA,
@@ -179,6 +183,7 @@ FAMILIES: dict[str, Family] = {
         final_norm="ln_f",
         position="wpe",
         attn="attn",
+        mlp_down="c_proj",
         attn_norm="ln_1",
         mlp_norm="ln_2",
         norm="layer",
@@ -191,6 +196,7 @@ FAMILIES: dict[str, Family] = {
         decoder="gpt_neox",
         final_norm="final_layer_norm",
         attn="attention",
+        mlp_down="dense_4h_to_h",
         norm="layer",
         norm_eps="eps",
         value=_neox_value,
@@ -199,6 +205,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi": Family(
         final_norm="final_layernorm",
+        mlp_down="fc2",
         mlp_norm="input_layernorm",  # one norm feeds both attention and the MLP
         norm="layer",
         norm_eps="eps",
@@ -208,12 +215,12 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(value=_phi3_value),
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "mixtral": _LLAMA,
+    "mixtral": _EXPERTS,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "qwen3_moe": _LLAMA,
+    "qwen3_moe": _EXPERTS,
     "smollm3": _LLAMA,
-    "gpt_oss": _LLAMA,
+    "gpt_oss": _EXPERTS,
     "gemma": _GEMMA,
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
@@ -269,7 +276,8 @@ def _layer_parts(family: Family, layer: nn.Module, config: Any) -> LayerParts:
         W_O=W_O.detach(),
         b_O=None if b_O is None else b_O.detach(),
         attn=attn,
-        mlp=attrgetter(family.mlp)(layer),
+        mlp=(mlp := attrgetter(family.mlp)(layer)),
+        mlp_down=None if family.mlp_down is None else attrgetter(family.mlp_down)(mlp),
         layer=layer,
     )
 

@@ -343,10 +343,8 @@ def load_model(settings: ModelSettings | str | Path) -> LanguageModel:
         tokenizer = AutoTokenizer.from_pretrained(settings.name, **source)
         dtype = "auto" if settings.dtype == "auto" else DTYPES[settings.dtype]
         # fused expert kernels have no float64
-        experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            settings.name, config=config, dtype=dtype, **experts, **source
-        )
+        source |= {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+        model: Any = AutoModelForCausalLM.from_pretrained(settings.name, config=config, dtype=dtype, **source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"model {settings.name!r} cannot be loaded: {reason}") from error
