@@ -1,17 +1,202 @@
-"""circuit-tracer folders, both ways."""
+"""circuit-tracer folders, both ways.
 
+What circuit-tracer 0.5 reads: `config.yaml` and, for per-layer transcoders, one `layer_{i}.safetensors` a layer; for
+cross-layer ones `W_enc_{i}.safetensors` (encoder, biases, thresholds) and `W_dec_{i}.safetensors`, [F, L - i, D].
+Weights act on the activations of an unprocessed model; thresholds are linear; a skip is applied as `x @ W_skip.T`.
+"""
+
+import re
 from pathlib import Path
+from typing import Any
 
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...data.errors import UserError
 from ...train.transcoder import Transcoder
+from .folders import LayerWeights, WeightsFile, assemble, check_exportable, new_folder, stored
+
+PLT, CLT = "transcoder_set", "cross_layer_transcoder"
+CONFIG = "config.yaml"
+THRESHOLD = "activation_function.threshold"
+READS = {"hook_resid_mid": "resid", "hook_resid_pre": "resid", "mlp.hook_in": "mlp_in"}
+WRITES = ["mlp.hook_out", "hook_mlp_out"]
 
 
 def export_circuit_tracer(
-    transcoder: Transcoder, folder: str | Path, model_name: str | None = None, post_norm: bool = False
+    transcoder: Transcoder,
+    folder: str | Path,
+    model_name: str | None = None,
+    post_norm: bool = False,
+    parallel: bool = False,
 ) -> Path:
-    """Write a raw-reading transcoder as a folder that circuit-tracer loads."""
-    raise NotImplementedError
+    """Write a transcoder of raw activations as a folder that circuit-tracer loads.
+
+    `post_norm`: the model normalises the MLP's output before adding it; `parallel`: its MLP reads the layer's input.
+    """
+    check_exportable(transcoder, "circuit-tracer")
+    cross_layer = transcoder.kind != "plt"
+    if cross_layer and transcoder.settings.skip:
+        raise UserError("a cross-layer transcoder with skip has no form in circuit-tracer")
+    if len(set(transcoder.features)) > 1:
+        raise UserError(f"circuit-tracer takes one width for all layers, and this transcoder has {transcoder.features}")
+    if transcoder.layers != list(range(transcoder.n_layers)):
+        raise UserError(f"circuit-tracer takes every layer from 0 on, and this transcoder covers {transcoder.layers}")
+    config = {
+        "model_kind": CLT if cross_layer else PLT,
+        "model_name": model_name or model_of(transcoder.meta) or "unknown",
+        "feature_input_hook": _input_hook(transcoder.settings.read, parallel),
+        "feature_output_hook": "hook_mlp_out" if post_norm else "mlp.hook_out",
+    }
+    with new_folder(folder) as aside:
+        for l in range(transcoder.n_layers):
+            for name, tensors in (_clt_files if cross_layer else _plt_files)(transcoder, l).items():
+                save_file({key: stored(tensor) for key, tensor in tensors.items()}, aside / name)
+        (aside / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+    return Path(folder)
 
 
 def import_circuit_tracer(folder: str | Path, device: str = "cpu") -> Transcoder:
-    """Read a circuit-tracer folder as a transcoder on raw activations."""
-    raise NotImplementedError
+    """Read a circuit-tracer folder as a transcoder of raw activations. Nothing in the folder is trusted."""
+    folder = Path(folder)
+    config = _config(folder)
+    for key, known in (("feature_input_hook", READS), ("feature_output_hook", WRITES)):
+        if config.get(key) not in known:
+            raise UserError(f"{folder / CONFIG}: {key} is {config.get(key)!r}; known are {', '.join(known)}")
+    read = READS[config["feature_input_hook"]]
+    if config["model_kind"] == PLT:
+        layers = {i: _read_plt(path, device) for i, path in enumerate(_plt_paths(folder, config))}
+        reach = "1"
+    else:
+        paths = _numbered(folder, r"W_enc_(\d+)\.safetensors")
+        layers = {i: _read_clt(folder, i, len(paths), device) for i in range(len(paths))}
+        reach = "all"
+    widths = {tuple(weights["W_enc"].shape) for weights in layers.values()}
+    if len(widths) > 1:
+        raise UserError(f"{folder}: layers have different shapes {sorted(widths)}, which circuit-tracer does not allow")
+    meta = {"model": {"name": str(config.get("model_name", "unknown"))}, "imported_from": "circuit-tracer"}
+    return assemble(layers, reach, read, meta)
+
+
+def model_of(meta: dict[str, Any]) -> str | None:
+    """The model's name in a transcoder's description."""
+    model = meta.get("model")
+    return model.get("name") if isinstance(model, dict) else model
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def _input_hook(read: str, parallel: bool) -> str:
+    if read == "mlp_in":
+        return "mlp.hook_in"
+    return "hook_resid_pre" if parallel else "hook_resid_mid"
+
+
+def _plt_files(transcoder: Transcoder, l: int) -> dict[str, dict[str, Tensor]]:
+    tensors = {
+        "W_enc": transcoder.W_enc[l],
+        "W_dec": transcoder.W_dec[l][:, 0],
+        "b_enc": transcoder.b_enc[l],
+        "b_dec": transcoder.b_dec[l],
+    }
+    if transcoder.settings.activation == "jumprelu":
+        tensors[THRESHOLD] = transcoder.theta(l)
+    if transcoder.settings.skip:
+        tensors["W_skip"] = transcoder.W_skip[l]
+    return {f"layer_{l}.safetensors": tensors}
+
+
+def _clt_files(transcoder: Transcoder, l: int) -> dict[str, dict[str, Tensor]]:
+    encoder = {
+        f"W_enc_{l}": transcoder.W_enc[l],
+        f"b_enc_{l}": transcoder.b_enc[l],
+        f"b_dec_{l}": transcoder.b_dec[l],
+    }
+    if transcoder.settings.activation == "jumprelu":
+        encoder[f"threshold_{l}"] = transcoder.theta(l)
+    # A windowed transcoder writes nothing to the layers beyond its reach.
+    W_dec = transcoder.W_dec[l]
+    beyond = W_dec.new_zeros(W_dec.shape[0], transcoder.n_layers - l - W_dec.shape[1], W_dec.shape[2])
+    return {
+        f"W_enc_{l}.safetensors": encoder,
+        f"W_dec_{l}.safetensors": {f"W_dec_{l}": torch.cat([W_dec, beyond], dim=1)},
+    }
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {CONFIG}; it is not a circuit-tracer folder")
+    try:
+        config = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not readable YAML") from error
+    if not isinstance(config, dict) or config.get("model_kind") not in (PLT, CLT):
+        raise UserError(f"{path} names no model_kind that is known; it takes {PLT} or {CLT}")
+    return config
+
+
+def _plt_paths(folder: Path, config: dict[str, Any]) -> list[Path]:
+    names = config.get("transcoders")
+    if names is None:
+        return _numbered(folder, r"layer_(\d+)\.safetensors")
+    if not isinstance(names, list) or not names:
+        raise UserError(f"{folder / CONFIG}: transcoders must be a list of file names")
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            raise UserError(
+                f"{folder / CONFIG}: transcoders names {name!r}; only safetensors files in the folder itself are read, "
+                "so download the others into it first"
+            )
+    return [folder / name for name in names]
+
+
+def _numbered(folder: Path, pattern: str) -> list[Path]:
+    """The folder's files with a number in their names: 0, 1, 2 ... without a gap."""
+    found = {int(match[1]): path for path in folder.iterdir() if (match := re.fullmatch(pattern, path.name))}
+    shown = pattern.replace(r"(\d+)", "{i}").replace("\\", "")
+    if not found:
+        raise UserError(f"{folder} holds no {shown}")
+    if missing := sorted(set(range(max(found) + 1)) - set(found)):
+        raise UserError(f"{folder} holds no {shown} of layer {missing[0]}, though it has later ones")
+    return [found[i] for i in range(len(found))]
+
+
+def _read_plt(path: Path, device: str) -> LayerWeights:
+    file = WeightsFile(path, device)
+    file.check_keys(["W_enc", "W_dec", "b_enc", "b_dec"], [THRESHOLD, "W_skip"])
+    F, D = file.shape("W_enc", 2)
+    weights = LayerWeights(
+        W_enc=file.read("W_enc", F, D),
+        b_enc=file.read("b_enc", F),
+        W_dec=file.read("W_dec", F, D)[:, None],
+        b_dec=file.read("b_dec", D),
+    )
+    if THRESHOLD in file.keys:
+        weights["theta"] = file.read(THRESHOLD, F)
+    if "W_skip" in file.keys:
+        weights["W_skip"] = file.read("W_skip", D, D)
+    return weights
+
+
+def _read_clt(folder: Path, i: int, n_layers: int, device: str) -> LayerWeights:
+    encoder = WeightsFile(folder / f"W_enc_{i}.safetensors", device)
+    decoder = WeightsFile(folder / f"W_dec_{i}.safetensors", device)
+    encoder.check_keys([f"W_enc_{i}", f"b_enc_{i}", f"b_dec_{i}"], [f"threshold_{i}"])
+    decoder.check_keys([f"W_dec_{i}"])
+    F, D = encoder.shape(f"W_enc_{i}", 2)
+    weights = LayerWeights(
+        W_enc=encoder.read(f"W_enc_{i}", F, D),
+        b_enc=encoder.read(f"b_enc_{i}", F),
+        W_dec=decoder.read(f"W_dec_{i}", F, n_layers - i, D),
+        b_dec=encoder.read(f"b_dec_{i}", D),
+    )
+    if f"threshold_{i}" in encoder.keys:
+        weights["theta"] = encoder.read(f"threshold_{i}", F)
+    return weights

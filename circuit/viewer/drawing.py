@@ -1,0 +1,271 @@
+"""A circuit as a picture: boxes by layer and position, joined by curves, in one self-contained SVG.
+
+This half knows nothing of graphs: it places boxes and draws them. `picture.py` says which boxes there are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+LIGHT = {
+    "paper": "#fcfbf8", "ink": "#20242f", "soft": "#7b8190", "guide": "#ebe7de", "edge": "#9aa7c7",
+    "positive": "#4166d5", "negative": "#d2622f",
+    "feature": "#eaf0ff", "feature-line": "#6f8fe8", "logit": "#e2f5ea", "logit-line": "#3fa26d",
+    "embedding": "#f8f0dd", "embedding-line": "#cdb27a", "error": "#f0eff0", "error-line": "#b3b1b6",
+}  # fmt: skip
+DARK = {
+    "paper": "#15181f", "ink": "#e8eaf0", "soft": "#969dad", "guide": "#252a35", "edge": "#5b6784",
+    "positive": "#86a5ff", "negative": "#f0935f",
+    "feature": "#1e2942", "feature-line": "#6788e0", "logit": "#173328", "logit-line": "#4fbb83",
+    "embedding": "#332b1a", "embedding-line": "#a58c55", "error": "#26282e", "error-line": "#666b77",
+}  # fmt: skip
+FONT = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+ROW_HEIGHT, BOX_HEIGHT, CHIP_HEIGHT = 104, 46, 30
+GAP, MARGIN, RULER = 20, 28, 74
+
+
+@dataclass
+class Box:
+    """One node of the picture, or several drawn as a stack."""
+
+    key: str
+    title: str
+    note: str
+    kind: str
+    """feature, error or logit: the tokens of the prompt have boxes of their own."""
+    row: int
+    """0 is the lowest layer."""
+    position: int
+    members: int = 1
+    strength: float = 1.0
+    """0 to 1: how much of the outcome passes through it."""
+    x: float = 0.0
+    y: float = 0.0
+    width: float = field(default=0.0)
+
+
+@dataclass(frozen=True)
+class Line:
+    """An edge between two boxes; a source `token:3` is the prompt's fourth token."""
+
+    source: str
+    target: str
+    strength: float
+    """-1 to 1, relative to the picture's strongest."""
+    on_path: bool = False
+
+
+def token_key(position: int) -> str:
+    return f"token:{position}"
+
+
+def draw(
+    boxes: Sequence[Box], lines: Sequence[Line], tokens: Sequence[str], rows: Sequence[str], title: str, theme: str
+) -> str:
+    """Place everything and write the SVG; `rows` names the layers from the lowest up, `theme` is auto, light or dark."""
+    chips = [
+        Box(token_key(position), _shown(token), "", "embedding", -1, position) for position, token in enumerate(tokens)
+    ]
+    everything = {box.key: box for box in [*chips, *boxes]}
+    lines = [line for line in lines if line.source in everything and line.target in everything]
+    head = 54 if title else 16
+    height = _place(boxes, chips, lines, len(rows), head)
+    width = max([box.x + box.width for box in everything.values()], default=300.0) + MARGIN
+    width = max(width, text_width(title, 17) + 2 * MARGIN)
+
+    used = {line.source for line in lines}
+    parts = [_guides(rows, chips, width, head)]
+    parts += _curves(lines, everything)
+    parts += [_chip(chip, chip.key in used) for chip in chips]
+    parts += [_box(box) for box in boxes]
+    if title:
+        parts.append(f'<text class="ink" x="{MARGIN}" y="36" font-size="17" font-weight="600">{_text(title)}</text>')
+    body = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
+        f'height="{height:.0f}" role="img" aria-label="{_text(title or "attribution graph")}" '
+        f'font-family="{FONT}">\n{_style(theme)}\n<rect class="paper" width="100%" height="100%" rx="14"/>\n{body}\n</svg>'
+    )
+
+
+# --- placing ------------------------------------------------------------------------------------------------
+
+
+def _place(boxes: Sequence[Box], chips: list[Box], lines: Sequence[Line], n_rows: int, head: float) -> float:
+    for box in boxes:
+        box.width = max(text_width(box.title, 13.5, bold=True), text_width(box.note, 11)) + 30
+        box.y = head + (n_rows - 1 - box.row) * ROW_HEIGHT + (ROW_HEIGHT - BOX_HEIGHT) / 2
+    floor = head + n_rows * ROW_HEIGHT + 8
+    for chip in chips:
+        chip.width, chip.y = max(text_width(chip.title, 13) + 20, 30), floor
+    # A column is as wide as its fullest row; the boxes of a cell stand side by side.
+    x = float(RULER + MARGIN)
+    for chip in chips:
+        cells: dict[int, list[Box]] = {}
+        for box in boxes:
+            if box.position == chip.position:
+                cells.setdefault(box.row, []).append(box)
+        spans = {row: sum(box.width for box in cell) + GAP * (len(cell) - 1) for row, cell in cells.items()}
+        column = max([chip.width, *spans.values()])
+        chip.x = x + (column - chip.width) / 2
+        for row, cell in cells.items():
+            at = x + (column - spans[row]) / 2
+            for box in cell:
+                box.x, at = at, at + box.width + GAP
+        x += column + (GAP if cells else 8)
+    _order_cells(boxes, {box.key: box for box in [*chips, *boxes]}, lines)
+    return floor + CHIP_HEIGHT + MARGIN
+
+
+def _order_cells(boxes: Sequence[Box], everything: dict[str, Box], lines: Sequence[Line]) -> None:
+    """Inside a cell, stand in the order of what feeds each box, so that fewer curves cross."""
+    centre = {
+        box.key: _mean([_middle(everything[line.source]) for line in lines if line.target == box.key], _middle(box))
+        for box in boxes
+    }
+    cells: dict[tuple[int, int], list[Box]] = {}
+    for box in boxes:
+        cells.setdefault((box.row, box.position), []).append(box)
+    for cell in cells.values():
+        at = min(box.x for box in cell)
+        for box in sorted(cell, key=lambda box: centre[box.key]):
+            box.x, at = at, at + box.width + GAP
+
+
+def _middle(box: Box) -> float:
+    return box.x + box.width / 2
+
+
+def _mean(values: list[float], otherwise: float) -> float:
+    return sum(values) / len(values) if values else otherwise
+
+
+# --- drawing ------------------------------------------------------------------------------------------------
+
+
+def _guides(rows: Sequence[str], chips: list[Box], width: float, head: float) -> str:
+    parts = []
+    for row, name in enumerate(rows):
+        y = head + (len(rows) - 1 - row) * ROW_HEIGHT + ROW_HEIGHT / 2
+        parts.append(f'<line class="guide" x1="{RULER}" x2="{width - MARGIN:.0f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="soft" x="{MARGIN}" y="{y + 4:.1f}" font-size="11">{_text(name)}</text>')
+    if chips:
+        y = chips[0].y + CHIP_HEIGHT / 2
+        parts.append(f'<text class="soft" x="{MARGIN}" y="{y + 4:.1f}" font-size="11">prompt</text>')
+    return "\n".join(parts)
+
+
+def _curves(lines: Sequence[Line], everything: dict[str, Box]) -> list[str]:
+    """Curves leave at a box's top and enter at its bottom, spread so that they do not lie on each other."""
+    starts = _ports(lines, everything, "source")
+    ends = _ports(lines, everything, "target")
+    parts = []
+    for line in sorted(lines, key=lambda line: (line.on_path, abs(line.strength))):
+        source, target = everything[line.source], everything[line.target]
+        x1, x2 = starts[line], ends[line]
+        y1, y2 = source.y, target.y + BOX_HEIGHT
+        bend = max(24.0, (y1 - y2) * 0.5)
+        if source.row >= target.row:  # grouped boxes may stand level: the curve dips under both
+            y1, bend = source.y + BOX_HEIGHT, -26.0
+            path = f"M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 - bend:.1f} {x2:.1f} {y2 - bend:.1f} {x2:.1f} {y2:.1f}"
+        else:
+            path = f"M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 - bend:.1f} {x2:.1f} {y2 + bend:.1f} {x2:.1f} {y2:.1f}"
+        size = abs(line.strength)
+        sign = "negative" if line.strength < 0 else "positive"
+        kind = sign if line.on_path or line.strength < 0 else "edge"
+        opacity = 0.95 if line.on_path else 0.3 + 0.45 * size
+        parts.append(
+            f'<path class="{kind}" d="{path}" fill="none" stroke-width="{1 + 4.5 * size:.2f}" '
+            f'stroke-opacity="{opacity:.2f}" stroke-linecap="round"{_dashes(line)}/>'
+        )
+    return parts
+
+
+def _dashes(line: Line) -> str:
+    return ' stroke-dasharray="5 6"' if line.strength < 0 else ""
+
+
+def _ports(lines: Sequence[Line], everything: dict[str, Box], end: str) -> dict[Line, float]:
+    other = "target" if end == "source" else "source"
+    places: dict[Line, float] = {}
+    for key in {getattr(line, end) for line in lines}:
+        box = everything[key]
+        here = [line for line in lines if getattr(line, end) == key]
+        here.sort(key=lambda line: _middle(everything[getattr(line, other)]))
+        room = box.width * 0.6
+        for place, line in enumerate(here):
+            places[line] = _middle(box) + room * ((place + 0.5) / len(here) - 0.5)
+    return places
+
+
+def _chip(chip: Box, used: bool) -> str:
+    fade = "" if used else ' opacity="0.55"'
+    return (
+        f'<g{fade}><rect class="embedding" x="{chip.x:.1f}" y="{chip.y:.1f}" width="{chip.width:.1f}" '
+        f'height="{CHIP_HEIGHT}" rx="8"/><text class="ink" x="{_middle(chip):.1f}" y="{chip.y + 20:.1f}" '
+        f'font-size="13" text-anchor="middle">{_text(chip.title)}</text></g>'
+    )
+
+
+def _box(box: Box) -> str:
+    """A group is drawn as a small stack of cards."""
+    cards = [
+        f'<rect class="{box.kind}" x="{box.x + 4 * back:.1f}" y="{box.y - 4 * back:.1f}" width="{box.width:.1f}" '
+        f'height="{BOX_HEIGHT}" rx="11"/>'
+        for back in reversed(range(min(box.members, 3)))
+    ]
+    middle = _middle(box)
+    rise = 20 if box.note else 28
+    text = [
+        f'<text class="ink" x="{middle:.1f}" y="{box.y + rise:.1f}" font-size="13.5" font-weight="600" '
+        f'text-anchor="middle">{_text(box.title)}</text>'
+    ]
+    if box.note:
+        text.append(
+            f'<text class="soft" x="{middle:.1f}" y="{box.y + 36:.1f}" font-size="11" text-anchor="middle">'
+            f"{_text(box.note)}</text>"
+        )
+    return f"<g>{''.join(cards + text)}</g>"
+
+
+def _style(theme: str) -> str:
+    def rules(colours: dict[str, str]) -> str:
+        lines = [
+            f".paper{{fill:{colours['paper']}}}.ink{{fill:{colours['ink']}}}.soft{{fill:{colours['soft']}}}",
+            f".guide{{stroke:{colours['guide']};stroke-width:1}}",
+        ]
+        lines += [f".{kind}{{stroke:{colours[kind]}}}" for kind in ("edge", "positive", "negative")]
+        lines += [
+            f".{kind}{{fill:{colours[kind]};stroke:{colours[kind + '-line']};stroke-width:1.3}}"
+            for kind in ("feature", "logit", "embedding", "error")
+        ]
+        return "".join(lines)
+
+    if theme == "auto":
+        return f"<style>{rules(LIGHT)}@media (prefers-color-scheme: dark){{{rules(DARK)}}}</style>"
+    return f"<style>{rules(DARK if theme == 'dark' else LIGHT)}</style>"
+
+
+# --- text ---------------------------------------------------------------------------------------------------
+
+
+def text_width(text: str, size: float, bold: bool = False) -> float:
+    """About how wide a sans-serif text is: no font is at hand to ask."""
+    narrow, wide = set("iIjl.,:;'|!()[]tfr /"), set("mwMW@%—")
+    units = sum(
+        0.34 if c in narrow else 0.88 if c in wide else 0.69 if c.isupper() else 1.0 if ord(c) > 0x2E80 else 0.56
+        for c in text
+    )
+    return units * size * (1.05 if bold else 1.0)
+
+
+def _shown(token: str) -> str:
+    """A token as people read it: the blank in front of a word is not shown, other white space is."""
+    bare = token[1:] if token.startswith(" ") and token.strip() else token
+    return bare.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "∅"
+
+
+def _text(text: str) -> str:
+    """Text for markup: escaped, and without the control characters that XML has no form for."""
+    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), quote=True)
