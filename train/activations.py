@@ -59,7 +59,7 @@ class _JumpReLU(torch.autograd.Function):
         grad_h_BF = grad_BF * (h_BF > theta_F)
         if ctx.ste_reaches_h:
             grad_h_BF = grad_h_BF + through_step_BF
-        return grad_h_BF, -through_step_BF.sum(0), None, None
+        return grad_h_BF, -through_step_BF.sum_to_size(theta_F.shape), None, None
 
 
 class _Step(torch.autograd.Function):
@@ -75,7 +75,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         h_BF, theta_F = ctx.saved_tensors
         through_step_BF = grads[0] * rect((h_BF - theta_F) / ctx.bandwidth) / ctx.bandwidth
-        return (through_step_BF if ctx.ste_reaches_h else None), -through_step_BF.sum(0), None, None
+        return (through_step_BF if ctx.ste_reaches_h else None), -through_step_BF.sum_to_size(theta_F.shape), None, None
 
 
 def jumprelu(h_BF: Tensor, theta_F: Tensor, bandwidth: float, ste_reaches_h: bool = False) -> Tensor:

@@ -1,0 +1,199 @@
+"""How a transcoder is trained."""
+
+from dataclasses import dataclass
+
+from ..data.errors import SettingsError, check_choice, check_range
+from .schedules import DECAYS, RAMPS
+
+SPARSITIES = ("tanh", "l1", "l0", "target")
+OPTIMIZERS = ("adam", "adamw", "muon")
+PRECISIONS = ("float32", "bf16", "fp16")
+
+# Settings that may differ between a run and its resumption: none of them changes a weight.
+HARMLESS = ("log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "prefetch")
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Steps, losses, schedules, optimizer, and what is written when."""
+
+    steps: int = 1200
+    """Optimizer steps."""
+
+    batch: int = 1024
+    """Tokens a step, over all data ranks and micro-batches."""
+
+    accumulate: int = 1
+    """Micro-batches a step: the same result as one large batch, in less memory."""
+
+    seed: int = 0
+    """Initial weights, the order of the data, resampling."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    precision: str = "float32"
+    """Autocast of the products: float32, bf16 or fp16; parameters, norms and penalties are float32 always."""
+
+    sparse: str = "auto"
+    """The step that never touches a zero: on, off, or auto by the measured density."""
+
+    compile: bool = False
+    """Compile the dense step with torch.compile."""
+
+    optimizer: str = "adam"
+    """adam, adamw, or muon (encoders and skips by Muon, the rest by AdamW)."""
+
+    lr: float | None = None
+    """Peak learning rate; not given, 2e-4 * sqrt(2^14 / features) times lr_scale."""
+
+    lr_scale: float = 1.0
+    """Factor on the default learning rate."""
+
+    betas: list[float] | None = None
+    """Adam's two rates; 0.9 and 0.999 where not given."""
+
+    weight_decay: float = 0.0
+    """Decoupled decay, for adamw and muon."""
+
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+
+    lr_warmup: float = 0.02
+    """Share of the run over which the learning rate rises."""
+
+    lr_decay: float = 0.2
+    """Share of the run over which it falls to zero, at the end."""
+
+    lr_schedule: str = "linear"
+    """How it falls: linear, cosine or constant."""
+
+    target_l0: float | None = None
+    """Active features per token and layer on held-out data: sets k for topk kinds, steers the penalty for the others."""
+
+    target_l0_per_layer: list[float] | None = None
+    """The same, one number a layer."""
+
+    k_first: float | None = None
+    """topk kinds: k at the start, annealed to the final k over k_share of the run."""
+
+    k_share: float = 0.3
+    """Share of the run over which k is annealed."""
+
+    sparsity: str = "tanh"
+    """relu, jumprelu: the penalty, tanh, l1, l0, or target (quadratic in L0 around target_l0)."""
+
+    lam: float = 1e-3
+    """The penalty's coefficient; where target_l0 is given, its first value."""
+
+    lam_per_layer: list[float] | None = None
+    """The same, one number a layer."""
+
+    lam_schedule: str = "linear"
+    """linear: from 0 to lam over lam_share of the run; constant: lam from the start."""
+
+    lam_share: float = 1.0
+    """Share of the run over which lam rises."""
+
+    tanh_c: float = 4.0
+    """c in tanh(c n_i a_i)."""
+
+    lam_preactivation: float = 3e-6
+    """relu, jumprelu: the coefficient of the pre-activation penalty."""
+
+    preactivation_over: str = "dead"
+    """Which features the pre-activation penalty covers: dead or all."""
+
+    aux_weight: float = 1 / 32
+    """topk kinds: weight of the auxiliary loss, by which dead features reconstruct the error; 0 turns it off."""
+
+    aux_k: int | None = None
+    """Dead features per token and layer in the auxiliary loss; half of d_model where not given."""
+
+    dead_after: int = 100_000
+    """Tokens without firing after which a feature counts as dead: the memory of the running density."""
+
+    resample_every: int = 0
+    """Steps between resamplings of dead features towards badly reconstructed tokens; 0 turns it off."""
+
+    resample_until: float = 0.6
+    """Share of the run after which nothing is resampled."""
+
+    init_firing_rate: float | None = None
+    """Share of tokens on which each feature fires at first, set through b_enc; not given, the target L0 / features."""
+
+    init_decoder: str = "zero"
+    """The decoder's first value: zero, or uniform."""
+
+    calibrate_tokens: int = 65_536
+    """Held-out tokens on which the exported thresholds are set."""
+
+    log_every: int = 50
+    """Steps between metric lines; nothing is read back from the device in between."""
+
+    eval_every: int = 200
+    """Steps between held-out evaluations; 0 evaluates at the end only."""
+
+    eval_tokens: int = 16_384
+    """Held-out tokens of an evaluation during training; the last one takes calibrate_tokens."""
+
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0 writes the last one only."""
+
+    keep_checkpoints: int = 2
+    """How many checkpoints stay on disk."""
+
+    prefetch: int = 2
+    """Batches read ahead."""
+
+    max_bad_steps: int = 5
+    """Non-finite losses or gradients in a row after which training stops."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("batch", 1), ("accumulate", 1), ("log_every", 1), ("keep_checkpoints", 1)):
+            check_range(f"trainer.{name}", getattr(self, name), low=low)
+        for name in (
+            "eval_every",
+            "checkpoint_every",
+            "resample_every",
+            "clip",
+            "lam",
+            "lam_preactivation",
+            "aux_weight",
+        ):
+            check_range(f"trainer.{name}", getattr(self, name), low=0)
+        for name in ("lr_warmup", "lr_decay", "k_share", "lam_share", "resample_until"):
+            check_range(f"trainer.{name}", getattr(self, name), low=0, high=1)
+        for name in ("dead_after", "eval_tokens", "calibrate_tokens", "max_bad_steps", "prefetch"):
+            check_range(f"trainer.{name}", getattr(self, name), low=1)
+        check_choice("trainer.optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("trainer.precision", self.precision, PRECISIONS)
+        check_choice("trainer.sparse", self.sparse, ("auto", "on", "off"))
+        check_choice("trainer.sparsity", self.sparsity, SPARSITIES)
+        check_choice("trainer.lr_schedule", self.lr_schedule, DECAYS)
+        check_choice("trainer.lam_schedule", self.lam_schedule, RAMPS)
+        check_choice("trainer.preactivation_over", self.preactivation_over, ("dead", "all"))
+        check_choice("trainer.init_decoder", self.init_decoder, ("zero", "uniform"))
+        for name in ("lr", "target_l0", "k_first"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise SettingsError(f"trainer.{name}={value} is too small; it takes more than 0")
+        if self.lr_warmup + self.lr_decay > 1:
+            raise SettingsError("trainer.lr_warmup and trainer.lr_decay together are more than the whole run")
+        if self.batch % self.accumulate:
+            raise SettingsError(
+                f"trainer.batch={self.batch} does not divide into trainer.accumulate={self.accumulate} equal parts"
+            )
+        if self.sparsity == "target" and self.target_l0 is None and self.target_l0_per_layer is None:
+            raise SettingsError("trainer.sparsity=target steers towards trainer.target_l0: give one")
+        if self.betas is not None and len(self.betas) != 2:
+            raise SettingsError(f"trainer.betas={self.betas} must be two numbers")
+
+    def per_layer(self, name: str, n_layers: int) -> list[float] | None:
+        """`lam` or `target_l0` for each covered layer, from its single number or its list."""
+        each, one = getattr(self, f"{name}_per_layer"), getattr(self, name)
+        if each is None:
+            return None if one is None else [float(one)] * n_layers
+        if len(each) != n_layers:
+            raise SettingsError(f"trainer.{name}_per_layer has {len(each)} numbers for {n_layers} layers")
+        return [float(value) for value in each]
