@@ -1,0 +1,58 @@
+"""One command at work: its settings, where it reports, and the folders it may write to."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data.errors import UserError
+from . import runs
+from .compose import Config, compose_config
+from .terminal import Watched
+
+
+@dataclass
+class Job:
+    """What a verb is given."""
+
+    verb: str
+    config: Config
+    progress: Watched = field(default_factory=Watched)
+
+    @property
+    def top(self) -> Any:
+        """The verb's own settings."""
+        return self.config.top()
+
+    def section(self, name: str) -> Any:
+        """The settings of one group."""
+        return self.config.section(name)
+
+    @property
+    def is_main(self) -> bool:
+        """Does this process speak for the job? (Under torchrun only the first does.)"""
+        return int(os.environ.get("RANK", "0")) == 0
+
+    @property
+    def store_path(self) -> Path:
+        """The store named on the command line or by the run."""
+        path = self.config.values["store"]["path"]
+        if not path:
+            raise UserError("store is missing; it takes a folder of cached activations, such as store=stores/world")
+        return Path(path)
+
+
+def start(verb: str, words: Sequence[str]) -> Job:
+    """Compose and check the settings of a command; a run's own settings are the base of what reads the run."""
+    if verb == "report":
+        plain = [word for word in words if "=" not in word]
+        words = [word for word in words if "=" in word]
+        if plain:
+            listed = ",".join(f"'{name}'" for name in plain)
+            words = [*words, f"runs=[{listed}]"]
+    config = compose_config(verb, words)
+    if verb in ("eval", "features", "trace", "steer") and config.values["run"]:
+        config.base_on(runs.saved_settings(Path(config.values["run"])))
+    config.check()
+    return Job(verb, config)

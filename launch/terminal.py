@@ -1,0 +1,186 @@
+"""What the user sees: bars with rate and time left on a terminal, plain lines in a log file, a closing panel."""
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_EVERY_S = 10.0
+_PLAIN_WIDTH = 160
+
+
+def output() -> Console:
+    """Standard output: a terminal as it is, anything else as plain wide text."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, no_color=True, force_terminal=False, width=_PLAIN_WIDTH)
+
+
+def duration(seconds: float) -> str:
+    """A time span to read: 0:45, 12:03, 1:02:45."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def rate(per_second: float) -> str:
+    """A speed to read, with a large unit's letter where it helps."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if per_second >= size:
+            return f"{per_second / size:.1f}{letter}/s"
+    return f"{per_second:.1f}/s"
+
+
+class Bars:
+    """A progress (see `data.errors.Progress`) drawn with rich; labels become bars in the order they come."""
+
+    def __init__(self) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=Console(stderr=True),
+            refresh_per_second=4,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.started: dict[str, tuple[float, float]] = {}
+
+    def __call__(self, label: str, done: float, total: float | None = None, note: str = "") -> None:
+        now = time.monotonic()
+        if label not in self.tasks or done < self.started[label][1]:
+            if not self.tasks:
+                self.bars.start()
+            if label not in self.tasks:
+                self.tasks[label] = self.bars.add_task(label, total=total, note=note, rate="")
+            self.started[label] = (now, done)
+        start, first = self.started[label]
+        speed = rate((done - first) / (now - start)) if now - start > 1 and done > first else ""
+        whole = {"total": int(total) if total is not None and float(total).is_integer() else total}
+        shown = int(done) if float(done).is_integer() else done
+        self.bars.update(self.tasks[label], completed=shown, note=note, rate=speed, **whole)
+
+    def close(self) -> None:
+        self.bars.stop()
+
+
+@dataclass
+class _Line:
+    started: float
+    first: float
+    told: float
+    ended: bool = False
+
+
+@dataclass
+class Lines:
+    """The same in plain lines, now and then, without control characters."""
+
+    every: float = PLAIN_EVERY_S
+    lines: dict[str, _Line] = field(default_factory=dict)
+
+    def __call__(self, label: str, done: float, total: float | None = None, note: str = "") -> None:
+        now = time.monotonic()
+        line = self.lines.get(label)
+        if line is None or (line.ended and (total is None or done < total)):
+            line = self.lines[label] = _Line(now, done, now)
+            if total is None or done < total:
+                self._print(f"{label} ...")
+        ended = total is not None and done >= total
+        if (ended and not line.ended) or (not ended and now - line.told >= self.every):
+            line.told, line.ended = now, ended
+            self._print(self._text(label, line, done, total, note, now))
+
+    def _text(self, label: str, line: _Line, done: float, total: float | None, note: str, now: float) -> str:
+        elapsed = now - line.started
+        speed = (done - line.first) / elapsed if elapsed > 0 else 0.0
+        words = [f"{label}: {done:g}" if total is None else f"{label}: {done:g}/{total:g}"]
+        if speed > 0:
+            words.append(rate(speed))
+        if line.ended:
+            words.append(f"done in {duration(elapsed)}")
+        elif total is not None and speed > 0:
+            words.append(f"{duration((total - done) / speed)} left")
+        return "  ".join([*words, note] if note else words)
+
+    def _print(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
+class Watched:
+    """A progress for as long as the `with` block runs: bars where someone looks, lines where a file does."""
+
+    def __init__(self) -> None:
+        self.sink: Bars | Lines = Bars() if sys.stderr.isatty() else Lines()
+
+    def __call__(self, label: str, done: float, total: float | None = None, note: str = "") -> None:
+        self.sink(label, done, total, note)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.sink.close()
+
+
+@dataclass
+class Closing:
+    """How a verb ends: what it found, what it wrote, and what to type next."""
+
+    title: str
+    wrote: list[tuple[str, str]] = field(default_factory=list)
+    """Path, and what it holds."""
+    next: list[str] = field(default_factory=list)
+    """Commands."""
+    notes: list[str] = field(default_factory=list)
+    """Plain sentences."""
+    tables: list[Table] = field(default_factory=list)
+
+    def show(self) -> None:
+        """Print it."""
+        console = output()
+        for table in self.tables:
+            console.print(table)
+        lines = [Text(note) for note in self.notes]
+        if self.wrote:
+            width = max(len(path) for path, _ in self.wrote)
+            lines += [Text("wrote")] + [Text(f"  {path:<{width}}  {what}") for path, what in self.wrote]
+        if self.next:
+            lines += [Text("next")] + [Text(f"  {command}", style="bold") for command in self.next]
+        if console.is_terminal:
+            console.print(Panel(Text("\n").join(lines), title=self.title, title_align="left", expand=False))
+        else:
+            for line in [Text(self.title), *lines]:
+                print(line.plain)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """A table of words and figures; figures are set to the right."""
+    rows = [list(row) for row in rows]
+    shown = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, name in enumerate(columns):
+        number = all(isinstance(row[i], int | float) for row in rows)
+        shown.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        shown.add_row(*map(figure, row))
+    return shown
+
+
+def figure(value: Any) -> str:
+    """A cell: four significant digits, no more."""
+    if isinstance(value, bool) or not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
