@@ -25,9 +25,11 @@ class Section(NamedTuple):
 SECTIONS = {
     "model": Section("data/model.py", "ModelSettings", "the language model", shorthand="name"),
     "dataset": Section("data/corpus.py", "DatasetSettings", "the text", shorthand="name"),
-    "store": Section("data/harvest.py", "HarvestSettings", "the cached activations", shorthand="path", more="StorePlace"),
+    "store": Section(
+        "data/harvest.py", "HarvestSettings", "the cached activations", shorthand="path", more="StorePlace"
+    ),
     "transcoder": Section("train/transcoder.py", "TranscoderSettings", "the dictionary that is trained"),
-    "trainer": Section("train/trainer.py", "TrainerSettings", "how it is trained"),
+    "trainer": Section("train/settings.py", "TrainerSettings", "how it is trained"),
     "parallel": Section("train/sharding.py", "ParallelSettings", "several processes"),
     "eval": Section("circuit/evaluation.py", "EvalSettings", "what is measured"),
     "trace": Section("circuit/attribution.py", "TraceSettings", "the attribution graph"),

@@ -15,7 +15,8 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 46
 COLOURS = 8
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2330; --soft: #667085; --line: #d9dee7; --paper: #ffffff; --panel: #f6f7fa;
+:root { color-scheme: light dark; --ink: #1d2330; --soft: #667085; --line: #d9dee7; --paper: #ffffff;
+  --panel: #f6f7fa;
   --c0: #2563eb; --c1: #d9480f; --c2: #2b8a3e; --c3: #9c36b5; --c4: #0b7285; --c5: #c2255c; --c6: #846358; --c7: #495057;
   --good: #2b8a3e; --bad: #c92a2a; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9f0; --soft: #98a2b3; --line: #343b49; --paper: #14171e;
@@ -36,7 +37,8 @@ th, td { padding: 5px 12px; border-bottom: 1px solid var(--line); text-align: ri
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
 th[data-sort] { cursor: pointer; } th[aria-sort=ascending]::after { content: " \\2191"; }
 th[aria-sort=descending]::after { content: " \\2193"; }
-.notice { border-left: 4px solid var(--c1); background: var(--panel); padding: 8px 14px; margin: 8px 0; border-radius: 4px; }
+.notice { border-left: 4px solid var(--c1); background: var(--panel); padding: 8px 14px;
+  margin: 8px 0; border-radius: 4px; }
 .notice.good { border-color: var(--good); } code { font-size: 13px; }
 details { margin: 8px 0; } summary { cursor: pointer; }
 svg text { fill: var(--ink); font-size: 12px; } svg .soft { fill: var(--soft); } svg .axis { stroke: var(--line); }

@@ -201,7 +201,12 @@ def tidy(verb: str, words: Sequence[str]) -> list[str]:
         kind = known[key].type if key in known else ""
         if (amount := _AMOUNT.fullmatch(value)) and kind.startswith("int"):
             value = str(round(float(amount[1]) * _UNITS[amount[2]]))
-        if kind.startswith("str") and not _QUOTED.match(value) and value != "null" and (verb != "sweep" or key == "run"):
+        if (
+            kind.startswith("str")
+            and not _QUOTED.match(value)
+            and value != "null"
+            and (verb != "sweep" or key == "run")
+        ):
             value = _quote(value)
         overrides.append(f"{key}={value}")
     return overrides

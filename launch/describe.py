@@ -61,8 +61,7 @@ def settings_of(module: str, class_name: str, prefix: str = "") -> tuple[Setting
     for node, after in zip(body, [*body[1:], None]):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
-        documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        doc = str(after.value.value) if documented else ""
+        doc = str(after.value.value) if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
         found.append(
             Setting(prefix + node.target.id, ast.unparse(node.annotation), _default(node.value), " ".join(doc.split()))
         )

@@ -37,7 +37,7 @@ def claim(run: Path, settings: dict[str, Any]) -> bool:
         if differing:
             shown = "; ".join(differing[:3]) + ("; ..." if len(differing) > 3 else "")
             raise UserError(
-                f"{run} holds a run with other settings ({shown}); name another run, or give those settings to resume it"
+                f"{run} holds a run with other settings ({shown}); name another run, or resume it with those settings"
             )
         return True
     if run.exists() and any(run.iterdir()):

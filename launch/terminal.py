@@ -66,9 +66,9 @@ class Bars:
             self.started[label] = (now, done)
         start, first = self.started[label]
         speed = rate((done - first) / (now - start)) if now - start > 1 and done > first else ""
-        whole = {"total": int(total) if total is not None and float(total).is_integer() else total}
+        whole = int(total) if total is not None and float(total).is_integer() else total
         shown = int(done) if float(done).is_integer() else done
-        self.bars.update(self.tasks[label], completed=shown, note=note, rate=speed, **whole)
+        self.bars.update(self.tasks[label], completed=shown, total=whole, note=note, rate=speed)
 
     def close(self) -> None:
         self.bars.stop()
