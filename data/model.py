@@ -285,15 +285,18 @@ class LanguageModel:
     ) -> Iterator[dict[tuple[int, str], Tensor]]:
         """Take norm denominators [B, T, 1] as constants: those given, at their norms; elsewhere norms are live.
 
-        Gives the dictionary that the denominators in use are written to, keyed like `norms`.
+        Gives the dictionary that the denominators in use are written to, keyed like `norms`. All norms compute in the
+        model's dtype here, or better: in a float64 model, what is recorded and replayed agrees to float64, even in
+        families whose own norms pass through float32.
         """
         given = {} if denominators is None else denominators
         used: dict[tuple[int, str], Tensor] = {}
 
         def hook(place: tuple[int, str], norm: Norm) -> Callable:
-            def freeze(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-                used[place] = given[place] if place in given else norm.denominator(args[0].detach())
-                return norm.frozen(args[0], used[place]) if place in given else None
+            def freeze(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+                denominator = given[place] if place in given else norm.denominator(args[0])
+                used[place] = denominator.detach()
+                return norm.frozen(args[0], denominator)
 
             return freeze
 

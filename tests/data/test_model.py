@@ -122,7 +122,7 @@ def test_frozen_attention_and_norms_keep_the_logits(tiny, tokens):
     torch.testing.assert_close(recorded, clean, atol=1e-5, rtol=1e-5)
     assert set(patterns) == set(range(tiny.n_layers)) and set(denominators) == set(tiny.norms)
     with tiny.freeze_attention(dict(patterns)), tiny.freeze_norms(dict(denominators)):
-        torch.testing.assert_close(tiny(tokens), recorded, atol=CLOSE, rtol=CLOSE)
+        torch.testing.assert_close(tiny(tokens), recorded, atol=1e-10, rtol=1e-10)
 
 
 def test_frozen_model_is_affine_in_what_is_added(tiny, tokens):
