@@ -1,0 +1,213 @@
+"""The few file operations that a store needs, on a local folder or on any fsspec URL."""
+
+import json
+import os
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import fsspec
+import numpy as np
+
+_OPEN_FILES = 256
+
+
+class Files(Protocol):
+    """Names are relative to the root and use `/`. Writes are all or nothing."""
+
+    root: str
+    local: bool
+
+    def read(self, name: str) -> bytes | None:
+        """All of a file, or None where there is none."""
+        ...
+
+    def writing(self, name: str, sync: bool = True) -> Any:
+        """A context with a file to write, which appears under its name only when the context ends well."""
+        ...
+
+    def read_into(self, name: str, offset: int, buffers: list[np.ndarray]) -> None:
+        """Fill uint8 buffers, one after another, from one run of bytes; EOFError where the file is too short."""
+        ...
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Every file below a folder, by name relative to the root, with its size."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """A file or a folder with all in it; nothing happens where there is none."""
+        ...
+
+    def free(self) -> int | None:
+        """Bytes of room, or None where nobody can tell."""
+        ...
+
+
+def open_files(path: str | os.PathLike) -> Files:
+    path = os.fspath(path)
+    if "://" in path and not path.startswith("file://"):
+        return RemoteFiles(path)
+    return LocalFiles(path.removeprefix("file://"))
+
+
+def read_json(files: Files, name: str) -> Any | None:
+    found = files.read(name)
+    return None if found is None else json.loads(found)
+
+
+def write_json(files: Files, name: str, value: Any, sync: bool = True) -> None:
+    with files.writing(name, sync) as out:
+        out.write(json.dumps(value, indent=1, sort_keys=True).encode())
+
+
+class LocalFiles:
+    """A folder. Reads go straight from the page cache into the caller's buffers."""
+
+    local = True
+
+    def __init__(self, root: str):
+        self.root = root
+        self.folder = Path(root)
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self.folder / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    @contextmanager
+    def writing(self, name: str, sync: bool = True) -> Iterator[IO[bytes]]:
+        target = self.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # one name per process and thread: a second writer, or the rest of a killed one, is never half overwritten
+        aside = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.part")
+        try:
+            with open(aside, "wb", buffering=0) as out:
+                yield out
+                if sync:
+                    os.fsync(out.fileno())
+            os.replace(aside, target)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+    def read_into(self, name: str, offset: int, buffers: list[np.ndarray]) -> None:
+        with self._descriptor(name) as descriptor:
+            got = os.preadv(descriptor, buffers, offset)
+            wanted = sum(buffer.nbytes for buffer in buffers)
+            while got < wanted:
+                # a signal or a network folder may cut a read short
+                rest = _after(buffers, got)
+                more = os.preadv(descriptor, rest, offset + got)
+                if not more:
+                    raise EOFError(f"{name} ends at byte {offset + got}")
+                got += more
+
+    @contextmanager
+    def _descriptor(self, name: str) -> Iterator[int]:
+        """An open file, duplicated for the time of one read so that another thread may drop it from the cache."""
+        with self._lock:
+            descriptor = self._descriptors.get(name)
+            if descriptor is None:
+                descriptor = self._descriptors[name] = os.open(self.folder / name, os.O_RDONLY)
+                if len(self._descriptors) > _OPEN_FILES:
+                    os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors.move_to_end(name)
+            own = os.dup(descriptor)
+        try:
+            yield own
+        finally:
+            os.close(own)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        start = self.folder / folder
+        return {str(p.relative_to(self.folder)): p.stat().st_size for p in start.rglob("*") if p.is_file()}
+
+    def remove(self, name: str) -> None:
+        with self._lock:
+            for held in [held for held in self._descriptors if held == name or held.startswith(f"{name}/")]:
+                os.close(self._descriptors.pop(held))
+        target = self.folder / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+    def free(self) -> int | None:
+        standing = next(p for p in [self.folder.absolute(), *self.folder.absolute().parents] if p.exists())
+        return shutil.disk_usage(standing).free
+
+    def __del__(self):
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+
+def _after(buffers: list[np.ndarray], skip: int) -> list[np.ndarray]:
+    rest = []
+    for buffer in buffers:
+        if skip < buffer.nbytes:
+            rest.append(buffer[skip:])
+        skip = max(0, skip - buffer.nbytes)
+    return rest
+
+
+class RemoteFiles:
+    """An fsspec URL. Object stores show an object only when it is whole, which makes each write all or nothing."""
+
+    local = False
+
+    def __init__(self, root: str):
+        self.root = root.rstrip("/")
+        self.system, self.base = fsspec.core.url_to_fs(self.root)
+
+    def _at(self, name: str) -> str:
+        return f"{self.base}/{name}" if name else self.base
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return self.system.cat_file(self._at(name))
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def writing(self, name: str, sync: bool = True) -> Iterator[Any]:
+        self.system.makedirs(self._at(name).rsplit("/", 1)[0], exist_ok=True)
+        out = self.system.open(self._at(name), "wb", autocommit=False)
+        try:
+            yield out
+            out.close()
+        except BaseException:
+            out.discard()
+            raise
+        out.commit()
+
+    def read_into(self, name: str, offset: int, buffers: list[np.ndarray]) -> None:
+        wanted = sum(buffer.nbytes for buffer in buffers)
+        got = self.system.cat_file(self._at(name), start=offset, end=offset + wanted)
+        if len(got) < wanted:
+            raise EOFError(f"{name} ends at byte {offset + len(got)}")
+        place, source = 0, np.frombuffer(got, np.uint8)
+        for buffer in buffers:
+            buffer[:] = source[place : place + buffer.nbytes]
+            place += buffer.nbytes
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        if not self.system.exists(self._at(folder)):
+            return {}
+        found = self.system.find(self._at(folder), detail=True)
+        base = self.base.rstrip("/") + "/"
+        return {name.split(base, 1)[1]: info["size"] for name, info in found.items()}
+
+    def remove(self, name: str) -> None:
+        if self.system.exists(self._at(name)):
+            self.system.rm(self._at(name), recursive=True)
+            self.system.invalidate_cache()
+
+    def free(self) -> int | None:
+        return None

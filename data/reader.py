@@ -1,0 +1,232 @@
+"""Rows straight from the shards of a store on disk or at a URL, every byte checked before its first use."""
+
+import threading
+import weakref
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+
+from .batch import Batch, Statistics, Straight
+from .codecs import CODECS, crc32c, dequantise
+from .errors import Progress, UserError
+from .files import Files, open_files, read_json
+from .layout import CRC_BYTES, ArraySpec, StoreLayout
+from .shuffle import EpochOrder, Span
+
+HELD_OUT = "held_out"
+
+
+class BufferPool:
+    """Memory for batches that goes round: a fresh batch of 100 MB costs more in page faults than in copying."""
+
+    def __init__(self, keep: int = 16):
+        self._free: dict[tuple[int, bool], list[torch.Tensor]] = {}
+        self._lock = threading.Lock()
+        self._keep = keep
+
+    def take(self, size: int, pin: bool) -> np.ndarray:
+        """`size` bytes that come back to the pool when nobody holds the array, or a tensor made of it, any more."""
+        with self._lock:
+            waiting = self._free.setdefault((size, pin), [])
+            owner = waiting.pop() if waiting else torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+        lent = owner.numpy()
+        weakref.finalize(lent, self._back, owner, pin).atexit = False
+        return lent
+
+    def _back(self, owner: torch.Tensor, pin: bool) -> None:
+        with self._lock:
+            waiting = self._free.setdefault((len(owner), pin), [])
+            if len(waiting) < self._keep:
+                waiting.append(owner)
+
+
+class ArrayReader:
+    """One array of a store: blocks of rows into given memory, checked against their crc32c on first touch."""
+
+    def __init__(self, files: Files, prefix: str, layout: StoreLayout, spec: ArraySpec, rows: int):
+        self.files, self.layout, self.spec, self.rows = files, layout, spec, rows
+        self.prefix = prefix
+        self._chunk = layout.chunk_bytes(spec)
+        self._index_checked = np.zeros(layout.shards(rows), dtype=bool)
+        self._checked = np.zeros((layout.shards(rows) * layout.blocks_per_shard, spec.layers), dtype=bool)
+
+    def read(self, span: Span, places: list[int], runs: list[np.ndarray]) -> None:
+        """Rows of one block, for each wanted layer, into the uint8 arrays `runs`."""
+        shard, within = divmod(span.block, self.layout.blocks_per_shard)
+        self._check_index(shard)
+        if len(span) == self.layout.block_rows:
+            self._read_whole(span.block, shard, within, places, runs)
+            return
+        run = self.spec.run_bytes
+        for place, into in zip(places, runs):
+            whole = np.empty(self.layout.block_rows * run, np.uint8)
+            self._read_whole(span.block, shard, within, [place], [whole])
+            into[:] = whole[span.start * run : span.stop * run]
+
+    def _read_whole(self, block: int, shard: int, within: int, places: list[int], runs: list[np.ndarray]) -> None:
+        sums = np.empty((len(places), CRC_BYTES), np.uint8)
+        first = 0
+        while first < len(places):
+            # neighbouring layers lie side by side: one read
+            last = first + 1
+            while last < len(places) and places[last] == places[last - 1] + 1:
+                last += 1
+            buffers = [b for i in range(first, last) for b in (runs[i], sums[i])]
+            self._fetch(shard, (within * self.spec.layers + places[first]) * self._chunk, buffers)
+            first = last
+        for place, run, expected in zip(places, runs, sums.view("<u4")[:, 0]):
+            if not self._checked[block, place]:
+                if crc32c(run) != expected:
+                    self._refuse(shard, block, place)
+                self._checked[block, place] = True
+
+    def _check_index(self, shard: int) -> None:
+        if self._index_checked[shard]:
+            return
+        blocks = self.layout.blocks_in(shard, self.rows)
+        index = np.empty(self.layout.index_bytes(self.spec), np.uint8)
+        self._fetch(shard, blocks * self.spec.layers * self._chunk, [index])
+        if index.tobytes() != self.layout.index(self.spec, blocks):
+            start = shard * self.layout.shard_rows
+            stop = min(start + self.layout.shard_rows, self.rows)
+            raise UserError(
+                f"{self.files.root} is damaged: the index of shard {self._name(shard)} (rows {start} to {stop - 1}) is not "
+                "what was written; copy the shard again or cache the store anew"
+            )
+        self._index_checked[shard] = True
+
+    def _fetch(self, shard: int, offset: int, buffers: list[np.ndarray]) -> None:
+        try:
+            self.files.read_into(self._name(shard), offset, buffers)
+        except (FileNotFoundError, EOFError) as cause:
+            raise UserError(
+                f"{self.files.root} is damaged: shard {self._name(shard)} is missing or cut short; copy it again or cache "
+                "the store anew"
+            ) from cause
+
+    def _name(self, shard: int) -> str:
+        return self.prefix + self.spec.shard_key(shard)
+
+    def _refuse(self, shard: int, block: int, place: int) -> None:
+        start = block * self.layout.block_rows
+        stop = min(start + self.layout.block_rows, self.rows)
+        layer = "" if self.spec.flat else f" of layer {self.layout.layers[place]}"
+        raise UserError(
+            f"{self.files.root} is damaged: in shard {self._name(shard)}, rows {start} to {stop - 1}{layer} do not match "
+            "their checksum; copy the shard again or cache the store anew"
+        )
+
+
+class DiskSource:
+    """A store in a folder or at an fsspec URL."""
+
+    def __init__(self, path: str | PathLike, split: str = "train"):
+        self.files = open_files(path)
+        self.prefix = "" if split == "train" else f"{split}/"
+        self.attributes = self._attributes(split)
+        self.layout = StoreLayout.from_attributes(self.attributes, self.files.root)
+        self.rows: int = self.attributes["rows"]
+        self.sites, self.layers, self.d_model = self.layout.sites, self.layout.layers, self.layout.d_model
+        self.codec = CODECS[self.layout.dtype]
+        self.dtype = self.codec.read
+        self._check_files()
+        self.arrays = {
+            name: ArrayReader(self.files, self.prefix, self.layout, spec, self.rows)
+            for name, spec in self.layout.arrays.items()
+        }
+        self.statistics = read_statistics(self.attributes)
+        if self.layout.dtype == "int8":
+            scales = self.attributes["int8"]["channel_scale"]
+            self.channel_scale = {site: torch.tensor(scales[site], dtype=torch.float32) for site in self.sites}
+        self._pool = BufferPool()
+        self._order: tuple[int, EpochOrder] | None = None
+
+    def _attributes(self, split: str) -> dict[str, Any]:
+        root = self.files.root
+        try:
+            top, own = read_json(self.files, "zarr.json"), read_json(self.files, f"{self.prefix}zarr.json")
+        except ValueError as cause:
+            raise UserError(f"{root} is damaged: its zarr.json is no JSON; cache the store anew") from cause
+        if top is None:
+            raise UserError(f"there is no store at {root}; make one with `crosslace cache store={root}`")
+        attributes = top.get("attributes", {})
+        if "format" in attributes and not attributes.get("complete"):
+            raise UserError(f"{root} is incomplete: run `crosslace cache` with the same settings and it goes on")
+        if own is None:
+            raise UserError(f"{root} has no {split} split; cache it with held-out tokens or use split=train")
+        return own["attributes"]
+
+    def _check_files(self) -> None:
+        """Every shard stands there with its size: what was lost or cut off is found before training starts."""
+        found = {}
+        for spec in self.layout.arrays.values():
+            found |= self.files.sizes(self.prefix + spec.name)
+        for spec in self.layout.arrays.values():
+            for shard in range(self.layout.shards(self.rows)):
+                name = self.prefix + spec.shard_key(shard)
+                expected = self.layout.shard_bytes(spec, self.layout.blocks_in(shard, self.rows))
+                if found.get(name) != expected:
+                    state = "is missing" if name not in found else f"has {found[name]} bytes instead of {expected}"
+                    start = shard * self.layout.shard_rows
+                    stop = min(start + self.layout.shard_rows, self.rows)
+                    raise UserError(
+                        f"{self.files.root} is damaged: shard {name} (rows {start} to {stop - 1}) {state}; copy it again "
+                        "or cache the store anew"
+                    )
+
+    def order(self, epoch: int) -> EpochOrder:
+        held = self._order
+        if held is None or held[0] != epoch:
+            held = epoch, EpochOrder(self.rows, self.layout.block_rows, self.attributes["seed"], epoch)
+            self._order = held
+        return held[1]
+
+    def stored_order(self) -> Straight:
+        return Straight(self.rows, self.layout.block_rows)
+
+    def read(self, spans: list[Span], sites: tuple[str, ...], places: list[int], pin: bool = False) -> Batch:
+        found = {}
+        for site in sites:
+            values = self._gather(site, spans, places, pin)
+            if self.layout.dtype == "int8":
+                scale = self._gather(f"{site}_scale", spans, places, False)
+                values = dequantise(values, scale, self.channel_scale[site][places])
+            found[site] = values.transpose(0, 1)
+        where = (self._gather(name, spans, [0], False)[0, :, 0] for name in ("token", "position", "document"))
+        return Batch(found, *where)
+
+    def _gather(self, name: str, spans: list[Span], places: list[int], pin: bool) -> torch.Tensor:
+        """[layers, rows, width] of one array."""
+        array = self.arrays[name]
+        run, count = array.spec.run_bytes, sum(map(len, spans))
+        raw = self._pool.take(len(places) * count * run, pin)
+        into = raw.reshape(len(places), count * run)
+        row = 0
+        for span in spans:
+            array.read(span, places, list(into[:, row * run : (row + len(span)) * run]))
+            row += len(span)
+        shaped = raw.view(array.spec.dtype).reshape(len(places), count, array.spec.width)
+        return self.codec.to_torch(shaped) if name in self.sites else torch.from_numpy(shaped)
+
+    def verify(self, progress: Progress) -> None:
+        """Check every block of every array against its checksum, used before or not."""
+        blocks = -(-self.rows // self.layout.block_rows)
+        for array in self.arrays.values():
+            array._checked[:] = False
+            array._index_checked[:] = False
+        for block in range(blocks):
+            span = Span(block, 0, min(self.layout.block_rows, self.rows - block * self.layout.block_rows))
+            for name, array in self.arrays.items():
+                self._gather(name, [span], list(range(array.spec.layers)), False)
+            progress("checking the store", block + 1, blocks)
+
+
+def read_statistics(attributes: dict[str, Any]) -> Statistics:
+    held = attributes["statistics"]
+    return Statistics(
+        {site: torch.tensor(held[site]["mean"], dtype=torch.float32) for site in attributes["sites"]},
+        {site: torch.tensor(held[site]["mean_square"], dtype=torch.float32) for site in attributes["sites"]},
+        attributes["rows"],
+    )
