@@ -1,0 +1,130 @@
+"""Products that touch active entries only, on three backends: C++ on the CPU, Triton on CUDA, plain PyTorch anywhere.
+
+An *entry* is a (token, feature) pair at which a layer is looked at. Entries are listed by token; `Entries` also holds
+the way round by feature, so that both directions of every product are sums over consecutive list items, each output
+row owned by one worker: no atomics, and the same bits every time.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import kernels, native
+
+# Gathered rows held at once by the plain PyTorch value gradient, in numbers.
+_CHUNK = 1 << 22
+
+
+class Entries(NamedTuple):
+    """Active entries of one layer, by token. N entries, R rows of output, F features; all int64."""
+
+    rows: Tensor
+    """[N], rising: the row each entry writes to; its token, or B + its token in the auxiliary reconstruction."""
+    features: Tensor
+    """[N]"""
+    row_pointer: Tensor
+    """[R + 1]: row r owns entries row_pointer[r] .. row_pointer[r + 1]."""
+    order: Tensor
+    """[N]: the entries by feature."""
+    ordered_rows: Tensor
+    """[N]: rows[order]"""
+    feature_pointer: Tensor
+    """[F + 1]: feature f owns items feature_pointer[f] .. feature_pointer[f + 1] of `order`."""
+
+
+def make_entries(rows: Tensor, features: Tensor, n_rows: int, n_features: int) -> Entries:
+    """Entries from pairs listed by row. No host synchronisation."""
+    row_pointer = torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
+    if rows.device.type == "cpu" and native.load() is not None:
+        order, ordered_rows = torch.empty_like(rows), torch.empty_like(rows)
+        feature_pointer = torch.zeros(n_features + 1, dtype=torch.int64)
+        native.call("by_feature", features, rows, len(rows), n_features, feature_pointer, order, ordered_rows)
+        return Entries(rows, features, row_pointer, order, ordered_rows, feature_pointer)
+    ordered_features, order = features.sort(stable=True)
+    feature_pointer = torch.searchsorted(ordered_features, torch.arange(n_features + 1, device=rows.device))
+    return Entries(rows, features, row_pointer, order, rows[order], feature_pointer)
+
+
+def gather_sum(rows: Tensor, index: Tensor, pointer: Tensor, weights: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """out[s] (+)= sum over list s of weights[j] * rows[index[j]]. rows [*, C] and out [S, C] may be column slices."""
+    if native.usable(out) and rows.dtype == out.dtype:
+        weights = weights.contiguous()
+        native.call("gather_sum", rows, rows.stride(0), index, pointer, weights, *out.shape, out, out.stride(0), add)
+    elif kernels.usable(out):
+        kernels.gather_sum(rows, index, pointer, weights, out, add)
+    else:
+        weights, table = weights.to(out.dtype), rows.to(out.dtype).contiguous()
+        total = F.embedding_bag(index, table, pointer, mode="sum", per_sample_weights=weights, include_last_offset=True)
+        out.add_(total) if add else out.copy_(total)
+    return out
+
+
+def decode_backward(
+    grad_RC: Tensor, weight_FC: Tensor, entries: Entries, values: Tensor, scale_F: Tensor | None, out_FC: Tensor
+) -> Tensor:
+    """Both gradients of `y[r] = sum of values * weight[f]`, in one pass over the weights.
+
+    Returns d values [N] = grad[r] . weight[f]; writes d weight[f] = sum of values * grad[r] + scale[f] * weight[f]
+    (the second term carries the gradient of the decoder norms) into `out_FC`.
+    """
+    values = values.to(out_FC.dtype).contiguous()
+    if native.usable(out_FC) and grad_RC.dtype == weight_FC.dtype == out_FC.dtype:
+        grad_values = torch.empty_like(values)
+        listed = (entries.ordered_rows, entries.order, entries.feature_pointer)
+        shape = weight_FC.shape
+        native.call(
+            "decode_backward", grad_RC, grad_RC.stride(0), weight_FC, *listed, values, scale_F, *shape,
+            grad_values, out_FC, 0,
+        )  # fmt: skip
+        return grad_values
+    if kernels.usable(out_FC):
+        return kernels.decode_backward(grad_RC, weight_FC, entries, values, scale_F, out_FC)
+    gather_sum(grad_RC, entries.ordered_rows, entries.feature_pointer, values[entries.order], out_FC)
+    if scale_F is not None:
+        out_FC.addcmul_(weight_FC, scale_F[:, None])
+    return gather_dot(grad_RC, weight_FC, entries.rows, entries.features)
+
+
+def gather_dot(left: Tensor, right: Tensor, left_index: Tensor, right_index: Tensor) -> Tensor:
+    """[N]: left[left_index[j]] . right[right_index[j]], a chunk of gathered rows at a time."""
+    chunk = max(1, _CHUNK // max(1, left.shape[1]))
+    parts = [torch.linalg.vecdot(left[i], right[j]) for i, j in zip(left_index.split(chunk), right_index.split(chunk))]
+    return torch.cat(parts) if parts else left.new_empty(0)
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """[F]: the 2-norm of every row, in float32 or better."""
+    if native.usable(rows):
+        out = torch.empty_like(rows[:, 0])
+        native.call("row_norms", rows, *rows.shape, out)
+        return out
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+
+
+def entries_above(h_BF: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, features and values of all h > threshold (a number, [F], or [B, 1]), by token.
+
+    How many there are is read back from the device: on the CPU that costs nothing.
+    """
+    if not native.usable(h_BF):
+        tokens, features = (h_BF > threshold).nonzero(as_tuple=True)
+        return tokens, features, h_BF[tokens, features]
+    limits: tuple[Tensor | float | None, ...] = (None, None, float(threshold) if is_number(threshold) else 0.0)
+    if isinstance(threshold, Tensor) and threshold.ndim:
+        shaped = threshold.to(h_BF.dtype).contiguous()
+        limits = (shaped, None, 0.0) if threshold.ndim == 1 else (None, shaped, 0.0)
+    pointer = torch.zeros(h_BF.shape[0] + 1, dtype=torch.int64)
+    native.call("count_above", h_BF, *limits, *h_BF.shape, pointer[1:])
+    pointer = pointer.cumsum(0)
+    n = int(pointer[-1])
+    tokens, features = torch.empty(2, n, dtype=torch.int64)
+    values = h_BF.new_empty(n)
+    native.call("fill_above", h_BF, *limits, *h_BF.shape, pointer, tokens, features, values)
+    return tokens, features, values
+
+
+def is_number(threshold: Tensor | float) -> bool:
+    """Whether one threshold holds for everything."""
+    return not isinstance(threshold, Tensor) or threshold.ndim == 0
