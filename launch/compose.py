@@ -143,6 +143,13 @@ def _typed(hint: Any) -> bool:
     return len(options) - (types.NoneType in options) == 1 and any(option in lists for option in options)
 
 
+def _root_schema(verb: str) -> type:
+    """The verb's own settings, and a place for each section."""
+    own = _schema(_load("launch/settings.py", VERBS[verb].settings))
+    places = [(name, Any, dataclasses.field(default=None)) for name in SECTIONS]
+    return dataclasses.make_dataclass(own.__name__, places, bases=(own,))
+
+
 @cache
 def register_sections() -> None:
     """Register each section's schema as `schema` in its group (or under its name where it has no presets)."""
@@ -157,7 +164,7 @@ def compose_config(verb: str, words: Sequence[str]) -> Config:
     overrides = tidy(verb, words)
     parsed = refuse_unknown(verb, overrides)
     register_sections()
-    ConfigStore.instance().store(name="top", node=_schema(_load("launch/settings.py", VERBS[verb].settings)))
+    ConfigStore.instance().store(name="top", node=_root_schema(verb))
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("crosslace.conf", version_base="1.3"):
@@ -196,7 +203,7 @@ def tidy(verb: str, words: Sequence[str]) -> list[str]:
             raise SettingsError(f"`{word}` is not a setting; settings are written name=value, such as run=runs/clt")
         if key in SECTIONS and key in GROUPS + tuple(SECTIONS) and value not in presets(key):
             short = SECTIONS[key].shorthand
-            if short is not None and "," not in value:
+            if short is not None and not (verb == "sweep" and "," in value):
                 key = f"{key}.{short}"
         kind = known[key].type if key in known else ""
         if (amount := _AMOUNT.fullmatch(value)) and kind.startswith("int"):
@@ -231,6 +238,8 @@ def refuse_unknown(verb: str, overrides: Sequence[str]) -> list[Override]:
         key = override.key_or_group
         if key.startswith("hydra"):
             continue
+        if override.is_sweep_override() and verb != "sweep":
+            raise SettingsError(f"{key} takes one value here; several are for `crosslace sweep`")
         if override.is_delete():
             raise SettingsError(f"~{key} is not possible: settings can be changed, not removed")
         if key in taken and key in GROUPS:
@@ -274,7 +283,7 @@ def in_one_sentence(verb: str, error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None:
         full_key = getattr(cause, "full_key", None)
-        setting = known_settings(verb).get(str(full_key)) if full_key else None
+        setting = known_settings(verb).get(str(full_key).partition("[")[0]) if full_key else None
         if setting is not None:
             found = re.search(r"Value '(.*?)'", str(cause), re.DOTALL)
             value = f"={found[1]}" if found else ""
