@@ -16,9 +16,8 @@ COLOURS = 8
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --soft: #667085; --line: #d9dee7; --paper: #ffffff;
-  --panel: #f6f7fa;
-  --c0: #2563eb; --c1: #d9480f; --c2: #2b8a3e; --c3: #9c36b5; --c4: #0b7285; --c5: #c2255c; --c6: #846358; --c7: #495057;
-  --good: #2b8a3e; --bad: #c92a2a; }
+  --panel: #f6f7fa; --c0: #2563eb; --c1: #d9480f; --c2: #2b8a3e; --c3: #9c36b5; --c4: #0b7285; --c5: #c2255c;
+  --c6: #846358; --c7: #495057; --good: #2b8a3e; --bad: #c92a2a; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9f0; --soft: #98a2b3; --line: #343b49; --paper: #14171e;
   --panel: #1c212b; --c0: #74a7ff; --c1: #ff9f5a; --c2: #69db7c; --c3: #da9cf0; --c4: #66d9e8; --c5: #faa2c1;
   --c6: #c9ab9c; --c7: #adb5bd; --good: #69db7c; --bad: #ff8787; } }

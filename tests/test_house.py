@@ -74,7 +74,15 @@ def test_only_launch_knows_hydra_trackers_and_the_terminal() -> None:
 
 
 def test_no_pickle_no_path_of_a_machine_no_open_server() -> None:
-    words = ["pickle" + ".", "torch" + ".load(", "/" + "root/", "/" + "home/", "0.0" + ".0.0", "/" + "work/", "TO" + "DO"]
+    words = [
+        "pickle" + ".",
+        "torch" + ".load(",
+        "/" + "root/",
+        "/" + "home/",
+        "0.0" + ".0.0",
+        "/" + "work/",
+        "TO" + "DO",
+    ]
     for path in TRACKED:
         text = path.read_text(encoding="utf-8")
         found = [word for word in words if re.search(rf"(?<![\w.]){re.escape(word)}", text)]
@@ -96,9 +104,8 @@ def test_constraints_lie_within_the_bounds() -> None:
     from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    exact = dict(
-        line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line and line[0] != "`"
-    )
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    exact = dict(line.partition(";")[0].split("==") for line in lines if not line.startswith("#"))
     wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
     for requirement in map(Requirement, wanted):
         assert requirement.specifier.contains(exact[requirement.name.lower()]), requirement
@@ -123,7 +130,11 @@ def test_the_wheel_holds_code_presets_and_the_viewers_files(tmp_path: Path) -> N
     out.mkdir()
     subprocess.run([sys.executable, "-c", build, str(out)], cwd=tree, check=True, capture_output=True)
     names = set(zipfile.ZipFile(next(out.glob("*.whl"))).namelist())
-    here = {f"crosslace/{name_of(path)}" for path in [*MODULES, *(ROOT / "conf").rglob("*.yaml")] if name_of(path) in tracked}
+    here = {
+        f"crosslace/{name_of(path)}"
+        for path in [*MODULES, *(ROOT / "conf").rglob("*.yaml")]
+        if name_of(path) in tracked
+    }
     assert here <= names
     static = {f"crosslace/{name}" for name in tracked if name.startswith("circuit/viewer/static/")}
     assert static <= names
