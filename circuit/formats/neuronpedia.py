@@ -1,22 +1,210 @@
-"""Neuronpedia graph JSON, both ways."""
+"""Neuronpedia graph JSON, both ways: what its site and circuit-tracer's viewer show.
 
+The format has features, reconstruction errors, embeddings and logits. Biases and position embeddings have no form in
+it: they are written as nodes of their own types with `biases=True`, and left out otherwise. Pruning, where asked for,
+happens here, because a node's `influence` is its rank in the graph *before* pruning.
+"""
+
+import json
+import math
+import re
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..graph import Graph
-    from ..labels import Labels
+import torch
 
+from ...data.errors import UserError
+from ..dashboards import feature_number
+from ..graph import Graph
+from ..labels import Labels
+from ..nodes import Node
+from .neuronpedia_read import SLUG, TYPES, check_neuronpedia, read_neuronpedia
 
-def graph_to_neuronpedia(graph: "Graph", slug: str, labels: "Labels | None" = None, **options: Any) -> dict[str, Any]:
-    raise NotImplementedError
+__all__ = ["check_neuronpedia", "graph_to_neuronpedia", "read_neuronpedia", "slugified", "write_neuronpedia"]
+
+GENERATOR = "Crosslace"
 
 
 def write_neuronpedia(
-    graph: "Graph", path: str | Path, slug: str | None = None, labels: "Labels | None" = None, **options: Any
+    graph: Graph, path: str | Path, slug: str | None = None, labels: Labels | None = None, **options: Any
 ) -> Path:
-    raise NotImplementedError
+    """Write a graph as Neuronpedia's JSON; the options are those of `graph_to_neuronpedia`."""
+    path = Path(path)
+    data = graph_to_neuronpedia(graph, slug or slugified(path.stem), labels, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(data, ensure_ascii=False, allow_nan=False), "utf-8")
+    aside.replace(path)
+    return path
 
 
-def read_neuronpedia(path: str | Path) -> "Graph":
-    raise NotImplementedError
+def graph_to_neuronpedia(
+    graph: Graph,
+    slug: str,
+    labels: Labels | None = None,
+    *,
+    scan: str | None = None,
+    node: float | None = 0.8,
+    edge: float | None = 0.98,
+    biases: bool = False,
+    feature_url: str | None = None,
+    source_set: str | None = None,
+) -> dict[str, Any]:
+    """The graph as a dictionary of the schema.
+
+    `node` and `edge` prune it (None keeps all; a graph that is pruned already is left as it is). Features are looked
+    up on Neuronpedia by `scan` (and `source_set`); with `feature_url` they are fetched from there instead, one JSON a
+    feature, and `schema_version` is left out because version 1 ignores that address.
+    """
+    scan = scan or slugified(str(_model_name(graph) or "model"))
+    for what, name in (("slug", slug), ("scan", scan)):
+        if not re.fullmatch(SLUG, name):
+            raise UserError(f"{what} {name!r} is not allowed; it takes letters, digits, '_', '.' and '-' alone")
+    shares = dict(zip(graph.nodes.keys(), graph.cumulative_influence().tolist(), strict=True))
+    settings = graph.metadata.get("pruned")
+    if settings is None and node is not None:
+        settings = {"node": node, "edge": 1.0 if edge is None else edge}
+        graph = graph.prune(**settings)
+    n_layers = _n_layers(graph)
+    drawn = ("feature", "error", "embedding", "logit", *(("bias", "position") if biases else ()))
+    linked = _linked(graph)
+    keys = graph.nodes.keys()
+    nodes, ids = [], {}
+    for place, found in enumerate(graph.nodes):
+        if found.kind not in drawn or (found.kind in ("error", "bias", "position") and not linked[place]):
+            continue
+        entry = _node(graph, found, n_layers, labels)
+        entry["influence"] = None if found.kind == "logit" else shares[keys[place]]
+        ids[place] = entry["node_id"]
+        nodes.append(entry)
+    return {
+        "metadata": _metadata(graph, slug, scan, settings, feature_url, source_set, n_layers),
+        "qParams": {
+            "pinnedIds": [ids[member] for group in graph.supernodes.values() for member in group if member in ids],
+            "supernodes": [[name, *(ids[m] for m in group if m in ids)] for name, group in graph.supernodes.items()],
+            "linkType": "both",
+            "clickedId": "",
+            "sg_pos": "",
+        },
+        "nodes": nodes,
+        "links": _links(graph, ids),
+    }
+
+
+def slugified(text: str) -> str:
+    """A name that the format allows."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.") or "graph"
+
+
+def _model_name(graph: Graph) -> str | None:
+    model = graph.metadata.get("model")
+    return model.get("name") if isinstance(model, dict) else model
+
+
+def _n_layers(graph: Graph) -> int:
+    inner = graph.nodes.mask("feature", "error", "bias")
+    return int(graph.nodes.layer[inner].max()) + 1 if bool(inner.any()) else 0
+
+
+def _linked(graph: Graph) -> list[bool]:
+    return (graph.rows != 0).any(0).tolist()
+
+
+def _node(graph: Graph, node: Node, n_layers: int, labels: Labels | None) -> dict[str, Any]:
+    layer, position, index = node.layer, node.position, node.index
+    token = json.dumps(graph.token_strings[position], ensure_ascii=False)
+    entry: dict[str, Any] = {
+        "node_id": "",
+        "feature": -1,
+        "layer": str(layer),
+        "ctx_idx": position,
+        "feature_type": TYPES[node.kind],
+        "token_prob": 0.0,
+        "is_target_logit": False,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "jsNodeId": "",
+        "clerp": "",
+        "influence": None,
+        "activation": None,
+    }
+    if node.kind == "feature":
+        label = labels.get(layer, index) if labels is not None else None
+        entry |= {"node_id": f"{layer}_{index}_{position}", "jsNodeId": f"{layer}_{index}-0"}
+        entry |= {"feature": feature_number(layer, index), "activation": node.activation}
+        entry["clerp"] = label or node.label
+    elif node.kind == "embedding":
+        entry |= {"node_id": f"E_{index}_{position}", "jsNodeId": f"E_{index}-{position}", "layer": "E"}
+        entry |= {"feature": position, "clerp": f"Emb: {token}"}
+    elif node.kind == "logit":
+        rank = node.id - (len(graph.nodes) - len(graph.probabilities))
+        probability = float(graph.probabilities[rank])
+        name = str(index) if index >= 0 else f"target{rank}"
+        entry |= {"node_id": f"{n_layers}_{name}_{position}", "jsNodeId": f"L_{name}-{position}"}
+        entry |= {"layer": str(n_layers), "feature": index, "activation": node.activation}
+        entry |= {"token_prob": probability, "is_target_logit": rank == 0}
+        entry["clerp"] = f'Output "{node.label}" (p={probability:.3f})'
+    else:
+        # "error_mlp" is no number, so the id cannot be that of a feature
+        name = {"error": "error_mlp", "bias": "bias", "position": "position"}[node.kind]
+        entry |= {"node_id": f"{layer}_{name}_{position}", "jsNodeId": f"{layer}_{name}-{position}"}
+        entry["clerp"] = {"error": f"Err: mlp {token}", "bias": "Bias", "position": "Position"}[node.kind]
+        if node.kind == "position":
+            entry["layer"] = "E"
+    return entry
+
+
+def _links(graph: Graph, ids: dict[int, str]) -> list[dict[str, Any]]:
+    targets = graph.targets.tolist()
+    rows, columns = torch.nonzero(graph.rows, as_tuple=True)
+    weights = graph.rows[rows, columns].tolist()
+    return [
+        {"source": ids[source], "target": ids[targets[row]], "weight": weight}
+        for row, source, weight in zip(rows.tolist(), columns.tolist(), weights, strict=True)
+        if source in ids and targets[row] in ids and math.isfinite(weight)
+    ]
+
+
+def _metadata(
+    graph: Graph,
+    slug: str,
+    scan: str,
+    pruned: dict[str, float] | None,
+    feature_url: str | None,
+    source_set: str | None,
+    n_layers: int,
+) -> dict[str, Any]:
+    from ... import __version__
+
+    metadata: dict[str, Any] = {
+        "slug": slug,
+        "scan": scan,
+        "transcoder_list": [],
+        "prompt_tokens": graph.token_strings,
+        "prompt": str(graph.metadata.get("prompt", "".join(graph.token_strings))),
+        "node_threshold": pruned["node"] if pruned else 1.0,
+        "info": {
+            "generator": {"name": GENERATOR, "version": __version__},
+            "create_time_ms": int(time.time() * 1000),
+        },
+        "generation_settings": _plain(graph.metadata.get("settings", {})),
+        "pruning_settings": {"node_threshold": pruned["node"], "edge_threshold": pruned["edge"]} if pruned else {},
+        "crosslace": {
+            "tokens": graph.tokens,
+            "n_layers": n_layers,
+            "scores": graph.scores(),
+            "accounting": _plain(graph.accounting),
+        },
+    }
+    if feature_url is None:
+        metadata["schema_version"] = 1
+    details = {"feature_json_base_url": feature_url, "neuronpedia_source_set": source_set}
+    if given := {key: value for key, value in details.items() if value is not None}:
+        metadata["feature_details"] = given
+    return metadata
+
+
+def _plain(value: Any) -> Any:
+    """Only what JSON holds, and no number that it does not."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)

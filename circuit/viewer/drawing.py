@@ -3,7 +3,7 @@
 This half knows nothing of graphs: it places boxes and draws them. `picture.py` says which boxes there are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -63,7 +63,7 @@ def token_key(position: int) -> str:
 def draw(
     boxes: Sequence[Box], lines: Sequence[Line], tokens: Sequence[str], rows: Sequence[str], title: str, theme: str
 ) -> str:
-    """Place everything and write the SVG; `rows` names the layers from the lowest up, `theme` is auto, light or dark."""
+    """Place everything and write the SVG: `rows` names the layers from the lowest up; `theme`: auto, light or dark."""
     chips = [
         Box(token_key(position), _shown(token), "", "embedding", -1, position) for position, token in enumerate(tokens)
     ]
@@ -71,7 +71,7 @@ def draw(
     lines = [line for line in lines if line.source in everything and line.target in everything]
     head = 54 if title else 16
     height = _place(boxes, chips, lines, len(rows), head)
-    width = max([box.x + box.width for box in everything.values()], default=300.0) + MARGIN
+    width = max([box.x + box.width for box in everything.values()], default=300.0) + MARGIN + 14
     width = max(width, text_width(title, 17) + 2 * MARGIN)
 
     used = {line.source for line in lines}
@@ -85,7 +85,8 @@ def draw(
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'height="{height:.0f}" role="img" aria-label="{_text(title or "attribution graph")}" '
-        f'font-family="{FONT}">\n{_style(theme)}\n<rect class="paper" width="100%" height="100%" rx="14"/>\n{body}\n</svg>'
+        f'font-family="{FONT}">\n{_style(theme)}\n'
+        f'<rect class="paper" width="100%" height="100%" rx="14"/>\n{body}\n</svg>'
     )
 
 
@@ -164,13 +165,7 @@ def _curves(lines: Sequence[Line], everything: dict[str, Box]) -> list[str]:
     for line in sorted(lines, key=lambda line: (line.on_path, abs(line.strength))):
         source, target = everything[line.source], everything[line.target]
         x1, x2 = starts[line], ends[line]
-        y1, y2 = source.y, target.y + BOX_HEIGHT
-        bend = max(24.0, (y1 - y2) * 0.5)
-        if source.row >= target.row:  # grouped boxes may stand level: the curve dips under both
-            y1, bend = source.y + BOX_HEIGHT, -26.0
-            path = f"M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 - bend:.1f} {x2:.1f} {y2 - bend:.1f} {x2:.1f} {y2:.1f}"
-        else:
-            path = f"M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 - bend:.1f} {x2:.1f} {y2 + bend:.1f} {x2:.1f} {y2:.1f}"
+        path = _path(source, target, x1, x2, everything.values())
         size = abs(line.strength)
         sign = "negative" if line.strength < 0 else "positive"
         kind = sign if line.on_path or line.strength < 0 else "edge"
@@ -180,6 +175,30 @@ def _curves(lines: Sequence[Line], everything: dict[str, Box]) -> list[str]:
             f'stroke-opacity="{opacity:.2f}" stroke-linecap="round"{_dashes(line)}/>'
         )
     return parts
+
+
+def _path(source: Box, target: Box, x1: float, x2: float, boxes: Iterable[Box]) -> str:
+    y1, y2 = source.y, target.y + BOX_HEIGHT
+    if source.row >= target.row:  # grouped boxes may stand level: the curve dips under both
+        y1 = source.y + BOX_HEIGHT
+        return f"M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 + 26:.1f} {x2:.1f} {y2 + 26:.1f} {x2:.1f} {y2:.1f}"
+    between = [box for box in boxes if source.row < box.row < target.row and _covers(box, x1, x2)]
+    if not between:
+        bend = max(24.0, (y1 - y2) * 0.5)
+        return f"M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 - bend:.1f} {x2:.1f} {y2 + bend:.1f} {x2:.1f} {y2:.1f}"
+    # Around the boxes in the way, on the nearer side: up beside them, then on to the target.
+    left, right = min(box.x for box in between) - 14, max(box.x + box.width for box in between) + 14 + 8
+    side = left if abs(x1 - left) + abs(x2 - left) < abs(x1 - right) + abs(x2 - right) else right
+    low, high = max(box.y for box in between) + BOX_HEIGHT, min(box.y for box in between)
+    return (
+        f"M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 - 22:.1f} {side:.1f} {low + 26:.1f} {side:.1f} {low - 4:.1f}"
+        f"L{side:.1f} {high + 4:.1f}C{side:.1f} {high - 26:.1f} {x2:.1f} {y2 + 22:.1f} {x2:.1f} {y2:.1f}"
+    )
+
+
+def _covers(box: Box, x1: float, x2: float) -> bool:
+    """Whether a straight line from x1 to x2 would pass behind the box, roughly."""
+    return box.x - 6 < (x1 + x2) / 2 < box.x + box.width + 6
 
 
 def _dashes(line: Line) -> str:

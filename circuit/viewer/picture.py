@@ -1,0 +1,201 @@
+"""The part of an attribution graph that fits a glance, as one self-contained SVG for reports and pages.
+
+Features are drawn in groups: the graph's supernodes where it has any, else those that share a label and a position.
+The groups that carry the most influence are kept, and between them the edges that carry the most.
+"""
+
+import heapq
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...data.errors import check_choice
+from ..graph import Graph
+from ..labels import Labels
+from .drawing import Box, Line, draw, token_key
+
+LEAST_SHARE = 0.06  # of the strongest edge: weaker ones are drawn only where a box would else hang free
+TITLE_LENGTH = 34
+
+
+class Group(NamedTuple):
+    """Nodes that are drawn as one box."""
+
+    key: str
+    title: str
+    ids: list[int]
+    position: int
+
+
+def render_graph_svg(
+    graph: Graph,
+    labels: Labels | None = None,
+    *,
+    title: str | None = None,
+    most: int = 12,
+    logits: int = 2,
+    path: Sequence[int] | None = None,
+    theme: str = "auto",
+) -> str:
+    """Draw the `most` influential groups of features, the first `logits` targets and the prompt.
+
+    `path` names the nodes of a path to draw boldly, from input to logit; None finds the strongest. `theme` is light,
+    dark or auto, which follows the reader's system.
+    """
+    check_choice("theme", theme, ("auto", "light", "dark"))
+    groups = feature_groups(graph, labels)
+    influence = graph.influence()
+    strength = {group.key: float(influence[group.ids].sum()) for group in groups}
+    groups = sorted(groups, key=lambda group: strength[group.key], reverse=True)
+    named_on_path = set(path or [])
+    kept = [g for i, g in enumerate(groups) if i < most or named_on_path & set(g.ids)]
+    outcomes = [Group(f"logit:{logit.id}", logit.label, [logit.id], logit.position) for logit in graph.logits[:logits]]
+    inputs = [
+        Group(token_key(position), "", graph.nodes.ids("embedding", position=position), position)
+        for position in range(len(graph.tokens))
+    ]
+    everything = [group for group in [*inputs, *kept, *outcomes] if group.ids]
+    scores, shares = group_scores(graph, everything)
+    bold = _bold(everything, shares, path)
+    lines = _lines(everything, scores, bold)
+
+    layers = sorted({_home(graph, group) for group in kept})
+    row_of = {layer: row for row, layer in enumerate(layers)}
+    boxes = [_feature_box(graph, group, row_of) for group in kept]
+    for group, logit in zip(outcomes, graph.logits, strict=False):
+        note = f"p = {logit.probability:.2f}"
+        boxes.append(
+            Box(group.key, _short(logit.label.strip() or logit.label), note, "logit", len(layers), group.position)
+        )
+    rows = [f"layer {layer}" for layer in layers] + ["output"]
+    return draw(boxes, lines, graph.token_strings, rows, _title(graph) if title is None else title, theme)
+
+
+def feature_groups(graph: Graph, labels: Labels | None = None) -> list[Group]:
+    """The graph's supernodes, then the remaining features by label and position, then those without a label."""
+    features = set(graph.nodes.ids("feature"))
+    groups, taken = [], set()
+    for number, (name, members) in enumerate(graph.supernodes.items()):
+        ids = [id for id in members if id in features and id not in taken]
+        taken |= set(ids)
+        if ids:
+            positions = [graph.nodes[id].position for id in ids]
+            groups.append(Group(f"group:{number}", name, ids, max(set(positions), key=positions.count)))
+    by_label: dict[tuple[str, int], list[int]] = {}
+    for id in sorted(features - taken):
+        node = graph.nodes[id]
+        label = (labels.get(node.layer, node.index) if labels is not None else None) or node.label
+        name = plain_label(label) if label else f"feature {node.layer}/{node.index}"
+        by_label.setdefault((name, node.position), []).append(id)
+    for (name, position), ids in by_label.items():
+        groups.append(Group(f"feature:{ids[0]}", name, ids, position))
+    return groups
+
+
+def plain_label(label: str) -> str:
+    """A label without how well it fits: `state: Texas (F1 0.97)` is `state: Texas`."""
+    return re.sub(r" \(F1 [\d.]+\)$", "", label)
+
+
+def group_scores(graph: Graph, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """[G, G] signed influence that flows from each group (column) into each (row), and its share of all that flows in."""
+    G = len(groups)
+    group_of = torch.full((len(graph.nodes),), G, device=graph.rows.device)
+    for number, group in enumerate(groups):
+        group_of[group.ids] = number
+    row_group = group_of[graph.targets]
+    rows = torch.nonzero(row_group < G).squeeze(1)
+    flows = graph.rows[rows] * graph.influences.flow[rows, None]
+    into = torch.zeros(G, flows.shape[1], dtype=flows.dtype, device=flows.device).index_add_(0, row_group[rows], flows)
+    total = torch.zeros(G, dtype=flows.dtype, device=flows.device).index_add_(0, row_group[rows], flows.abs().sum(1))
+    scores = torch.zeros(G + 1, G, dtype=flows.dtype, device=flows.device).index_add_(0, group_of, into.T)[:G].T
+    scores.fill_diagonal_(0)
+    return scores.cpu(), (scores.abs() / total.clamp_min(1e-30)[:, None]).cpu()
+
+
+def _lines(groups: Sequence[Group], scores: Tensor, bold: set[tuple[int, int]]) -> list[Line]:
+    """The strong edges, and for each box its strongest input and output."""
+    size = scores.abs()
+    strongest = float(size.max()) if size.numel() else 0.0
+    if strongest <= 0:
+        return []
+    chosen = {(int(t), int(s)) for t, s in torch.nonzero(size >= LEAST_SHARE * strongest).tolist()} | bold
+    for i, group in enumerate(groups):
+        if group.key.startswith("token:"):
+            continue
+        for ends, values in (((i, int(size[i].argmax())), size[i]), ((int(size[:, i].argmax()), i), size[:, i])):
+            if float(values.max()) > 0:
+                chosen.add(ends)
+    return [
+        Line(
+            groups[s].key,
+            groups[t].key,
+            math.copysign(math.sqrt(float(size[t, s]) / strongest), float(scores[t, s])),
+            on_path=(t, s) in bold,
+        )
+        for t, s in sorted(chosen)
+    ]
+
+
+def _bold(groups: Sequence[Group], shares: Tensor, path: Sequence[int] | None) -> set[tuple[int, int]]:
+    """The edges (target, source) between groups that are drawn boldly."""
+    if path is not None:
+        group_of = {id: number for number, group in enumerate(groups) for id in group.ids}
+        steps = [group_of[id] for id in path if id in group_of]
+        return {(target, source) for source, target in zip(steps, steps[1:], strict=False) if source != target}
+    targets = [i for i, group in enumerate(groups) if group.key.startswith("logit:")]
+    inner = {i for i, group in enumerate(groups) if not group.key.startswith(("logit:", "token:"))}
+    ends = {i for i, group in enumerate(groups) if group.key.startswith("token:")}
+    steps = strongest_path(shares, targets[0], inner, ends) if targets else []
+    return {(target, source) for target, source in zip(steps, steps[1:], strict=False)}
+
+
+def strongest_path(shares: Tensor, start: int, inner: set[int], ends: set[int]) -> list[int]:
+    """From `start` backwards through at least one of `inner` to one of `ends`, with the largest product of shares."""
+    queue: list[tuple[float, tuple[int, ...]]] = [(0.0, (start,))]
+    done: set[tuple[int, bool]] = set()
+    while queue:
+        cost, path = heapq.heappop(queue)
+        here = path[-1]
+        if here in ends:
+            return list(path)
+        if (here, len(path) > 1) in done:
+            continue
+        done.add((here, len(path) > 1))
+        for source in torch.nonzero(shares[here]).flatten().tolist():
+            allowed = source in inner or (source in ends and len(path) > 1)
+            if allowed and source not in path:
+                heapq.heappush(queue, (cost - math.log(float(shares[here, source])), (*path, source)))
+    return []
+
+
+def _home(graph: Graph, group: Group) -> int:
+    """The layer that a group is drawn in: where most of its influence is."""
+    influence, by_layer = graph.influence(), {}
+    for id in group.ids:
+        layer = int(graph.nodes.layer[id])
+        by_layer[layer] = by_layer.get(layer, 0.0) + float(influence[id])
+    return max(by_layer, key=by_layer.__getitem__)
+
+
+def _feature_box(graph: Graph, group: Group, row_of: dict[int, int]) -> Box:
+    layers = sorted({int(graph.nodes.layer[id]) for id in group.ids})
+    where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}–{layers[-1]}"
+    count = f"{len(group.ids)} features" if len(group.ids) > 1 else f"feature {int(graph.nodes.index[group.ids[0]])}"
+    row = row_of[_home(graph, group)]
+    return Box(group.key, _short(group.title), f"{where} · {count}", "feature", row, group.position, len(group.ids))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= TITLE_LENGTH else text[: TITLE_LENGTH - 1] + "…"
+
+
+def _title(graph: Graph) -> str:
+    prompt = str(graph.metadata.get("prompt", "".join(graph.token_strings))).strip()
+    prompt = prompt if len(prompt) <= 90 else "…" + prompt[-89:]
+    answer = graph.logits[0].label.strip() if graph.logits else ""
+    return f"{prompt} → {answer}" if answer else prompt
