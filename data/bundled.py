@@ -1,0 +1,150 @@
+"""What the two bundled models (`world/`, `stdlib.py`) share: where they are kept, and how they are trained.
+
+A bundled model is a function of its settings, so it is kept in the user's cache folder under a hash of them, and built once.
+It is built in a folder beside its place and renamed when whole: an interrupted build leaves nothing that looks finished.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .errors import Progress, UserError
+
+
+def cache_root() -> Path:
+    """CROSSLACE_CACHE, or ~/.cache/crosslace."""
+    return Path(os.environ.get("CROSSLACE_CACHE") or Path.home() / ".cache" / "crosslace")
+
+
+def settings_hash(settings: Any, **more: Any) -> str:
+    """Twelve characters that change with any setting, and with whatever else the result depends on."""
+    text = json.dumps(asdict(settings) | more, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def build_once(name: str, build: Callable[[Path], None]) -> Path:
+    """The cached folder `name`; built first when it is not there. Processes that want it at once wait for one to build it."""
+    folder = cache_root() / name
+    if folder.exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{name}.lock")):
+            if folder.exists():
+                return folder
+            aside = folder.with_name(f"{name}.partial")
+            shutil.rmtree(aside, ignore_errors=True)  # left behind by a build that was killed
+            aside.mkdir()
+            try:
+                build(aside)
+                aside.rename(folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    except (PermissionError, NotADirectoryError) as error:
+        raise UserError(
+            f"the cache folder {folder.parent} cannot be written to ({error.strerror}); set CROSSLACE_CACHE to one that can"
+        ) from error
+    return folder
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A small Llama and the length of its training."""
+
+    layers: int
+    width: int
+    heads: int
+    mlp: int
+    context: int
+    steps: int
+    batch: int
+    lr: float
+
+
+def small_llama(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A Llama with tied embeddings of nobody's training, the same for the same seed."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=shape.context,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attention_dropout=0.0,
+        dtype="float32",
+    )
+    with seeded(seed):
+        return LlamaForCausalLM(config)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from `seed` inside; outside, nobody's are disturbed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Tokens [B, T], and the weight [B, T] of predicting each of them (0 on padding)."""
+
+
+def fit(
+    model: LlamaForCausalLM,
+    shape: Shape,
+    batch: Callable[[int], Batch],
+    progress: Progress,
+    label: str,
+    device: torch.device,
+) -> list[float]:
+    """Train in place: Muon on the matrices, AdamW on the rest, warm-up, then linearly to zero. The loss of every step."""
+    model.to(device).train()
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=shape.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=shape.lr, betas=(0.9, 0.98), weight_decay=0.1),
+    ]
+    warmup = max(1, min(50, shape.steps // 20))
+    rate = lambda step: min((step + 1) / warmup, (shape.steps - step) / (0.6 * shape.steps), 1.0)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    losses = []
+    for step in range(shape.steps):
+        tokens, weight = (t.to(device) for t in batch(step))
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        loss_BT = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
+        ).view(weight[:, 1:].shape)
+        loss = (loss_BT * weight[:, 1:]).sum() / weight[:, 1:].sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        losses.append(float(loss.detach()))
+        if step % 10 == 9 or step + 1 == shape.steps:
+            progress(label, step + 1, shape.steps, f"loss {losses[-1]:.3f}")
+    model.eval()
+    return losses
+
+
+def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.cpu().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
