@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -74,7 +74,7 @@ class Captured:
     mlp_in: dict[int, Tensor] = field(default_factory=dict)
     mlp_out: dict[int, Tensor] = field(default_factory=dict)
 
-    def stacked(self, site: Literal["resid", "mlp_in", "mlp_out"]) -> Tensor:
+    def stacked(self, site: str) -> Tensor:
         """One site of all captured layers, [B, T, L, D]."""
         tensors = getattr(self, site)
         return torch.stack([tensors[layer] for layer in sorted(tensors)], dim=-2)
@@ -141,6 +141,17 @@ class LanguageModel:
         if self.tokenizer is None:
             return [str(token) for token in ids]
         return [self._token_string(token) for token in ids]
+
+    def text(self, ids: "Sequence[int] | Tensor") -> str:
+        """Tokens as running text."""
+        ids = [int(token) for token in ids]
+        return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(ids)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        ends = self.model.generation_config.eos_token_id
+        return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
 
     def _token_string(self, token: int) -> str:
         piece = self.tokenizer.convert_ids_to_tokens(token)
@@ -242,7 +253,7 @@ class LanguageModel:
         """Take attention patterns [B, H, T, S] as constants: those given, at their layers; the model's own elsewhere.
 
         Gives the dictionary that the patterns in use are written to, layer by layer. At a layer outside `layers`
-        (all by default) attention is live: gradients pass through its pattern.
+        (all by default) attention is live: its pattern is not kept, and gradients pass through it.
         """
         name = f"crosslace_{uuid4().hex}"
         given = {} if patterns is None else patterns
@@ -258,7 +269,8 @@ class LanguageModel:
                 eager = import_module(type(module).__module__).eager_attention_forward
                 pattern = eager(module, query, key, value, attention_mask, **kwargs)[1]
                 pattern = pattern.detach() if frozen else pattern
-            used[layer] = pattern.detach()
+            if frozen:
+                used[layer] = pattern.detach()
             value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
             return (pattern @ value).transpose(1, 2).contiguous(), pattern
 
