@@ -19,35 +19,6 @@ RIDGE = 1e-4
 """Added to the diagonal of the inputs' second moment, relative to its mean, so that a rank-deficient one inverts."""
 
 
-class TranscoderSubstitute:
-    """A transcoder as a stand-in for MLP outputs: features of early layers write to later ones as the pass goes on."""
-
-    def __init__(self, transcoder: Transcoder):
-        self.transcoder = transcoder
-        self.place = {layer: l for l, layer in enumerate(transcoder.layers)}
-        self._pending: dict[int, Tensor] = {}
-        self.acts: dict[int, Tensor] = {}
-        """Activations of the last pass, covered layer -> [B, T, F]; kept only where `keep_acts` asks."""
-        self.keep_acts = False
-
-    def __call__(self, layer: int, sites: Mapping[str, Tensor]) -> Tensor:
-        if layer not in self.place:
-            return sites["mlp_out"]
-        l = self.place[layer]
-        if l == 0:
-            self._pending = {}
-        transcoder = self.transcoder
-        x = sites[transcoder.settings.read].to(transcoder.dtype)
-        acts = transcoder.encode_layer(x, l)
-        if self.keep_acts:
-            self.acts[l] = acts
-        for offset, part in enumerate(transcoder.decode_from(l, acts.flatten(0, 1)).unbind(-2)):
-            part = part.unflatten(0, x.shape[:2])
-            self._pending[l + offset] = self._pending[l + offset] + part if l + offset in self._pending else part
-        y_hat = self._pending.pop(l) + transcoder.b_dec[l]
-        return y_hat + nn.functional.linear(x, transcoder.W_skip[l]) if len(transcoder.W_skip) else y_hat
-
-
 class LinearSubstitute:
     """The best linear map from each layer's input to its MLP output: what a transcoder's nonlinearity must beat."""
 

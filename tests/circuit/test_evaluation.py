@@ -1,0 +1,257 @@
+"""Evaluation on cases whose answers are known: perfect, zero and mean transcoders, and the ReLU MLP as a transcoder."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from crosslace.circuit.behaviour import TextBatch, resampled
+from crosslace.circuit.controls import calibrate, neuron_condition, untrained
+from crosslace.circuit.evaluation import EvalSettings, EvalText, evaluate, verdicts
+from crosslace.circuit.faithfulness import compare, total_effects
+from crosslace.circuit.graph import Graph
+from crosslace.circuit.graph_scores import path_length
+from crosslace.circuit.health import density_histogram, duplicates, warnings
+from crosslace.circuit.nodes import Nodes
+from crosslace.circuit.perturbation import perturbation_growth
+from crosslace.circuit.prompts import PromptSet, prompt_set
+from crosslace.circuit.replacement import ReplacementModel
+from crosslace.data.errors import SettingsError, UserError
+from crosslace.data.model import LanguageModel
+from crosslace.train.transcoder import Transcoder, TranscoderSettings
+
+QUICK = EvalSettings(prompts=0, pairs=0, tokens=1000, calibration_tokens=1000)
+
+
+@pytest.fixture(scope="module")
+def relu_gpt2(make_tiny) -> LanguageModel:
+    """A model whose MLPs are ReLU networks: exact transcoders of themselves."""
+    return make_tiny("gpt2", torch.float64, activation_function="relu")
+
+
+def self_transcoder(lm: LanguageModel) -> Transcoder:
+    """Identity 5: W_enc = W_in, W_dec = W_out, reading after the norm."""
+    mlps = [parts.mlp for parts in lm.layers]
+    settings = TranscoderSettings(features=mlps[0].c_fc.weight.shape[1], reach="1", activation="relu", read="mlp_in")
+    transcoder = Transcoder(settings, lm.d_model, lm.n_layers, seed=None, dtype=torch.float64)
+    with torch.no_grad():
+        for l, mlp in enumerate(mlps):
+            transcoder.W_enc[l].copy_(mlp.c_fc.weight.T)
+            transcoder.b_enc[l].copy_(mlp.c_fc.bias)
+            transcoder.W_dec[l][:, 0].copy_(mlp.c_proj.weight)
+            transcoder.b_dec[l].copy_(mlp.c_proj.bias)
+    return transcoder
+
+
+def constant_transcoder(lm: LanguageModel, bias_LD: torch.Tensor) -> Transcoder:
+    """No feature ever fires; every output is the bias."""
+    settings = TranscoderSettings(features=8, reach="1", activation="relu")
+    transcoder = Transcoder(settings, lm.d_model, lm.n_layers, seed=None, dtype=torch.float64)
+    with torch.no_grad():
+        for l in range(lm.n_layers):
+            transcoder.b_enc[l].fill_(-1)
+            transcoder.b_dec[l].copy_(bias_LD[l])
+    return transcoder
+
+
+def random_text(lm: LanguageModel, prompts: PromptSet | None = None, sequences: int = 40, length: int = 32) -> EvalText:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, lm.d_vocab, (2 * sequences, length), generator=generator)
+    counted = torch.ones(sequences, length, dtype=torch.bool)
+    half = sequences // 2
+    batches = [TextBatch(tokens[i : i + half], counted[:half], i) for i in (0, half)]
+    return EvalText(batches, sequences, [tokens[sequences:]], prompts)
+
+
+def mean_outputs(lm: LanguageModel, text: EvalText, keep_mask) -> torch.Tensor:
+    """The mean MLP output over the evaluation text itself."""
+    found = []
+    for batch in text.batches:
+        with lm.capture(("mlp_out",)) as sites:
+            lm(batch.tokens_BT)
+        found.append(sites.stacked("mlp_out")[~keep_mask(batch.tokens_BT)])
+    return torch.cat(found).mean(0)
+
+
+def test_a_perfect_transcoder(relu_gpt2):
+    result = evaluate(ReplacementModel(relu_gpt2, self_transcoder(relu_gpt2)), random_text(relu_gpt2), QUICK)
+    behaviour = result["behaviour"]
+    assert result["overall"]["nmse"] < 1e-12 and result["overall"]["cosine"] == pytest.approx(1)
+    assert behaviour["kl"] == pytest.approx(0, abs=1e-9)
+    assert behaviour["top1"] == 1 and behaviour["ce_recovered"] == pytest.approx(1, abs=1e-6)
+    assert behaviour["ce_replaced"] == pytest.approx(behaviour["ce_clean"], abs=1e-6)
+    for part in (*behaviour["layers"], *behaviour["depth"]):
+        assert part["kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_zero_transcoder_explains_nothing(relu_gpt2):
+    zero = constant_transcoder(relu_gpt2, torch.zeros(relu_gpt2.n_layers, relu_gpt2.d_model))
+    result = evaluate(ReplacementModel(relu_gpt2, zero), random_text(relu_gpt2), QUICK)
+    assert result["overall"]["nmse"] == pytest.approx(1)
+    assert result["overall"]["l0"] == 0 and result["overall"]["dead"] == 1
+    assert "layer 0 has no active feature at all" in result["verdicts"]
+    assert any("does not beat the linear control in nmse" in verdict for verdict in result["verdicts"])
+
+
+def test_the_mean_has_unit_fvu_and_recovers_nothing(relu_gpt2):
+    text = random_text(relu_gpt2)
+    zero = ReplacementModel(relu_gpt2, constant_transcoder(relu_gpt2, torch.zeros(3, relu_gpt2.d_model)))
+    mean = mean_outputs(relu_gpt2, text, zero.keep_mask)
+    text = EvalText(text.batches, text.sequences, [batch.tokens_BT for batch in text.batches], None)
+    result = evaluate(ReplacementModel(relu_gpt2, constant_transcoder(relu_gpt2, mean)), text, QUICK)
+    assert result["overall"]["fvu"] == pytest.approx(1, abs=1e-9)
+    assert result["behaviour"]["ce_recovered"] == pytest.approx(0, abs=1e-4)
+    assert all(abs(layer["ce_recovered"]) < 1e-2 for layer in result["behaviour"]["layers"])
+
+
+def test_depth_curves_end_at_the_full_replacement(relu_gpt2):
+    noisy = self_transcoder(relu_gpt2)
+    with torch.no_grad():
+        for W_dec in noisy.W_dec:
+            W_dec.mul_(0.7)
+    behaviour = evaluate(ReplacementModel(relu_gpt2, noisy), random_text(relu_gpt2), QUICK)["behaviour"]
+    assert behaviour["depth"][-1]["kl"] == behaviour["kl"] > 0
+    assert behaviour["depth"][0]["kl"] == pytest.approx(behaviour["layers"][0]["kl"], rel=1e-9)
+    assert [part["last"] for part in behaviour["depth"]] == [0, 1, 2]
+
+
+def test_graphs_of_a_perfect_transcoder(relu_gpt2):
+    rm = ReplacementModel(relu_gpt2, self_transcoder(relu_gpt2))
+    prompts = PromptSet("test", "1", ((5, 9, 11, 7), (4, 8, 15, 16, 23)))  # type: ignore[arg-type]
+    settings = EvalSettings(prompts=2, pairs=60, tokens=1000, calibration_tokens=1000, controls=False, layers=False)
+    result = evaluate(rm, random_text(relu_gpt2, prompts), settings)
+    graph = result["graph"]
+    assert graph["largest_violation"] < 1e-6
+    # the first position keeps the model's own output, so that its error is not zero
+    assert 0 < graph["replacement_score"] <= 1 and len(graph["prompts"]) == 2
+    assert graph["frontier"][-1]["replacement_score"] == pytest.approx(graph["replacement_score"], rel=1e-6)
+    kept = [row["features"] for row in graph["frontier"]]
+    assert kept == sorted(kept)
+    logits = result["faithfulness"]["to_logits"]["graph"]
+    assert logits["pairs"] >= 60 and logits["pearson"] > 0.9
+    assert logits["pearson"] > result["faithfulness"]["to_logits"]["random"]["pearson"]
+    # the replacement model *is* the model here: perturbations agree wherever they go
+    for row in result["faithfulness"]["growth"]:
+        assert row["cosine"] == pytest.approx(1, abs=1e-5) and row["error"] < 1e-4
+
+
+def test_growth_starts_with_the_push_itself(relu_gpt2):
+    rm = ReplacementModel(relu_gpt2, self_transcoder(relu_gpt2))
+    first = perturbation_growth(rm, [torch.tensor([5, 9, 11, 7])])[0]
+    assert first["layers"] == 1 and first["growth"] > 0.5 and first["pairs"] > 0
+
+
+def test_too_little_text_is_refused(relu_gpt2):
+    rm = ReplacementModel(relu_gpt2, self_transcoder(relu_gpt2))
+    with pytest.raises(UserError, match="too few for these statistics"):
+        evaluate(rm, random_text(relu_gpt2, sequences=4), QUICK)
+    with pytest.raises(UserError, match="held-out text is empty"):
+        evaluate(rm, EvalText([], 0, [], None), QUICK)
+    with pytest.raises(SettingsError, match=r"eval\.pairs"):
+        EvalSettings(prompts=0)
+    with pytest.raises(UserError, match="is empty"):
+        prompt_set("mine", [])
+
+
+def test_the_linear_control_finds_a_linear_map(make_tiny):
+    """Where the MLP output is a linear map of the input, the control reproduces it."""
+    lm = make_tiny("gpt2", torch.float64, activation_function="linear")
+    tokens = torch.randint(3, lm.d_vocab, (40, 32), generator=torch.Generator().manual_seed(0))
+    keep = lambda tokens: torch.zeros_like(tokens, dtype=torch.bool)
+    calibration = calibrate(lm, "mlp_in", [tokens[:20], tokens[20:]], keep)
+    with lm.capture(("mlp_in", "mlp_out")) as sites:
+        lm(tokens)
+    x, y = sites.stacked("mlp_in"), sites.stacked("mlp_out")
+    y_hat = torch.einsum("btld,led->btle", x.float(), calibration.W_LDD) + calibration.b_LD
+    assert (y - y_hat).square().sum() / y.square().sum() < 1e-4
+    torch.testing.assert_close(calibration.mean_y_LD.double(), y.mean((0, 1)), rtol=1e-4, atol=1e-5)
+
+
+def test_controls_fire_as_often_as_the_transcoder(relu_gpt2):
+    transcoder = self_transcoder(relu_gpt2)
+    tokens = torch.randint(3, relu_gpt2.d_vocab, (40, 32), generator=torch.Generator().manual_seed(0))
+    keep = lambda tokens: torch.zeros_like(tokens, dtype=torch.bool)
+    calibration = calibrate(relu_gpt2, "mlp_in", [tokens], keep)
+    fresh = untrained(transcoder, calibration, [4.0, 4.0, 4.0])
+    for l in range(3):
+        active = (fresh.encode_layer(calibration.sample_NLD[:, l].double(), l) > 0).sum(-1).double().mean()
+        assert active == pytest.approx(4, rel=0.05)
+
+
+def test_all_neurons_are_the_model_itself(relu_gpt2):
+    tokens = torch.randint(3, relu_gpt2.d_vocab, (2, 8), generator=torch.Generator().manual_seed(0))
+    keep = torch.zeros_like(tokens, dtype=torch.bool)
+    clean = relu_gpt2(tokens)
+    everything = neuron_condition(relu_gpt2, dict.fromkeys(range(3), 24))
+    few = neuron_condition(relu_gpt2, dict.fromkeys(range(3), 1))
+    assert everything is not None and few is not None
+    with everything.install(keep):
+        torch.testing.assert_close(relu_gpt2(tokens), clean)
+    with few.install(keep):
+        assert not torch.allclose(relu_gpt2(tokens), clean)
+    with few.install(~keep):  # kept positions are untouched
+        torch.testing.assert_close(relu_gpt2(tokens), clean)
+    torch.testing.assert_close(relu_gpt2(tokens), clean)
+
+
+def test_resampled_interval_covers_the_value():
+    sums = torch.stack([torch.full((50,), 10.0), torch.arange(50.0)], -1).double()
+    found = resampled(sums, lambda totals: totals[..., 1] / totals[..., 0])
+    assert found.value == pytest.approx(2.45)
+    assert found.low is not None and found.high is not None
+    half = 1.96 * (torch.arange(50.0) / 10).std() / math.sqrt(50)
+    assert found.high - found.value == pytest.approx(float(half), rel=0.15)
+    assert found.value - found.low == pytest.approx(float(half), rel=0.15)
+    assert resampled(sums[:1], lambda totals: totals[..., 1] / totals[..., 0]).low is None
+
+
+def test_compare_gives_slope_and_ranks():
+    x = torch.linspace(-1, 1, 101)
+    assert compare(x, 0.5 * x).slope == pytest.approx(0.5)
+    cubed = compare(x, x**3)
+    assert cubed.spearman == pytest.approx(1) and cubed.pearson is not None and cubed.pearson < 1
+    assert compare(x[:5], x[:5]).slope is None
+
+
+def chain_graph(weights: Sequence[float]) -> Graph:
+    """embedding -> feature at layer 0 -> feature at layer 1 -> logit, each edge with its weight, activations 2."""
+    column = lambda *values: torch.tensor(values, dtype=torch.long)
+    nodes = Nodes.join(
+        [
+            Nodes.of("feature", column(0, 1), column(0, 0), column(0, 0), torch.tensor([2.0, 2.0])),
+            Nodes.of("error", column(0, 1), column(0, 0), column(0, 0)),
+            Nodes.of("embedding", column(-1), column(0), column(3)),
+            Nodes.of("logit", column(2), column(0), column(4), torch.tensor([1.0])),
+        ]
+    )
+    rows = torch.zeros(3, len(nodes))
+    rows[0, 4], rows[1, 0], rows[2, 1] = weights
+    return Graph(rows, nodes, torch.tensor([1.0]), [3], ["a"], torch.zeros(3))
+
+
+def test_path_length_of_a_chain():
+    assert path_length(chain_graph((2.0, 3.0, 4.0))) == pytest.approx(3)
+
+
+def test_total_effects_follow_every_path():
+    """Silencing the first feature (2 -> 0) takes its edge 3 from the second, which is then 2 - 3 short of 2."""
+    effects = total_effects(chain_graph((2.0, 3.0, 4.0)), [0])
+    assert effects[:, 0].tolist() == pytest.approx([0.0, -3.0, -6.0])  # -3 of 2 takes 1.5 times the edge of 4
+
+
+def test_health_counts():
+    assert density_histogram(torch.tensor([0.0, 5e-7, 0.05, 0.5])) == [1, 1, 0, 0, 0, 0, 1, 1]
+    rows = torch.eye(4)
+    assert duplicates(rows) == 0
+    assert duplicates(torch.cat([rows, rows[:1] * 3])) == pytest.approx(2 / 5)
+    layer = {"dead": 0.0, "dense": 0.0, "duplicates": 0.0}
+    found = warnings([{"layer": n, "l0": l0, **layer} for n, l0 in enumerate((12.0, 12.0, 12.0, 2.0))])
+    assert found == ["layer 3 uses 6.0 times fewer features than the median layer"]
+
+
+def test_verdicts_speak_of_missing_effects():
+    result = {
+        "health": {"warnings": []},
+        "faithfulness": {"to_logits": {"graph": {"pairs": 3, "slope": None}}},
+    }
+    assert verdicts(result) == ["only 3 feature-to-logit effects could be measured, too few for a slope"]
