@@ -1,4 +1,4 @@
-"""What a store hands out, and what it asks of whatever holds the rows: disk, memory, or a ring that is being refilled."""
+"""What a store hands out, and what it asks of whatever holds the rows: a disk, memory, or a ring that is refilled."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol

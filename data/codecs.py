@@ -6,7 +6,10 @@ import google_crc32c
 import numpy as np
 import torch
 
+from .errors import UserError
+
 GROUP = 32  # channels that share one scale of an int8 row
+FLOAT16_MAX = 65504.0
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 
@@ -22,7 +25,11 @@ class Codec:
 
     def to_stored(self, x: torch.Tensor) -> np.ndarray:
         """The bytes of activations, for every dtype but int8."""
-        x = x.detach().to(device="cpu", dtype=self.read).contiguous()
+        if self.name == "float16" and x.dtype != torch.float16 and x.numel() and x.abs().amax() > FLOAT16_MAX:
+            raise UserError(
+                f"an activation of {x.abs().amax():.3g} is beyond float16: cache with store.dtype=bfloat16 or float32"
+            )
+        x = x.detach().to(dtype=self.read).cpu().contiguous()
         return (x.view(torch.uint16) if self.name == "bfloat16" else x).numpy()
 
     def to_torch(self, stored: np.ndarray) -> torch.Tensor:
@@ -54,7 +61,7 @@ def quantise(x: torch.Tensor, channel_scale: torch.Tensor) -> tuple[np.ndarray, 
     width = x.shape[-1]
     padded = torch.nn.functional.pad(x, (0, group_count(width) * GROUP - width))
     grouped = padded.unflatten(-1, (-1, GROUP))
-    # the scale is rounded up to a float16 before use, so that it is exactly what a reader multiplies by and nothing clips
+    # rounded up to a float16 before use: exactly what a reader multiplies by, and nothing clips
     scale = (grouped.abs().amax(-1) / 127 * (1 + 2**-10)).clamp(min=2.0**-24).half()
     values = (grouped / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
     return values.flatten(-2)[..., :width].cpu().contiguous().numpy(), scale.cpu().numpy()

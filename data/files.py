@@ -99,12 +99,12 @@ class LocalFiles:
 
     def read_into(self, name: str, offset: int, buffers: list[np.ndarray]) -> None:
         with self._descriptor(name) as descriptor:
-            got = os.preadv(descriptor, buffers, offset)
+            got = os.preadv(descriptor, buffers, offset)  # type: ignore[arg-type]
             wanted = sum(buffer.nbytes for buffer in buffers)
             while got < wanted:
                 # a signal or a network folder may cut a read short
                 rest = _after(buffers, got)
-                more = os.preadv(descriptor, rest, offset + got)
+                more = os.preadv(descriptor, rest, offset + got)  # type: ignore[arg-type]
                 if not more:
                     raise EOFError(f"{name} ends at byte {offset + got}")
                 got += more

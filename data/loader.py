@@ -22,12 +22,13 @@ class Loader:
         steps: int | None,
         prefetch: int,
         device: torch.device,
+        dtype: torch.dtype | None,
     ):
         self.step = start_step
         self.stop = None if steps is None else start_step + steps
         self.stall_seconds = 0.0
         self._fetch = fetch
-        self._device = device
+        self._device, self._dtype = device, dtype
         self._ahead: deque[Future[Batch]] = deque()
         self._asked = start_step
         self._prefetch = max(1, prefetch)
@@ -54,13 +55,15 @@ class Loader:
             self._asked += 1
 
     def _get(self, step: int) -> Batch:
+        batch = self._fetch(step)
         if self._device.type != "cuda":
-            return self._fetch(step)
-        # a stream of its own, so that the copy runs beside the training step and is over when the batch is handed out
+            return batch.to(self._device, self._dtype)
+        # a stream of its own, so that the copy runs beside the training step; it is over before the batch is handed
+        # out and before the pinned memory goes back to its pool
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
-            batch = self._fetch(step)
+            moved = batch.to(self._device, self._dtype, non_blocking=True)
             torch.cuda.current_stream().synchronize()
-        return batch
+        return moved
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -1,6 +1,5 @@
 """Rows straight from the shards of a store on disk or at a URL, every byte checked before its first use."""
 
-import threading
 import weakref
 from os import PathLike
 from typing import Any
@@ -19,27 +18,30 @@ HELD_OUT = "held_out"
 
 
 class BufferPool:
-    """Memory for batches that goes round: a fresh batch of 100 MB costs more in page faults than in copying."""
+    """Memory for batches that goes round: a fresh batch of 100 MB costs more in page faults than in copying.
+
+    No lock: arrays come back from wherever the last reference to them dies, the middle of `take` included, and the
+    operations of a list are atomic.
+    """
 
     def __init__(self, keep: int = 16):
         self._free: dict[tuple[int, bool], list[torch.Tensor]] = {}
-        self._lock = threading.Lock()
         self._keep = keep
 
     def take(self, size: int, pin: bool) -> np.ndarray:
         """`size` bytes that come back to the pool when nobody holds the array, or a tensor made of it, any more."""
-        with self._lock:
-            waiting = self._free.setdefault((size, pin), [])
-            owner = waiting.pop() if waiting else torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+        try:
+            owner = self._free[size, pin].pop()
+        except (KeyError, IndexError):
+            owner = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
         lent = owner.numpy()
         weakref.finalize(lent, self._back, owner, pin).atexit = False
         return lent
 
     def _back(self, owner: torch.Tensor, pin: bool) -> None:
-        with self._lock:
-            waiting = self._free.setdefault((len(owner), pin), [])
-            if len(waiting) < self._keep:
-                waiting.append(owner)
+        waiting = self._free.setdefault((len(owner), pin), [])
+        if len(waiting) < self._keep:
+            waiting.append(owner)
 
 
 class ArrayReader:
@@ -92,8 +94,8 @@ class ArrayReader:
             start = shard * self.layout.shard_rows
             stop = min(start + self.layout.shard_rows, self.rows)
             raise UserError(
-                f"{self.files.root} is damaged: the index of shard {self._name(shard)} (rows {start} to {stop - 1}) is not "
-                "what was written; copy the shard again or cache the store anew"
+                f"{self.files.root} is damaged: the index of shard {self._name(shard)} (rows {start} to {stop - 1}) is "
+                "not what was written; copy the shard again or cache the store anew"
             )
         self._index_checked[shard] = True
 
@@ -102,8 +104,8 @@ class ArrayReader:
             self.files.read_into(self._name(shard), offset, buffers)
         except (FileNotFoundError, EOFError) as cause:
             raise UserError(
-                f"{self.files.root} is damaged: shard {self._name(shard)} is missing or cut short; copy it again or cache "
-                "the store anew"
+                f"{self.files.root} is damaged: shard {self._name(shard)} is missing or cut short; copy it again or "
+                "cache the store anew"
             ) from cause
 
     def _name(self, shard: int) -> str:
@@ -114,8 +116,8 @@ class ArrayReader:
         stop = min(start + self.layout.block_rows, self.rows)
         layer = "" if self.spec.flat else f" of layer {self.layout.layers[place]}"
         raise UserError(
-            f"{self.files.root} is damaged: in shard {self._name(shard)}, rows {start} to {stop - 1}{layer} do not match "
-            "their checksum; copy the shard again or cache the store anew"
+            f"{self.files.root} is damaged: in shard {self._name(shard)}, rows {start} to {stop - 1}{layer} do not "
+            "match their checksum; copy the shard again or cache the store anew"
         )
 
 
@@ -172,8 +174,8 @@ class DiskSource:
                     start = shard * self.layout.shard_rows
                     stop = min(start + self.layout.shard_rows, self.rows)
                     raise UserError(
-                        f"{self.files.root} is damaged: shard {name} (rows {start} to {stop - 1}) {state}; copy it again "
-                        "or cache the store anew"
+                        f"{self.files.root} is damaged: shard {name} (rows {start} to {stop - 1}) {state}; copy it "
+                        "again or cache the store anew"
                     )
 
     def order(self, epoch: int) -> EpochOrder:

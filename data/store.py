@@ -136,9 +136,9 @@ class ActivationStore:
 
         def fetch(step: int) -> Batch:
             epoch, within = divmod(step, per_epoch)
-            return self.batch(epoch, within, size, layers, rank, world, pin).to(device, dtype, non_blocking=pin)
+            return self.batch(epoch, within, size, layers, rank, world, pin)
 
-        return Loader(fetch, start_step, steps, prefetch, torch.device(device))
+        return Loader(fetch, start_step, steps, prefetch, torch.device(device), dtype)
 
     def rows_in_order(self, size: int, layers: Sequence[int] | None = None) -> Iterator[Batch]:
         """All rows once as they lie, `size` at a time, the last batch short: for evaluation."""
