@@ -1,0 +1,96 @@
+"""`crosslace export` and `crosslace import`: transcoders and graphs in other programs' formats."""
+
+from pathlib import Path
+
+from ..conf import SOURCES
+from ..data.errors import UserError
+from .job import Job
+from .runs import transcoder_folder, writable, write_yaml
+from .terminal import Closing
+
+
+def run(job: Job) -> Closing:
+    """Either way."""
+    return write_out(job) if job.verb == "export" else read_in(job)
+
+
+def write_out(job: Job) -> Closing:
+    """A run's transcoder, or graphs, as a new folder; never over an existing one."""
+    top, source, out = job.top, Path(job.top.run), Path(job.top.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; name another folder to write to")
+    writable(out)
+    if top.to == "neuronpedia":
+        return _write_graphs(source, out)
+    from ..train.transcoder import Transcoder
+
+    transcoder = Transcoder.load(transcoder_folder(source))
+    if top.to == "saelens":
+        from ..circuit.formats.saelens import export_saelens
+
+        export_saelens(transcoder, out)
+    else:
+        from ..circuit.formats.circuit_tracer import export_circuit_tracer
+
+        export_circuit_tracer(transcoder, out, **_hooks(transcoder.meta))
+    return Closing(
+        "exported",
+        wrote=[(str(out), f"the transcoder as a {top.to} folder")],
+        next=[f"crosslace import path={out} format={top.to} run=runs/imported"],
+    )
+
+
+def _hooks(meta: dict) -> dict[str, bool]:
+    """What the format must know of the model: is its MLP's output normed, does its MLP stand beside the attention?"""
+    model = dict(meta.get("model") or {})
+    return {"post_norm": bool(model.get("post_norm", False)), "parallel": bool(model.get("parallel", False))}
+
+
+def _write_graphs(source: Path, out: Path) -> Closing:
+    from ..circuit.formats.neuronpedia import write_neuronpedia
+    from ..circuit.graph import Graph
+
+    folders = (
+        [source] if (source / "graph.json").is_file() else sorted(p.parent for p in source.glob("graphs/*/graph.json"))
+    )
+    if not folders:
+        raise UserError(f"{source} holds no graph yet; `crosslace trace run={source} prompt=...` makes one")
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in folders:
+        write_neuronpedia(Graph.load(folder), out / f"{folder.name}.json", slug=folder.name)
+    return Closing(
+        "exported",
+        wrote=[(str(out / f"{folder.name}.json"), "a graph that Neuronpedia reads") for folder in folders],
+        next=[f"crosslace import path={out / f'{folders[0].name}.json'} format=neuronpedia run=runs/imported"],
+    )
+
+
+def read_in(job: Job) -> Closing:
+    """A foreign transcoder (or graph) as a new run."""
+    top, path, folder = job.top, Path(job.top.path), Path(job.top.run)
+    if not path.exists():
+        raise UserError(f"there is nothing at {path}; path takes the folder or file to read")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is there already; name another run to import into")
+    writable(folder)
+    if top.format == "neuronpedia":
+        from ..circuit.formats.neuronpedia_read import read_neuronpedia
+
+        graph = read_neuronpedia(path)
+        graph.save(folder / "graphs" / path.stem)
+        return Closing(
+            "imported", wrote=[(str(folder / "graphs" / path.stem), "the graph")], next=[f"crosslace view run={folder}"]
+        )
+    if top.format == "saelens":
+        from ..circuit.formats.saelens import import_saelens as read
+    else:
+        from ..circuit.formats.circuit_tracer import import_circuit_tracer as read
+    transcoder = read(path)
+    transcoder.save(folder / "transcoder", transcoder.meta)
+    if any(name.startswith("model") for name in job.config.given):  # else its own description says which model
+        write_yaml(folder / "config.yaml", {name: job.config.values[name] for name in SOURCES})
+    return Closing(
+        "imported",
+        wrote=[(str(folder / "transcoder"), "the transcoder")],
+        next=[f"crosslace eval run={folder}", f'crosslace trace run={folder} prompt="..."'],
+    )
