@@ -1,6 +1,7 @@
 """`crosslace export` and `crosslace import`: transcoders and graphs in other programs' formats."""
 
 from pathlib import Path
+from typing import Any
 
 from ..conf import SOURCES
 from ..data.errors import UserError
@@ -40,10 +41,21 @@ def write_out(job: Job) -> Closing:
     )
 
 
-def _hooks(meta: dict) -> dict[str, bool]:
+def _hooks(meta: dict[str, Any]) -> dict[str, bool]:
     """What the format must know of the model: is its MLP's output normed, does its MLP stand beside the attention?"""
     model = dict(meta.get("model") or {})
-    return {"post_norm": bool(model.get("post_norm", False)), "parallel": bool(model.get("parallel", False))}
+    if not model.get("name"):
+        raise UserError("the transcoder does not say which model it is for, and circuit-tracer's format must")
+    from transformers import AutoConfig
+
+    from ..data.families import find_family
+
+    try:
+        config = AutoConfig.from_pretrained(model["name"], revision=model.get("revision"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the description of {model['name']} is needed to export, and cannot be read") from error
+    family = find_family(config.model_type)
+    return {"post_norm": family.post_mlp_norm is not None, "parallel": bool(family.parallel(config))}
 
 
 def _write_graphs(source: Path, out: Path) -> Closing:

@@ -130,7 +130,8 @@ class SteerSettings(Common):
     prompt: str = ""
     """The text to which the model answers."""
     set: list[dict] = field(default_factory=list)
-    """The features to set: each entry has layer, position (a number, or "a:b"), feature, and `value` or `times`."""
+    """The features to set: each entry has layer, position (a number, or "2:5"), feature, and `value`, `times` (0
+    ablates) or `patch_from` (another prompt)."""
     mode: str = "free"
     """What may follow: `free` (everything), `constrained` (frozen inside `layers`), `direct` (all else frozen)."""
     layers: list[int] | None = None
@@ -205,6 +206,20 @@ class SweepSettings(Common):
 
     def __post_init__(self) -> None:
         require("run", self.run, "a folder for the sweep, such as runs/sweep")
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """Several processes, started by `torchrun` or `accelerate launch`."""
+
+    data: int = 1
+    """Processes that read different rows."""
+    features: int = 1
+    """Processes that share each layer's features."""
+
+    def __post_init__(self) -> None:
+        check_range("parallel.data", self.data, low=1)
+        check_range("parallel.features", self.features, low=1)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """`crosslace steer`: set features, and see what the model says then."""
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,8 +11,8 @@ from .job import Job
 from .sources import open_replacement
 from .terminal import Closing, table
 
-ENTRY = ("layer", "position", "feature", "value", "times")
-
+if TYPE_CHECKING:
+    from ..circuit.interventions import Intervention
 
 def run(job: Job) -> Closing:
     """Show the next tokens, and the text, with and without the interventions."""
@@ -38,46 +39,18 @@ def run(job: Job) -> Closing:
     return closing
 
 
-def intervention(entry: dict[str, Any]):
+def intervention(entry: dict[str, Any]) -> "Intervention":
     """One intervention from an entry of `set`."""
     from ..circuit.interventions import Intervention
 
-    unknown = sorted(set(entry) - set(ENTRY))
+    allowed = [field.name for field in fields(Intervention)]
+    unknown = [name for name in entry if name not in allowed]
     missing = [name for name in ("layer", "position", "feature") if name not in entry]
-    if unknown or missing or ("value" in entry) == ("times" in entry):
-        raise SettingsError(
-            f"set={entry} is not an intervention; it takes layer, position, feature, and value or times"
-        )
-    position = _position(entry["position"])
-    return Intervention(
-        layer=_whole(entry, "layer"),
-        position=position,
-        feature=_whole(entry, "feature"),
-        value=_number(entry, "value"),
-        times=_number(entry, "times"),
-    )
-
-
-def _position(value: Any) -> int | slice:
-    if isinstance(value, int):
-        return value
-    start, colon, stop = str(value).partition(":")
-    try:
-        if not colon:
-            return int(start)
-        return slice(int(start) if start else None, int(stop) if stop else None)
-    except ValueError:
-        raise SettingsError(f"position={value} is not known; it takes a number, or a range such as 3:7 or 5:") from None
-
-
-def _whole(entry: dict[str, Any], name: str) -> int:
-    if not isinstance(entry[name], int) or isinstance(entry[name], bool):
-        raise SettingsError(f"{name}={entry[name]} in set is not of the right type; it takes a whole number")
-    return entry[name]
-
-
-def _number(entry: dict[str, Any], name: str) -> float | None:
-    value = entry.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise SettingsError(f"{name}={value} in set is not of the right type; it takes a number")
-    return None if value is None else float(value)
+    if unknown or missing:
+        wrong = f"{unknown[0]} is not known" if unknown else f"{missing[0]} is missing"
+        raise SettingsError(f"set={entry} is not an intervention ({wrong}); it takes {', '.join(allowed)}")
+    for name in ("layer", "feature", "value", "times"):
+        kind = int if name in ("layer", "feature") else int | float
+        if entry.get(name) is not None and (isinstance(entry[name], bool) or not isinstance(entry[name], kind)):
+            raise SettingsError(f"{name}={entry[name]} in set is not of the right type; it takes a number")
+    return Intervention(**{**entry, "position": str(entry["position"])})

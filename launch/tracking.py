@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.errors import UserError, check_choice
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MODES = ("offline", "online", "disabled")
 
@@ -30,47 +33,52 @@ class WandbSettings:
 
 
 class WandbSink:
-    """Passes metrics on to Weights & Biases; a resumed run goes on as the same one."""
+    """Passes metrics on to Weights & Biases; a resumed run goes on as the same one (see `train.sinks.Sink`)."""
 
-    def __init__(self, settings: WandbSettings, run: Path, config: dict[str, Any]) -> None:
+    def __init__(self, settings: WandbSettings, folder: Path, config: dict[str, Any]) -> None:
+        self.settings, self.folder, self.config = settings, folder, config
+        self.run: Any = None
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Open the run: a new one, or the one whose id the checkpoint kept."""
         import wandb
+        from wandb.errors import Error
 
-        run.mkdir(parents=True, exist_ok=True)
+        online = self.settings.mode == "online"
         try:
             self.run = wandb.init(
-                project=settings.project,
-                entity=settings.entity,
-                name=settings.name or run.name,
-                id=_identity(run),
-                resume="allow" if settings.mode == "online" else None,
-                dir=str(run),
-                mode="online" if settings.mode == "online" else "offline",
-                config=config,
+                project=self.settings.project,
+                entity=self.settings.entity,
+                name=self.settings.name or self.folder.name,
+                id=state.get("id"),
+                resume="allow" if online else None,
+                dir=str(self.folder),
+                mode="online" if online else "offline",
+                config=self.config,
                 settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
             )
-        except wandb.errors.Error as error:
+        except Error as error:
             raise UserError(
                 f"Weights & Biases could not be reached ({error}); use wandb.mode=offline, or log in with `wandb login`"
             ) from error
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: dict[str, float], histograms: dict[str, "Tensor"]) -> None:
         """Send one line of metrics."""
-        self.run.log(values, step=step)
+        import wandb
 
-    def close(self) -> None:
+        drawn = {name: wandb.Histogram(tensor.float().numpy()) for name, tensor in histograms.items()}
+        self.run.log({**values, **drawn}, step=step)
+
+    def state(self) -> dict[str, Any]:
+        """What resuming needs: the run's id."""
+        return {"id": self.run.id}
+
+    def close(self, summary: dict[str, float]) -> None:
+        """Keep the last figures, and end."""
+        self.run.summary.update(summary)
         self.run.finish()
 
 
-def _identity(run: Path) -> str:
-    """The id kept beside the run, so that resuming goes on with the same one."""
-    from secrets import token_hex
-
-    path = run / "wandb-id"
-    if not path.is_file():
-        path.write_text(token_hex(4), encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
-
-
-def sinks(settings: WandbSettings, run: Path, config: dict[str, Any]) -> list[WandbSink]:
+def sinks(settings: WandbSettings, folder: Path, config: dict[str, Any]) -> list[WandbSink]:
     """The trackers that the settings ask for."""
-    return [] if settings.mode == "disabled" else [WandbSink(settings, run, config)]
+    return [] if settings.mode == "disabled" else [WandbSink(settings, folder, config)]
