@@ -31,30 +31,35 @@ class Influence(NamedTuple):
 def influence(rows: Tensor, targets: Tensor, depth: Tensor, weights: Tensor, left_out: Tensor) -> Influence:
     """One pass over `rows [R, N]` in topological order.
 
-    `depth [R]` orders the rows: an edge always comes from a row's node of smaller depth. `weights [N]` is the
+    `depth [R]` orders the rows: an edge always comes from a node of smaller depth. `weights [N]` is the
     logit probability on logit nodes and zero elsewhere.
     """
     total_N = weights.to(rows.dtype).clone()
     flow_R = rows.new_zeros(len(rows))
     step = max(1, CHUNK // max(1, rows.shape[1]))
-    for start, stop in blocks_by_depth(depth):
+    for ids in by_depth(depth):
         added_N = torch.zeros_like(total_N)
-        for a in range(start, stop, step):
-            b = min(a + step, stop)
-            size_CN = rows[a:b].abs()
-            norm_C = size_CN.sum(1) + left_out[a:b]
-            flow_R[a:b] = torch.where(norm_C > 0, total_N[targets[a:b]] / norm_C.clamp(min=1e-38), 0.0)
-            added_N += flow_R[a:b] @ size_CN
+        for some in ids.split(step):
+            size_CN = rows[run_or_ids(some)].abs()
+            norm_C = size_CN.sum(1) + left_out[some]
+            flow_C = torch.where(norm_C > 0, total_N[targets[some]] / norm_C.clamp(min=1e-38), 0.0)
+            added_N += flow_C @ size_CN
+            flow_R[some] = flow_C
         total_N += added_N
     return Influence(total_N - weights.to(rows.dtype), flow_R, (flow_R * left_out).sum())
 
 
-def blocks_by_depth(depth: Tensor) -> list[tuple[int, int]]:
-    """The runs of equal depth in `depth`, the deepest first; rows of one depth lie side by side."""
-    values, counts = torch.unique_consecutive(depth, return_counts=True)
-    stops = counts.cumsum(0).tolist()
-    runs = [(stop - count, stop, value) for stop, count, value in zip(stops, counts.tolist(), values.tolist())]
-    return [(start, stop) for start, stop, _ in sorted(runs, key=lambda run: -run[2])]
+def by_depth(depth: Tensor) -> list[Tensor]:
+    """The rows of each depth, the deepest first."""
+    order = depth.argsort(descending=True, stable=True)
+    counts = torch.unique_consecutive(depth[order], return_counts=True)[1]
+    return list(order.split(counts.tolist()))
+
+
+def run_or_ids(ids: Tensor) -> Tensor | slice:
+    """A slice where the ids are a run, which spares a copy."""
+    first, last = int(ids[0]), int(ids[-1])
+    return slice(first, last + 1) if last - first + 1 == len(ids) else ids
 
 
 def scores(found: Influence, weights: Tensor, is_feature: Tensor, is_error: Tensor, is_input: Tensor) -> dict:

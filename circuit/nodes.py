@@ -49,8 +49,9 @@ class Nodes:
 
     def __getitem__(self, id: int) -> Node:
         id = range(len(self))[id]
-        numbers = (int(c[id]) for c in (self.layer, self.position, self.index))
-        return Node(id, KINDS[int(self.code[id])], *numbers, float(self.activation[id]), self.labels.get(id, ""))
+        layer, position, index = (int(column[id]) for column in (self.layer, self.position, self.index))
+        label = self.labels.get(id, "")
+        return Node(id, KINDS[int(self.code[id])], layer, position, index, float(self.activation[id]), label)
 
     def __iter__(self) -> Iterator[Node]:
         columns = (c.tolist() for c in (self.code, self.layer, self.position, self.index, self.activation))
@@ -108,8 +109,8 @@ class Nodes:
             labels |= {offset + id: label for id, label in part.labels.items()}
             offset += len(part)
         dtype = parts[0].activation.dtype
-        columns = [torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS[:-1]]
-        return Nodes(*columns, torch.cat([part.activation.to(dtype) for part in parts]), labels)
+        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS[:-1]}
+        return Nodes(**columns, activation=torch.cat([part.activation.to(dtype) for part in parts]), labels=labels)
 
 
 COLUMNS = ("code", "layer", "position", "index", "activation")

@@ -1,0 +1,231 @@
+"""From a prompt to its attribution graph.
+
+1. One clean forward pass keeps residual streams, attention patterns and norm denominators (`linear.record`).
+2. Active features, errors, biases and embeddings become vectors (`sources`).
+3. Targets (the likely next tokens, then features) are pulled back in batches through the frozen layers, and read out
+   at every source (`backward`): each batch gives whole rows of the graph.
+4. Where `max_nodes` is less than what is active, rows are found in phases: after each, the most influential of the
+   features that have no row yet are next. Features that get none are added to the errors of their places.
+5. The graph is sealed with its accounting: by how much the rows miss what the model computed, what was left out.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..data.errors import Progress, check_choice, check_range, silent
+from .backward import FrozenModel, Targets
+from .graph import Graph
+from .linear import record
+from .memory import memory_named
+from .nodes import Nodes
+from .rows import Rows
+from .sources import active_features, find_sources
+from .targets import Chosen, Target, choose_targets, feature_targets
+
+if TYPE_CHECKING:
+    from .replacement import ReplacementModel
+
+PHASES = 8
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """How a prompt is traced."""
+
+    max_nodes: int | None = None
+    """Most features that the graph keeps, the most influential ones; the others' effect goes to the errors."""
+
+    max_logits: int = 10
+    """Most next tokens that the graph explains."""
+
+    logit_mass: float = 0.95
+    """Probability that those tokens reach together, where `max_logits` of them suffice."""
+
+    targets: list[str] | None = None
+    """What to explain instead of the likely next tokens: `Austin`, `Austin - Dallas`, `L3:12` (a feature), each with
+    `@5` for another position than the last."""
+
+    batch: int = 256
+    """Targets that go through the model together: more are faster on an accelerator and take more memory."""
+
+    edges: str = "all"
+    """`all`, or `top-k`: only each target's strongest `top_k` edges from features, the rest going to the errors."""
+
+    top_k: int = 256
+    """Edges from features that each target keeps under edges=top-k."""
+
+    memory: float = 4.0
+    """GiB that the rows of a graph may take in memory. With `max_nodes`, columns of the least influential features
+    are dropped to stay below; without, rows beyond it are mapped from a temporary file."""
+
+    def __post_init__(self) -> None:
+        check_range("trace.max_logits", self.max_logits, 1)
+        check_range("trace.logit_mass", self.logit_mass, 0, 1)
+        check_range("trace.batch", self.batch, 1)
+        check_range("trace.top_k", self.top_k, 1)
+        check_range("trace.memory", self.memory, 0)
+        check_choice("trace.edges", self.edges, ["all", "top-k"])
+        if self.max_nodes is not None:
+            check_range("trace.max_nodes", self.max_nodes, 0)
+
+
+def trace(replacement: "ReplacementModel", prompt: Any, settings: TraceSettings | None = None, **named: Any) -> Any:
+    """The attribution graph of a prompt (text or token ids); of a list of texts, their graphs.
+
+    `named` overrides single settings; `targets` may then also hold token ids, vectors and `Target`s. `progress` is told
+    how many targets are done.
+    """
+    settings = settings or TraceSettings()
+    wanted, progress = named.pop("targets", settings.targets), named.pop("progress", silent)
+    settings = TraceSettings(**(asdict(settings) | named))
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and isinstance(prompt[0], str):
+        return [Tracer(replacement, one, wanted, settings).run(progress) for one in prompt]
+    return Tracer(replacement, prompt, wanted, settings).run(progress)
+
+
+class Tracer:
+    """The steps of one graph."""
+
+    def __init__(
+        self,
+        replacement: "ReplacementModel",
+        prompt: str | Sequence[int] | Tensor,
+        wanted: Sequence[Any] | None,
+        settings: TraceSettings,
+    ):
+        self.lm, self.transcoder, self.settings = replacement.lm, replacement.transcoder, settings
+        self.prompt = prompt
+        self.tokens = self.lm.tokenize(prompt)
+        self.keep = replacement.keep_mask(self.tokens[None])[0]
+        self.wanted = None if wanted is None else [Target.parse(one, len(self.tokens)) for one in wanted]
+        self.dtype = torch.promote_types(self.transcoder.dtype, torch.float32)
+        self.done = 0
+        self.largest_violation = self.largest_relative = 0.0
+
+    def run(self, progress: Progress = silent) -> Graph:
+        """Trace the prompt."""
+        with memory_named("trace.batch or trace.max_nodes"):
+            return self._run(progress)
+
+    @torch.no_grad()
+    def _run(self, progress: Progress) -> Graph:
+        lm, transcoder, settings, dtype = self.lm, self.transcoder, self.settings, self.dtype
+        started = time.perf_counter()
+        recording = record(lm, self.tokens)
+        features = active_features(lm, transcoder, recording, self.keep, dtype)
+        chosen = choose_targets(lm, transcoder, recording, self.wanted, settings.max_logits, settings.logit_mass, dtype)
+        sources = find_sources(lm, transcoder, recording, features, self.keep, dtype)
+        of_features = feature_targets(lm, transcoder, recording, features, dtype)
+        frozen = FrozenModel(lm, recording, sources, dtype)
+        nodes = with_logits(sources.nodes(recording), chosen, lm)
+        n_features = len(features.layer)
+        most = n_features if settings.max_nodes is None else min(settings.max_nodes, n_features)
+        rows = Rows(
+            nodes,
+            chosen.probabilities,
+            sources.run_order,
+            most,
+            settings.memory * 2**30,
+            settings.top_k if settings.edges == "top-k" else None,
+            dtype,
+        )
+        del recording
+
+        first_logit = len(nodes) - len(chosen.tokens)
+        todo = torch.arange(first_logit, len(nodes), device=self.tokens.device)
+        self._add(rows, frozen, chosen.targets, todo, todo - first_logit, progress, most)
+        while rows.filled < rows.total:
+            if rows.capped:
+                left = rows.total - rows.filled
+                ids = rows.next_features(min(left, max(settings.batch, -(-most // PHASES))))
+                if len(ids) == 0:  # no other feature has any influence
+                    break
+            else:
+                ids = torch.arange(n_features, device=self.tokens.device)
+            self._add(rows, frozen, of_features, ids, ids, progress, most)
+
+        nodes, found, left_out = rows.finish()
+        kept = int(nodes.mask("feature").sum())
+        return Graph(
+            rows=found,
+            nodes=nodes,
+            probabilities=chosen.probabilities,
+            tokens=self.tokens.tolist(),
+            token_strings=lm.token_strings(self.tokens),
+            left_out=left_out,
+            metadata=self._metadata(n_features, n_features - kept, time.perf_counter() - started),
+        )
+
+    def _add(
+        self,
+        rows: Rows,
+        frozen: FrozenModel,
+        targets: Targets,
+        ids: Tensor,
+        columns: Tensor,
+        progress: Progress,
+        most: int,
+    ) -> None:
+        """Find the rows of nodes `ids`, which are `columns` of `targets`, in batches of neighbouring positions."""
+        order = targets.position[columns].argsort(stable=True)
+        for some in order.split(self.settings.batch):
+            layer, position = targets.layer[columns[some]], targets.position[columns[some]]
+            some = some[(position - layer * frozen.length).argsort(stable=True)]  # the last layer first
+            batch = targets.select(columns[some])
+            sums = rows.add(ids[some], frozen.edges(batch))
+            self._account(sums, batch.value)
+            self.done += len(some)
+            progress("tracing", self.done, most + len(rows.probabilities))
+
+    def _account(self, sums: Tensor, value: Tensor) -> None:
+        """Identity 2: edges sum to what the model computed."""
+        violation = (sums - value).abs()
+        self.largest_violation = max(self.largest_violation, float(violation.max()))
+        relative = violation / value.abs().clamp(min=1)
+        self.largest_relative = max(self.largest_relative, float(relative.max()))
+
+    def _metadata(self, active: int, left_out: int, seconds: float) -> dict[str, Any]:
+        lm, transcoder = self.lm, self.transcoder
+        prompt = self.prompt if isinstance(self.prompt, str) else "".join(lm.token_strings(self.tokens))
+        return {
+            "prompt": prompt,
+            "model": {"name": lm.name, "revision": lm.revision, "fingerprint": lm.fingerprint, "family": lm.family},
+            "n_layers": lm.n_layers,
+            "transcoder": {
+                "kind": transcoder.kind,
+                "reach": transcoder.reach,
+                "read": transcoder.settings.read,
+                "skip": transcoder.settings.skip,
+                "activation": transcoder.settings.activation,
+                "layers": transcoder.layers,
+                "features": transcoder.features,
+            },
+            "settings": asdict(self.settings) | {"targets": None if self.wanted is None else self._named()},
+            "seconds": round(seconds, 3),
+            "accounting": {
+                "active_features": active,
+                "left_out_features": left_out,
+                "largest_violation": self.largest_violation,
+                "largest_relative_violation": self.largest_relative,
+            },
+        }
+
+    def _named(self) -> list[str]:
+        """The targets that the caller asked for, as text."""
+        return [target.label or f"token {target.token}@{target.position}" for target in self.wanted or []]
+
+
+def with_logits(sources: Nodes, chosen: Chosen, lm: Any) -> Nodes:
+    """All nodes of a graph: its sources, then what it explains."""
+    targets, device = chosen.targets, chosen.targets.layer.device
+    tokens = torch.tensor(chosen.tokens, device=device)
+    # a logit stands after the last layer; so does a feature that is a target, which nothing reads from
+    layer = torch.full_like(targets.layer, lm.n_layers)
+    logits = Nodes.of("logit", layer, targets.position, tokens, targets.value)
+    logits.labels = dict(enumerate(chosen.labels))
+    return Nodes.join([sources, logits])
