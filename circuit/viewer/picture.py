@@ -5,6 +5,7 @@ The groups that carry the most influence are kept, and between them the edges th
 """
 
 import heapq
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -102,7 +103,7 @@ def plain_label(label: str) -> str:
 
 
 def group_scores(graph: Graph, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """[G, G] signed influence that flows from each group (column) into each (row), and its share of all that flows in."""
+    """[G, G] signed influence that each group (column) gives to each (row), and its share of all that the row gets."""
     G = len(groups)
     group_of = torch.full((len(graph.nodes),), G, device=graph.rows.device)
     for number, group in enumerate(groups):
@@ -146,12 +147,12 @@ def _bold(groups: Sequence[Group], shares: Tensor, path: Sequence[int] | None) -
     if path is not None:
         group_of = {id: number for number, group in enumerate(groups) for id in group.ids}
         steps = [group_of[id] for id in path if id in group_of]
-        return {(target, source) for source, target in zip(steps, steps[1:], strict=False) if source != target}
+        return {(target, source) for source, target in itertools.pairwise(steps) if source != target}
     targets = [i for i, group in enumerate(groups) if group.key.startswith("logit:")]
     inner = {i for i, group in enumerate(groups) if not group.key.startswith(("logit:", "token:"))}
     ends = {i for i, group in enumerate(groups) if group.key.startswith("token:")}
     steps = strongest_path(shares, targets[0], inner, ends) if targets else []
-    return {(target, source) for target, source in zip(steps, steps[1:], strict=False)}
+    return set(itertools.pairwise(steps))
 
 
 def strongest_path(shares: Tensor, start: int, inner: set[int], ends: set[int]) -> list[int]:
