@@ -39,11 +39,13 @@ class Condition(NamedTuple):
 
 
 class TextBatch(NamedTuple):
-    """Sequences of equal length, and which of their predictions count."""
+    """Sequences side by side, padded on the right where one is shorter: no earlier token sees the padding."""
 
     tokens_BT: Tensor
+    real_BT: Tensor
+    """False at padding."""
     counted_BT: Tensor
-    """True where the prediction *made at* this position counts."""
+    """True where the prediction *made at* this position counts: the next token is real and of the same document."""
     first: int
     """The number of the first sequence, over all processes."""
 
@@ -95,7 +97,7 @@ def measure_behaviour(
     seen = 0
     for batch in batches:
         tokens_BT = batch.tokens_BT.to(lm.device)
-        keep_BT = keep_mask(tokens_BT)
+        keep_BT = keep_mask(tokens_BT) | ~batch.real_BT.to(lm.device)
         counted_BT = batch.counted_BT.to(lm.device)[:, :-1] & ~keep_BT[:, :-1]
         rows = slice(batch.first, batch.first + len(tokens_BT))
         if observe is None:

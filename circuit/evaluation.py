@@ -41,7 +41,8 @@ from .graph_scores import score_graphs
 from .health import health
 from .perturbation import perturbation_growth
 from .prompts import PromptSet
-from .replacement import ReplacementModel, TranscoderOutput
+from .replacement import ReplacementModel
+from .substitute import TranscoderOutput
 
 DEFINITIONS = 1
 """Raised whenever a figure comes to mean something else: results of different definitions are not compared."""

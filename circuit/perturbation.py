@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..data.model import LanguageModel
-from .replacement import ReplacementModel, TranscoderOutput
+from .replacement import ReplacementModel
+from .substitute import TranscoderOutput
 
 
 class _Pushed:

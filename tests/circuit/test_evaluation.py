@@ -59,7 +59,7 @@ def random_text(lm: LanguageModel, prompts: PromptSet | None = None, sequences: 
     tokens = torch.randint(3, lm.d_vocab, (2 * sequences, length), generator=generator)
     counted = torch.ones(sequences, length, dtype=torch.bool)
     half = sequences // 2
-    batches = [TextBatch(tokens[i : i + half], counted[:half], i) for i in (0, half)]
+    batches = [TextBatch(tokens[i : i + half], counted[:half], counted[:half], i) for i in (0, half)]
     return EvalText(batches, sequences, [tokens[sequences:]], prompts)
 
 
