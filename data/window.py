@@ -34,11 +34,15 @@ class Moments:
         self.square = {site: np.zeros(shape[0]) for site in layout.sites}
 
     def add(self, sites: dict[str, torch.Tensor]) -> None:
-        """Rows [B, L, D] of each site, summed where they lie."""
+        """Rows [B, L, D] of each site, summed where they lie, a layer at a time to spare memory."""
         for site, x in sites.items():
-            wide = x.detach().float()
-            self.total[site] += wide.sum(0).double().cpu().numpy()
-            self.square[site] += torch.linalg.vector_norm(wide, dim=-1).double().square().sum(0).cpu().numpy()
+            totals, squares = [], []
+            for layer in range(x.shape[1]):
+                wide = x[:, layer].detach().float()
+                totals.append(wide.sum(0))
+                squares.append(torch.linalg.vector_norm(wide, dim=-1).double().square().sum())
+            self.total[site] += torch.stack(totals).double().cpu().numpy()
+            self.square[site] += torch.stack(squares).cpu().numpy()
 
     def merge(self, other: "Moments") -> None:
         for site in self.total:

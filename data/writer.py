@@ -12,7 +12,7 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from os import PathLike
@@ -98,11 +98,12 @@ class StoreWriter:
                 ": choose another path, or remove that store"
             )
 
-    def agree(self, name: str, value: Any) -> Any:
-        """The value that the first process to come here gave, now and after any restart."""
+    def agree(self, name: str, find: Callable[[], Any]) -> Any:
+        """What the first process to come here found, now and after any restart."""
         name = f"{PROGRESS}/{name}.json"
         held = read_json(self.files, name)
         if held is None:
+            value = find()
             with room(self.files):
                 if isinstance(self.files, LocalFiles):
                     _create_first(self.files, name, value)
