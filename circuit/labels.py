@@ -5,13 +5,10 @@ replaced by one of a weaker: a person's word stands over ground truth, ground tr
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from ..data.errors import UserError
 
@@ -103,59 +100,6 @@ def _label(entry: dict[str, Any]) -> Label:
     if entry["source"] not in SOURCES:
         raise ValueError(f"unknown source {entry['source']!r}")
     return Label(str(entry["text"]), entry["source"], None if f1 is None else float(f1))
-
-
-# --- ground truth -------------------------------------------------------------------------------------------
-
-
-class ConceptScores(NamedTuple):
-    """How well each feature of a layer detects each concept."""
-
-    f1: Tensor
-    """[F, C]"""
-    precision: Tensor
-    """[F, C]"""
-    recall: Tensor
-    """[F, C]"""
-
-
-class ConceptCounter:
-    """Counts, batch by batch, how often each feature fires where each concept holds."""
-
-    def __init__(self, features: int, concepts: int, device: torch.device | str = "cpu"):
-        self.hits = torch.zeros(features, concepts, dtype=torch.float64, device=device)
-        self.fires = torch.zeros(features, dtype=torch.float64, device=device)
-        self.holds = torch.zeros(concepts, dtype=torch.float64, device=device)
-
-    def update(self, acts_BF: Tensor, holds_BC: Tensor) -> None:
-        """Rows are tokens; a feature fires where its activation is above 0."""
-        # float32 products of 0 and 1 are exact up to 2^24 tokens a batch; the sums are kept in float64
-        fires, holds = (acts_BF > 0).float(), holds_BC.float()
-        self.hits += (fires.T @ holds).double()
-        self.fires += fires.sum(0).double()
-        self.holds += holds.sum(0).double()
-
-    def scores(self) -> ConceptScores:
-        fires, holds = self.fires[:, None], self.holds[None]
-        return ConceptScores(
-            f1=2 * self.hits / (fires + holds).clamp_min(1),
-            precision=self.hits / fires.clamp_min(1),
-            recall=self.hits / holds.clamp_min(1),
-        )
-
-
-def label_by_concepts(
-    scores: Sequence[ConceptScores], layers: Sequence[int], concepts: Sequence[str], least_f1: float = 0.5
-) -> Labels:
-    """Name each feature after the concept it detects best, where it does so with at least `least_f1`."""
-    labels = Labels()
-    for layer, layer_scores in zip(layers, scores, strict=True):
-        best, which = layer_scores.f1.max(dim=1)
-        for feature in torch.nonzero(best >= least_f1).flatten().tolist():
-            f1 = float(best[feature])
-            text = f"{concepts[int(which[feature])]} (F1 {f1:.2f})"
-            labels.set(layer, feature, Label(text, "truth", round(f1, 4)))
-    return labels
 
 
 # --- a guess from the dashboard --------------------------------------------------------------------------------

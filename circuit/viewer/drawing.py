@@ -271,7 +271,7 @@ def _style(theme: str) -> str:
 
 def text_width(text: str, size: float, bold: bool = False) -> float:
     """About how wide a sans-serif text is: no font is at hand to ask."""
-    narrow, wide = set("iIjl.,:;'|!()[]tfr /"), set("mwMW@%—")
+    narrow, wide = set("iIjl.,:;'|!()[]tfr /"), set("mwMW@%—<>=+")
     units = sum(
         0.34 if c in narrow else 0.88 if c in wide else 0.69 if c.isupper() else 1.0 if ord(c) > 0x2E80 else 0.56
         for c in text

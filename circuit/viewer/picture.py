@@ -61,10 +61,10 @@ def render_graph_svg(
     ]
     everything = [group for group in [*inputs, *kept, *outcomes] if group.ids]
     scores, shares = group_scores(graph, everything)
-    bold = _bold(everything, shares, path)
+    bold = _bold(everything, torch.where(scores > 0, shares, 0.0), path)
     lines = _lines(everything, scores, bold)
 
-    layers = sorted({_home(graph, group) for group in kept})
+    layers = sorted({_home(graph, group.ids, "layer") for group in kept})
     row_of = {layer: row for row, layer in enumerate(layers)}
     boxes = [_feature_box(graph, group, row_of) for group in kept]
     for group, logit in zip(outcomes, graph.logits, strict=False):
@@ -84,8 +84,7 @@ def feature_groups(graph: Graph, labels: Labels | None = None) -> list[Group]:
         ids = [id for id in members if id in features and id not in taken]
         taken |= set(ids)
         if ids:
-            positions = [graph.nodes[id].position for id in ids]
-            groups.append(Group(f"group:{number}", name, ids, max(set(positions), key=positions.count)))
+            groups.append(Group(f"group:{number}", name, ids, _home(graph, ids, "position")))
     by_label: dict[tuple[str, int], list[int]] = {}
     for id in sorted(features - taken):
         node = graph.nodes[id]
@@ -156,7 +155,7 @@ def _bold(groups: Sequence[Group], shares: Tensor, path: Sequence[int] | None) -
 
 
 def strongest_path(shares: Tensor, start: int, inner: set[int], ends: set[int]) -> list[int]:
-    """From `start` backwards through at least one of `inner` to one of `ends`, with the largest product of shares."""
+    """From `start` back through at least one of `inner` to one of `ends`, with the largest product of shares."""
     queue: list[tuple[float, tuple[int, ...]]] = [(0.0, (start,))]
     done: set[tuple[int, bool]] = set()
     while queue:
@@ -174,20 +173,19 @@ def strongest_path(shares: Tensor, start: int, inner: set[int], ends: set[int]) 
     return []
 
 
-def _home(graph: Graph, group: Group) -> int:
-    """The layer that a group is drawn in: where most of its influence is."""
-    influence, by_layer = graph.influence(), {}
-    for id in group.ids:
-        layer = int(graph.nodes.layer[id])
-        by_layer[layer] = by_layer.get(layer, 0.0) + float(influence[id])
-    return max(by_layer, key=by_layer.__getitem__)
+def _home(graph: Graph, ids: Sequence[int], column: str) -> int:
+    """The layer or position where most of a group's influence is."""
+    influence, found = graph.influence(), {}
+    for id, place in zip(ids, getattr(graph.nodes, column)[list(ids)].tolist(), strict=True):
+        found[place] = found.get(place, 0.0) + float(influence[id])
+    return max(found, key=found.__getitem__)
 
 
 def _feature_box(graph: Graph, group: Group, row_of: dict[int, int]) -> Box:
     layers = sorted({int(graph.nodes.layer[id]) for id in group.ids})
     where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}–{layers[-1]}"
     count = f"{len(group.ids)} features" if len(group.ids) > 1 else f"feature {int(graph.nodes.index[group.ids[0]])}"
-    row = row_of[_home(graph, group)]
+    row = row_of[_home(graph, group.ids, "layer")]
     return Box(group.key, _short(group.title), f"{where} · {count}", "feature", row, group.position, len(group.ids))
 
 

@@ -15,13 +15,12 @@ export function drawGraph(data, linksOf, state, choose) {
   const shown = visible(data, linksOf, state);
   const place = positions(data, shown);
   const lit = neighbours(data, linksOf, state, shown);
-  const { width, height, rows, columns } = place;
+  const { width, height, rows } = place;
   const picture = svg("svg", { class: "graph", width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": "attribution graph" });
   rows.forEach(([name, y]) => picture.append(
     svg("line", { class: "guide", x1: RULER - 8, x2: width - 8, y1: y, y2: y }),
     svg("text", { class: "rule", x: 10, y: y + 4 }, name)));
   picture.append(svg("g", {}, links(data, linksOf, state, place, lit)));
-  columns.forEach((column, position) => picture.append(chip(data, position, column, height)));
   data.nodes.forEach((node, i) => {
     if (place.at[i]) picture.append(mark(data, node, i, place.at[i], state, lit, choose));
   });
@@ -86,7 +85,7 @@ function positions(data, shown) {
   data.nodes.forEach((node, i) => {
     if (node.kind === "embedding") at[i] = { x: columns[node.position].middle, y: height - PAD - CHIP / 2 };
   });
-  return { at, rows, columns, width: x + PAD, height };
+  return { at, rows, width: x + PAD, height };
 }
 
 // What is looked at: the chosen node and its neighbours, a group, or what a search finds.
@@ -135,13 +134,13 @@ function curve(data, link, place, kind, width, opacity) {
   });
 }
 
-function chip(data, position, column, height) {
-  const y = height - PAD - CHIP;
-  const text = token(data.tokens[position]);
-  const width = Math.max(24, 7.4 * text.length + 10);
-  return svg("g", { class: "token" },
-    svg("rect", { x: column.middle - width / 2, y, width, height: CHIP, rx: 7 }),
-    svg("text", { x: column.middle, y: y + 17 }, text));
+function chip(text) {
+  const bare = token(text);
+  const width = Math.max(24, 7.4 * bare.length + 10);
+  return [
+    svg("rect", { class: "shape", x: -width / 2, y: -CHIP / 2, width, height: CHIP, rx: 7 }),
+    svg("text", { y: 4 }, bare),
+  ];
 }
 
 function mark(data, node, i, { x, y }, state, lit, choose) {
@@ -166,7 +165,7 @@ function shape(data, node) {
     const text = token(node.label).slice(0, 11);
     return [svg("rect", { class: "shape", x: -42, y: -12, width: 84, height: 24, rx: 7, "fill-opacity": 0.3 }), svg("text", { y: 4 }, text)];
   }
-  if (node.kind === "embedding") return [svg("rect", { class: "shape", x: -16, y: -CHIP / 2, width: 32, height: CHIP, rx: 7, "fill-opacity": 0.18 })];
+  if (node.kind === "embedding") return chip(data.tokens[node.position]);
   if (node.kind === "feature") return [svg("circle", { class: "shape", r: (4 + 3.5 * Math.sqrt(1 - Math.min(1, node.share))).toFixed(1) })];
   return [svg("path", { class: "shape", d: "M0 -5.5L5.5 0L0 5.5L-5.5 0Z" })];
 }
