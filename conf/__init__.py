@@ -18,8 +18,6 @@ class Section(NamedTuple):
     """What the group is about."""
     shorthand: str | None = None
     """The setting that `section=VALUE` sets when VALUE is not the name of a preset."""
-    more: str = ""
-    """A class in launch/settings.py with further settings of the group that only the command line has."""
 
 
 SECTIONS = {
@@ -43,6 +41,9 @@ SECTIONS = {
 }
 SOURCES = ("model", "dataset", "world", "stdlib")
 """The sections that say which model and which text."""
+
+ALIASES = {"tokens": "store.tokens"}
+"""Short names of settings, wherever the verb takes the setting."""
 
 
 class Verb(NamedTuple):

@@ -26,7 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..conf import SECTIONS, VERBS
+from ..conf import ALIASES, SECTIONS, VERBS
 from ..data.errors import SettingsError
 from .describe import closest, known_settings, presets, verb_settings
 
@@ -48,11 +48,7 @@ class Config:
 
     def section(self, name: str) -> Any:
         """The settings object of one section."""
-        values = dict(self.values[name])
-        if SECTIONS[name].more:
-            for extra in dataclasses.fields(_load("launch/settings.py", SECTIONS[name].more)):
-                values.pop(extra.name)
-        return build(settings_class(name), values, f"{name}.")
+        return build(settings_class(name), dict(self.values[name]), f"{name}.")
 
     def top(self) -> Any:
         """The verb's own settings object."""
@@ -119,18 +115,17 @@ def settings_class(section: str) -> type:
     return _load(SECTIONS[section].module, SECTIONS[section].settings)
 
 
-def _schema(*classes: type) -> type:
-    """An open twin of frozen settings classes, for OmegaConf: what it cannot type is checked later by `build`."""
+def _schema(cls: type) -> type:
+    """An open twin of a frozen settings class, for OmegaConf: what it cannot type is checked later by `build`."""
     fields = []
-    for cls in classes:
-        hints = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            hint = hints[field.name] if _typed(hints[field.name]) else Any
-            if field.default_factory is not dataclasses.MISSING:
-                fields.append((field.name, hint, dataclasses.field(default_factory=field.default_factory)))
-            else:
-                fields.append((field.name, hint, dataclasses.field(default=field.default)))
-    return dataclasses.make_dataclass(classes[0].__name__, fields)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name] if _typed(hints[field.name]) else Any
+        if field.default_factory is not dataclasses.MISSING:
+            fields.append((field.name, hint, dataclasses.field(default_factory=field.default_factory)))
+        else:
+            fields.append((field.name, hint, dataclasses.field(default=field.default)))
+    return dataclasses.make_dataclass(cls.__name__, fields)
 
 
 def _typed(hint: Any) -> bool:
@@ -154,9 +149,8 @@ def _root_schema(verb: str) -> type:
 def register_sections() -> None:
     """Register each section's schema as `schema` in its group (or under its name where it has no presets)."""
     store = ConfigStore.instance()
-    for name, home in SECTIONS.items():
-        more = [_load("launch/settings.py", home.more)] if home.more else []
-        store.store(group=name, name="schema", node=_schema(settings_class(name), *more))
+    for name in SECTIONS:
+        store.store(group=name, name="schema", node=_schema(settings_class(name)))
 
 
 def compose_config(verb: str, words: Sequence[str]) -> Config:
@@ -199,6 +193,7 @@ def tidy(verb: str, words: Sequence[str]) -> list[str]:
     for word in words:
         key, equals, value = word.partition("=")
         key = key.lstrip("+")
+        key = ALIASES[key] if ALIASES.get(key) in known else key
         if not equals:
             raise SettingsError(f"`{word}` is not a setting; settings are written name=value, such as run=runs/clt")
         if key in SECTIONS and key in GROUPS + tuple(SECTIONS) and value not in presets(key):

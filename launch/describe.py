@@ -87,9 +87,7 @@ def verb_settings(verb: str) -> tuple[Setting, ...]:
 
 def section_settings(section: str) -> tuple[Setting, ...]:
     """The settings of one section, named by their path."""
-    home = SECTIONS[section]
-    own = settings_of(home.module, home.settings, f"{section}.")
-    return own + settings_of("launch/settings.py", home.more, f"{section}.") if home.more else own
+    return settings_of(SECTIONS[section].module, SECTIONS[section].settings, f"{section}.")
 
 
 @cache

@@ -1,6 +1,8 @@
 """`crosslace eval`: measure a transcoder on held-out text, and write the figures and a page about them."""
 
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +14,15 @@ from .sources import open_corpus, open_replacement, world_of
 from .terminal import Closing, table
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from ..circuit.behaviour import TextBatch
     from ..circuit.evaluation import EvalSettings, EvalText
     from ..circuit.prompts import PromptSet
     from ..circuit.replacement import ReplacementModel
     from ..data.corpus import Corpus, TokenSequence
+    from ..train.collectives import Collectives
+
+SHOWN = ("nmse", "l0", "dead", "top1", "kl", "ce_recovered")
+"""The figures that stand for a run."""
 
 
 def run(job: Job) -> Closing:
@@ -27,29 +32,49 @@ def run(job: Job) -> Closing:
     model = open_replacement(job, folder)
     corpus = open_corpus(job, model.lm)
     result = evaluated(model, corpus, job.section("eval"), job.progress)
-    result["settings"] = {name: job.config.values[name] for name in ("eval", "dataset", "model")}
+    result["made_with"]["settings"] = {name: job.config.values[name] for name in ("eval", "dataset", "model")}
     write(folder, result)
+    wrote = [("eval.json", "every figure"), ("report.html", "a page about the run"), ("plots", "its pictures as PNG")]
     return Closing(
         "evaluated",
         tables=[overall_table({folder.name: result}), layers_table(result)],
-        notes=result.get("verdicts", []),
-        wrote=[(str(folder / "eval.json"), "every figure"), (str(folder / "report.html"), "a page about the run")],
+        notes=result["verdicts"],
+        wrote=[(str(folder / name), what) for name, what in wrote],
         next=[f"crosslace features run={folder}", f'crosslace trace run={folder} prompt="..."'],
     )
 
 
-def evaluated(model: "ReplacementModel", corpus: "Corpus", settings: "EvalSettings", progress: Any) -> dict[str, Any]:
-    """The figures of `eval.json`, with what they were measured on."""
-    from ..circuit.evaluation import evaluate
+def evaluated(
+    model: "ReplacementModel",
+    corpus: "Corpus",
+    settings: "EvalSettings",
+    progress: Any,
+    comm: "Collectives | None" = None,
+) -> dict[str, Any]:
+    """The figures of `eval.json`, with all that two results must share to be compared."""
+    import torch
 
-    text = evaluation_text(model, corpus, settings)
-    result = evaluate(model, text, settings, progress=progress)
+    from ..circuit.evaluation import evaluate
+    from ..train.collectives import SINGLE
+
+    comm = comm or SINGLE
+    began = time.monotonic()
+    text = evaluation_text(model, corpus, settings, comm)
+    result = evaluate(model, text, settings, comm, progress)
+    transcoder = model.transcoder
     result["made_with"] = {
         "crosslace": __version__,
+        "torch": torch.__version__,
+        "kind": f"{transcoder.kind} {transcoder.meta.get('activation', transcoder.settings.activation)}",
+        "transcoder": asdict(transcoder.settings),
         "model": model.lm.fingerprint,
+        "model_name": model.lm.name,
         "dataset": corpus.fingerprint,
+        "store": transcoder.meta.get("store"),
+        "tokens": f"{settings.tokens} tokens asked for, {text.sequences} sequences",
         "prompts": text.prompts.label if text.prompts else None,
         "seed": settings.seed,
+        "seconds": round(time.monotonic() - began, 1),
     }
     return result
 
@@ -62,21 +87,22 @@ def write(folder: Path, result: dict[str, Any]) -> None:
     write_report([folder], folder / "report.html")
 
 
-def evaluation_text(model: "ReplacementModel", corpus: "Corpus", settings: "EvalSettings") -> "EvalText":
-    """Held-out text in batches of equal length, training text for the controls, and the prompts for graphs."""
-    import torch
-
-    from ..circuit.behaviour import TextBatch
+def evaluation_text(
+    model: "ReplacementModel", corpus: "Corpus", settings: "EvalSettings", comm: "Collectives"
+) -> "EvalText":
+    """This process's share of the held-out text, training text for the controls, and the prompts for graphs."""
     from ..circuit.evaluation import EvalText
 
+    pad = model.lm.tokenizer.pad_token_id or 0
     batches, sequences = [], 0
-    for tokens_BT in equal_length(corpus.sequences("held_out", settings.tokens), settings.batch):
-        counted_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-        batches.append(TextBatch(tokens_BT, counted_BT, sequences))
-        sequences += len(tokens_BT)
-    if not batches:
+    for number, group in enumerate(grouped(corpus.sequences("held_out", settings.tokens), settings.batch)):
+        if number % comm.data_ranks == comm.data_rank:
+            batches.append(side_by_side(group, pad, sequences))
+        sequences += len(group)
+    if sequences == 0:
         raise UserError("the held-out text is empty; give a dataset with more documents, or a larger dataset.held_out")
-    calibration = list(equal_length(corpus.sequences("train", settings.calibration_tokens), settings.batch))
+    training = grouped(corpus.sequences("train", settings.calibration_tokens), settings.batch)
+    calibration = [side_by_side(group, pad) for group in training]
     return EvalText(batches, sequences, calibration, prompts_for(model, settings))
 
 
@@ -88,46 +114,61 @@ def prompts_for(model: "ReplacementModel", settings: "EvalSettings") -> "PromptS
         return None
     world = world_of(model.lm) if settings.prompt_set == "auto" else None
     if world is not None:
-        questions = [q for family in world.families for q in world.questions(family)]
+        questions = [question for family in world.families for question in world.questions(family)]
         step = max(1, len(questions) // settings.prompts)
-        return prompt_set("world", [q.prompt for q in questions[::step]][: settings.prompts])
-    name = "english" if settings.prompt_set == "auto" else settings.prompt_set
-    found = prompt_set(name)
+        return prompt_set("world", [question.prompt for question in questions[::step]][: settings.prompts])
+    bundled = "stdlib" if Path(model.lm.name).name.startswith("stdlib") else "english"
+    found = prompt_set(bundled if settings.prompt_set == "auto" else settings.prompt_set)
     return found._replace(prompts=found.prompts[: settings.prompts])
 
 
-def equal_length(sequences: "Iterable[TokenSequence]", batch: int) -> "Iterator[Tensor]":
-    """Batches [B, T] of about `batch` tokens: sequences of one length together, so that nothing is padded."""
+def grouped(sequences: "Iterable[TokenSequence]", batch: int) -> "Iterator[list[TokenSequence]]":
+    """Sequences in groups that take `batch` tokens together, padding included."""
+    group: list[TokenSequence] = []
+    longest = 0
+    for sequence in sequences:
+        longest = max(longest, len(sequence.tokens))
+        if group and longest * (len(group) + 1) > batch:
+            yield group
+            group, longest = [], len(sequence.tokens)
+        group.append(sequence)
+    if group:
+        yield group
+
+
+def side_by_side(group: "list[TokenSequence]", pad: int, first: int = 0) -> "TextBatch":
+    """One batch, padded at the right; a prediction counts where its target is of the same document."""
     import torch
 
-    waiting: dict[int, list[Tensor]] = {}
-    for sequence in sequences:
-        length = len(sequence.tokens)
-        group = waiting.setdefault(length, [])
-        group.append(sequence.tokens)
-        if (len(group) + 1) * length > batch:
-            yield torch.stack(waiting.pop(length))
-    for _, group in sorted(waiting.items()):
-        yield torch.stack(group)
+    from ..circuit.behaviour import TextBatch
 
-
-SHOWN = ("nmse", "l0", "dead", "top1", "kl", "ce_recovered")
+    length = max(len(sequence.tokens) for sequence in group)
+    tokens_BT = torch.full((len(group), length), pad)
+    document_BT = torch.full((len(group), length), -1)
+    for row, sequence in enumerate(group):
+        tokens_BT[row, : len(sequence.tokens)] = sequence.tokens
+        document_BT[row, : len(sequence.document)] = sequence.document
+    real_BT = document_BT >= 0
+    counted_BT = real_BT.clone()
+    counted_BT[:, :-1] &= document_BT[:, :-1] == document_BT[:, 1:]
+    return TextBatch(tokens_BT, real_BT, counted_BT, first)
 
 
 def headline(result: dict[str, Any]) -> dict[str, float | None]:
-    """The six figures of the demo's summary, of all layers and with all layers replaced."""
-    overall, behaviour = result["overall"], result["behaviour"]
-    return {name: (overall if name in overall else behaviour).get(name) for name in SHOWN}
+    """The figures that stand for a run: all layers' means, and the behaviour with all layers replaced."""
+    return {name: result["overall"].get(name, result["behaviour"].get(name)) for name in SHOWN}
 
 
 def overall_table(results: dict[str, dict[str, Any]]):
     """One row a run."""
-    rows = [(name, *headline(result).values()) for name, result in results.items()]
-    return table("all layers", ("run", *SHOWN), rows)
+    return table(
+        "all layers", ("run", *SHOWN), [(name, *headline(result).values()) for name, result in results.items()]
+    )
 
 
 def layers_table(result: dict[str, Any]):
     """One row a layer."""
     names = ("nmse", "fvu", "cosine", "l0", "dead", "dense")
-    rows = [(layer.get("layer", i), *(layer.get(name) for name in names)) for i, layer in enumerate(result["layers"])]
+    places = [layer["layer"] for layer in result["health"]["layers"]]
+    rows = [(place, *(layer[name] for name in names)) for place, layer in zip(places, result["layers"])]
     return table("each layer", ("layer", *names), rows)

@@ -33,7 +33,8 @@ def write_out(job: Job) -> Closing:
     else:
         from ..circuit.formats.circuit_tracer import export_circuit_tracer
 
-        export_circuit_tracer(transcoder, out, **_hooks(transcoder.meta))
+        post_norm, parallel = _shape(transcoder.meta)
+        export_circuit_tracer(transcoder, out, post_norm=post_norm, parallel=parallel)
     return Closing(
         "exported",
         wrote=[(str(out), f"the transcoder as a {top.to} folder")],
@@ -41,7 +42,7 @@ def write_out(job: Job) -> Closing:
     )
 
 
-def _hooks(meta: dict[str, Any]) -> dict[str, bool]:
+def _shape(meta: dict[str, Any]) -> tuple[bool, bool]:
     """What the format must know of the model: is its MLP's output normed, does its MLP stand beside the attention?"""
     model = dict(meta.get("model") or {})
     if not model.get("name"):
@@ -55,7 +56,7 @@ def _hooks(meta: dict[str, Any]) -> dict[str, bool]:
     except (OSError, ValueError) as error:
         raise UserError(f"the description of {model['name']} is needed to export, and cannot be read") from error
     family = find_family(config.model_type)
-    return {"post_norm": family.post_mlp_norm is not None, "parallel": bool(family.parallel(config))}
+    return family.post_mlp_norm is not None, bool(family.parallel(config))
 
 
 def _write_graphs(source: Path, out: Path) -> Closing:

@@ -4,7 +4,7 @@ import shutil
 import sys
 import textwrap
 
-from ..conf import SECTIONS, VERBS
+from ..conf import ALIASES, SECTIONS, VERBS
 from .describe import Setting, presets, section_settings, verb_settings
 
 
@@ -29,7 +29,8 @@ def verb_help(name: str) -> None:
         choice = f"; {section}=PRESET takes {', '.join(names)}" if names else ""
         short = SECTIONS[section].shorthand
         other = f"{' or' if names else ';'} {section}=... is short for {section}.{short}" if short else ""
-        _block(f"{section}: {summary}{choice}{other}", section_settings(section))
+        aliases = "".join(f"; {k}=... is short for {v}" for k, v in ALIASES.items() if v.startswith(f"{section}."))
+        _block(f"{section}: {summary}{choice}{other}{aliases}", section_settings(section))
     print(f"\nexperiment=PRESET sets several groups at once: {', '.join(presets('experiment'))}")
     print("debug=true shows the traceback of an error.")
 

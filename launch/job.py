@@ -35,12 +35,12 @@ class Job:
         return int(os.environ.get("RANK", "0")) == 0
 
     @property
-    def store_path(self) -> Path:
-        """The store named on the command line or by the run."""
+    def store_path(self) -> str:
+        """The store named on the command line or by the run: a folder, or an fsspec URL."""
         path = self.config.values["store"]["path"]
         if not path:
             raise UserError("store is missing; it takes a folder of cached activations, such as store=stores/world")
-        return Path(path)
+        return path
 
 
 def start(verb: str, words: Sequence[str]) -> Job:
@@ -53,6 +53,9 @@ def start(verb: str, words: Sequence[str]) -> Job:
             words = [*words, f"runs=[{listed}]"]
     config = compose_config(verb, words)
     if verb in ("eval", "features", "trace", "steer") and config.values["run"]:
-        config.base_on(runs.saved_settings(Path(config.values["run"])))
+        folder = Path(config.values["run"])
+        if not folder.is_dir():
+            raise UserError(f"there is no run at {folder}; `crosslace train ... run={folder}` would make one")
+        config.base_on(runs.saved_settings(folder))
     config.check()
     return Job(verb, config)

@@ -10,14 +10,13 @@ import yaml
 
 from ..data.errors import UserError
 
-IGNORED = ("debug", "run", "wandb", "parallel")
-"""Settings in which a resumed run may differ from the first call."""
+FREE_SECTIONS = ("wandb", "parallel")
+FREE_SETTINGS = ("log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "prefetch", "device")
+"""Settings in which a resumed run may differ from the first call: none of them changes a weight."""
 
 
 def saved_settings(run: Path) -> dict[str, Any]:
     """The settings a run was made with; empty for a bare transcoder folder."""
-    if not run.exists():
-        raise UserError(f"there is no run at {run}; `crosslace train ... run={run}` would make one")
     path = run / "config.yaml"
     if not path.is_file():
         return {}
@@ -62,7 +61,7 @@ def differences(saved: dict[str, Any], settings: dict[str, Any], prefix: str = "
     """The settings in which two configurations differ, as sentences' parts."""
     found = []
     for key in settings:
-        if prefix + key in IGNORED:
+        if prefix + key in FREE_SECTIONS or key in FREE_SETTINGS:
             continue
         old, new = saved.get(key), settings[key]
         if isinstance(new, dict) and isinstance(old, dict):

@@ -22,14 +22,6 @@ class Common:
 
 
 @dataclass(frozen=True)
-class StorePlace:
-    """Where the cached activations lie."""
-
-    path: str | None = None
-    """The store's folder; `store=FOLDER` is short for it."""
-
-
-@dataclass(frozen=True)
 class DemoVerbSettings(Common):
     """The demonstration."""
 
@@ -41,18 +33,12 @@ class DemoVerbSettings(Common):
 class DemoSettings:
     """How much the demonstration does."""
 
-    tokens: int = 1_000_000
-    """Tokens of the world's text whose activations are cached for training."""
-    held_out_tokens: int = 50_000
-    """Tokens on which the transcoders are measured."""
     cities: int = 40
     """Held-out cities whose circuit is traced, to see whether its path names the right state."""
     pairs: int = 200
     """Held-out pairs of cities whose state features are swapped."""
 
     def __post_init__(self) -> None:
-        check_range("demo.tokens", self.tokens, low=1000)
-        check_range("demo.held_out_tokens", self.held_out_tokens, low=100)
         check_range("demo.cities", self.cities, low=1)
         check_range("demo.pairs", self.pairs, low=1)
 
@@ -60,12 +46,6 @@ class DemoSettings:
 @dataclass(frozen=True)
 class CacheSettings(Common):
     """Caching activations."""
-
-    tokens: int = 1_000_000
-    """How many tokens to keep; 100M and 1.5B may be written so."""
-
-    def __post_init__(self) -> None:
-        check_range("tokens", self.tokens, low=1)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from .terminal import Closing, table
 if TYPE_CHECKING:
     from ..circuit.interventions import Intervention
 
+
 def run(job: Job) -> Closing:
     """Show the next tokens, and the text, with and without the interventions."""
     top = job.top

@@ -66,7 +66,7 @@ class WandbSink:
         """Send one line of metrics."""
         import wandb
 
-        drawn = {name: wandb.Histogram(tensor.float().numpy()) for name, tensor in histograms.items()}
+        drawn = {name: wandb.Histogram(tensor.tolist()) for name, tensor in histograms.items()}
         self.run.log({**values, **drawn}, step=step)
 
     def state(self) -> dict[str, Any]:

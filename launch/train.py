@@ -1,0 +1,87 @@
+"""`crosslace train`: a transcoder from a store."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.errors import UserError
+from . import runs, tracking
+from .job import Job
+from .terminal import Closing, table
+
+if TYPE_CHECKING:
+    from ..train.trainer import TrainResult
+
+SAVED = ("model", "dataset", "world", "stdlib", "store", "transcoder", "trainer", "parallel", "wandb")
+
+
+def run(job: Job) -> Closing:
+    """Train a new run, or go on with one that was cut off."""
+    folder = Path(job.top.run)
+    result = fit(job, folder)
+    if result is None:
+        return Closing(f"{folder} is trained already", next=next_commands(folder))
+    if result.status != "finished":
+        raise KeyboardInterrupt
+    overall = result.evaluation["overall"]
+    return Closing(
+        "trained",
+        tables=[table("held-out", ("", "value"), [(name, value) for name, value in overall.items()])],
+        wrote=[
+            (str(folder / "transcoder"), "the transcoder, on the model's own activations"),
+            (str(folder / "metrics.jsonl"), "one line a logged step"),
+        ],
+        next=next_commands(folder),
+    )
+
+
+def next_commands(folder: Path) -> list[str]:
+    """What one does with a trained run."""
+    return [
+        f"crosslace eval run={folder}",
+        f"crosslace features run={folder}",
+        f'crosslace trace run={folder} prompt="..."',
+    ]
+
+
+def fit(job: Job, folder: Path) -> "TrainResult | None":
+    """Train in `folder` with the job's settings; None where that was done before."""
+    from ..data.store import ActivationStore
+    from ..train.trainer import train
+
+    path = job.store_path
+    settings = run_settings(job)
+    store = ActivationStore.open(path)
+    held_out = ActivationStore.open(path, split="held_out")
+    if job.is_main:
+        runs.claim(folder, settings)
+    if (folder / "transcoder" / "transcoder.json").is_file():
+        return None
+    return train(
+        job.section("trainer"),
+        job.section("transcoder"),
+        store,
+        held_out,
+        folder,
+        sinks=tracking.sinks(job.section("wandb"), folder, settings) if job.is_main else [],
+        progress=job.progress,
+        meta=masked(store),
+    )
+
+
+def run_settings(job: Job) -> dict[str, Any]:
+    """The settings that a run keeps: model and text are those of its store."""
+    values = job.config.values
+    saved = runs.saved_settings(Path(job.store_path))
+    for name, model in (("model", "language model"), ("dataset", "text")):
+        old, new = saved.get(name, {}).get("name"), values[name]["name"]
+        if name in job.config.given and old is not None and old != new:
+            raise UserError(
+                f"{job.store_path} holds activations of the {model} {old}, not of {new}; cache another store"
+            )
+    job.config.base_on({name: part for name, part in saved.items() if name not in job.config.given})
+    return {"seed": values["seed"], **{name: values[name] for name in SAVED if name in values}}
+
+
+def masked(store: Any) -> dict[str, Any]:
+    """What the transcoder must know of the positions that its store leaves out."""
+    return {"masked": store.attributes["masked"]} if "masked" in store.attributes else {}
