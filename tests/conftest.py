@@ -25,8 +25,9 @@ TINY_FAMILIES = _tiny_models().TINY_FAMILIES
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that asks for `family` runs once for every tiny model there is."""
-    if "family" in metafunc.fixturenames:
+    """A test that asks for `family` runs once for every tiny model there is, unless it names its own."""
+    named = any("family" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "family" in metafunc.fixturenames and not named:
         metafunc.parametrize("family", TINY_FAMILIES)
 
 
