@@ -101,6 +101,10 @@ class Source(Protocol):
         """Read everything once and refuse what is damaged."""
         ...
 
+    def close(self) -> None:
+        """Stop what goes on behind the rows."""
+        ...
+
 
 class MemorySource:
     """Rows that are tensors [N, L, D] already: tests and small experiments."""
@@ -135,6 +139,9 @@ class MemorySource:
 
     def verify(self, progress: Any) -> None:
         """Memory is not checked."""
+
+    def close(self) -> None:
+        """Nothing goes on behind them."""
 
 
 class Straight:

@@ -129,10 +129,14 @@ class LocalFiles:
         start = self.folder / folder
         return {str(p.relative_to(self.folder)): p.stat().st_size for p in start.rglob("*") if p.is_file()}
 
-    def remove(self, name: str) -> None:
+    def forget(self, name: str) -> None:
+        """Let go of a file that was read, so that its room is free once it is removed."""
         with self._lock:
             for held in [held for held in self._descriptors if held == name or held.startswith(f"{name}/")]:
                 os.close(self._descriptors.pop(held))
+
+    def remove(self, name: str) -> None:
+        self.forget(name)
         target = self.folder / name
         if target.is_dir():
             shutil.rmtree(target)

@@ -8,7 +8,6 @@
 """
 
 import hashlib
-import math
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -28,7 +27,7 @@ from .model import SITES, LanguageModel
 from .plan import PlannedWindow, Sampling, batches, plan_windows
 from .reader import HELD_OUT
 from .sinks import SinkRule
-from .units import parse_bytes, parse_count
+from .units import format_bytes, parse_bytes, parse_count
 from .window import Window
 from .writer import SHUFFLE_ROWS, StoreWriter, default_memory, int8_attributes
 
@@ -341,24 +340,24 @@ def harvest(
         writer.channel_scale = harvester.channel_scale
         windows = {}
         for split in (HELD_OUT, "train"):
-            windows_of_split = _cache_split(harvester, writer, split, progress)
-            if windows_of_split:
-                windows[split] = windows_of_split
+            count = cache_split(harvester, writer, split, split, progress)
+            if count:
+                windows[split] = count
         if "train" not in windows:
             raise UserError("the dataset has no text to train on: check dataset.name, dataset.split and dataset.column")
         return writer.finish(windows, harvester.attributes())
 
 
-def _cache_split(harvester: Harvester, writer: StoreWriter, split: str, progress: Progress) -> int:
-    """Write this process's windows of a split; the number of all its windows."""
+def cache_split(harvester: Harvester, writer: StoreWriter, split: str, into: str, progress: Progress) -> int:
+    """Write this process's windows of a corpus' split into one of the store; the number of all its windows."""
     count = 0
     for planned in harvester.windows(split, writer.shuffle_rows):
         count += 1
-        if writer.mine(planned.index) and not writer.done(split, planned.index):
-            window = writer.window(split, planned.index, planned.rows)
+        if writer.mine(planned.index) and not writer.done(into, planned.index):
+            window = writer.window(into, planned.index, planned.rows)
             label = "caching activations" if split == "train" else "caching held-out activations"
             harvester.fill(planned, window, progress, label)
-            writer.write(split, planned.index, window)
+            writer.write(into, planned.index, window)
     return count
 
 
@@ -370,14 +369,14 @@ def _refuse_if_too_large(lm: LanguageModel, settings: HarvestSettings, processes
     spill = 2 * window if 2 * window > settings.memory_bytes(processes) else 0
     files = open_files(settings.path)
     there = sum(files.sizes("").values())
-    note = f"the store will weigh {size / 1e9:.2f} GB"
+    note = f"the store will weigh {format_bytes(size)}"
     if free is not None:
-        note += f", {free / 1e9:.1f} GB are free"
+        note += f", {format_bytes(free)} are free"
         if size + spill > free + there:
             raise UserError(
-                f"the store would weigh {math.ceil((size + spill) / 1e7) / 100} GB (rows that wait included) and "
-                f"{settings.path} has room for {(free + there) / 1e9:.2f} GB: lower store.tokens, choose store.layers, "
-                "store.dtype=int8, or store.mode=streaming"
+                f"the store would weigh {format_bytes(size)}, with {format_bytes(spill)} of rows that wait to be "
+                f"shuffled, and {settings.path} has room for {format_bytes(free + there)}: lower store.tokens, choose "
+                "store.layers, store.dtype=int8 or store.mode=streaming"
             )
     progress("caching activations", 0, settings.train_rows, note)
 

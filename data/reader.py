@@ -67,6 +67,11 @@ class ArrayReader:
             self._read_whole(span.block, shard, within, [place], [whole])
             into[:] = whole[span.start * run : span.stop * run]
 
+    def forget(self, first_shard: int, shards: int) -> None:
+        per_shard = self.layout.blocks_per_shard
+        self._index_checked[first_shard : first_shard + shards] = False
+        self._checked[first_shard * per_shard : (first_shard + shards) * per_shard] = False
+
     def _read_whole(self, block: int, shard: int, within: int, places: list[int], runs: list[np.ndarray]) -> None:
         sums = np.empty((len(places), CRC_BYTES), np.uint8)
         first = 0
@@ -121,29 +126,78 @@ class ArrayReader:
         )
 
 
-class DiskSource:
+class ShardedRows:
+    """Rows in the shards of one group, wherever an order of them comes from."""
+
+    def __init__(self, files: Files, prefix: str, layout: StoreLayout, rows: int, attributes: dict[str, Any]):
+        self.layout, self.rows = layout, rows
+        self.sites, self.layers, self.d_model = layout.sites, layout.layers, layout.d_model
+        self.codec = CODECS[layout.dtype]
+        self.dtype = self.codec.read
+        self.arrays = {name: ArrayReader(files, prefix, layout, spec, rows) for name, spec in layout.arrays.items()}
+        if layout.dtype == "int8":
+            scales = attributes["int8"]["channel_scale"]
+            self.channel_scale = {site: torch.tensor(scales[site], dtype=torch.float32) for site in self.sites}
+        self._pool = BufferPool()
+
+    def forget(self, first_shard: int, shards: int) -> None:
+        """Check these shards again when they are next read: they are no longer the files that were checked."""
+        for array in self.arrays.values():
+            array.forget(first_shard, shards)
+
+    def stored_order(self) -> Straight:
+        return Straight(self.rows, self.layout.block_rows)
+
+    def read(self, spans: list[Span], sites: tuple[str, ...], places: list[int], pin: bool = False) -> Batch:
+        found = {}
+        for site in sites:
+            values = self._gather(site, spans, places, pin)
+            if self.layout.dtype == "int8":
+                scale = self._gather(f"{site}_scale", spans, places, False)
+                values = dequantise(values, scale, self.channel_scale[site][places])
+            found[site] = values.transpose(0, 1)
+        where = (self._gather(name, spans, [0], False)[0, :, 0] for name in ("token", "position", "document"))
+        return Batch(found, *where)
+
+    def _gather(self, name: str, spans: list[Span], places: list[int], pin: bool) -> torch.Tensor:
+        """[layers, rows, width] of one array."""
+        array = self.arrays[name]
+        run, count = array.spec.run_bytes, sum(map(len, spans))
+        raw = self._pool.take(len(places) * count * run, pin)
+        into = raw.reshape(len(places), count * run)
+        row = 0
+        for span in spans:
+            array.read(span, places, list(into[:, row * run : (row + len(span)) * run]))
+            row += len(span)
+        shaped = raw.view(array.spec.dtype).reshape(len(places), count, array.spec.width)
+        return self.codec.to_torch(shaped) if name in self.sites else torch.from_numpy(shaped)
+
+    def verify(self, progress: Progress) -> None:
+        """Check every block of every array against its checksum, used before or not."""
+        blocks = -(-self.rows // self.layout.block_rows)
+        self.forget(0, self.layout.shards(self.rows))
+        for block in range(blocks):
+            span = Span(block, 0, min(self.layout.block_rows, self.rows - block * self.layout.block_rows))
+            for name, array in self.arrays.items():
+                self._gather(name, [span], list(range(array.spec.layers)), False)
+            progress("checking the store", block + 1, blocks)
+
+
+class DiskSource(ShardedRows):
     """A store in a folder or at an fsspec URL."""
 
     def __init__(self, path: str | PathLike, split: str = "train"):
         self.files = open_files(path)
         self.prefix = "" if split == "train" else f"{split}/"
         self.attributes = self._attributes(split)
-        self.layout = StoreLayout.from_attributes(self.attributes, self.files.root)
-        self.rows: int = self.attributes["rows"]
-        self.sites, self.layers, self.d_model = self.layout.sites, self.layout.layers, self.layout.d_model
-        self.codec = CODECS[self.layout.dtype]
-        self.dtype = self.codec.read
+        layout = StoreLayout.from_attributes(self.attributes, self.files.root)
+        super().__init__(self.files, self.prefix, layout, self.attributes["rows"], self.attributes)
         self._check_files()
-        self.arrays = {
-            name: ArrayReader(self.files, self.prefix, self.layout, spec, self.rows)
-            for name, spec in self.layout.arrays.items()
-        }
         self.statistics = read_statistics(self.attributes)
-        if self.layout.dtype == "int8":
-            scales = self.attributes["int8"]["channel_scale"]
-            self.channel_scale = {site: torch.tensor(scales[site], dtype=torch.float32) for site in self.sites}
-        self._pool = BufferPool()
         self._order: tuple[int, EpochOrder] | None = None
+
+    def close(self) -> None:
+        """Nothing goes on behind the files."""
 
     def _attributes(self, split: str) -> dict[str, Any]:
         root = self.files.root
@@ -184,45 +238,6 @@ class DiskSource:
             held = epoch, EpochOrder(self.rows, self.layout.block_rows, self.attributes["seed"], epoch)
             self._order = held
         return held[1]
-
-    def stored_order(self) -> Straight:
-        return Straight(self.rows, self.layout.block_rows)
-
-    def read(self, spans: list[Span], sites: tuple[str, ...], places: list[int], pin: bool = False) -> Batch:
-        found = {}
-        for site in sites:
-            values = self._gather(site, spans, places, pin)
-            if self.layout.dtype == "int8":
-                scale = self._gather(f"{site}_scale", spans, places, False)
-                values = dequantise(values, scale, self.channel_scale[site][places])
-            found[site] = values.transpose(0, 1)
-        where = (self._gather(name, spans, [0], False)[0, :, 0] for name in ("token", "position", "document"))
-        return Batch(found, *where)
-
-    def _gather(self, name: str, spans: list[Span], places: list[int], pin: bool) -> torch.Tensor:
-        """[layers, rows, width] of one array."""
-        array = self.arrays[name]
-        run, count = array.spec.run_bytes, sum(map(len, spans))
-        raw = self._pool.take(len(places) * count * run, pin)
-        into = raw.reshape(len(places), count * run)
-        row = 0
-        for span in spans:
-            array.read(span, places, list(into[:, row * run : (row + len(span)) * run]))
-            row += len(span)
-        shaped = raw.view(array.spec.dtype).reshape(len(places), count, array.spec.width)
-        return self.codec.to_torch(shaped) if name in self.sites else torch.from_numpy(shaped)
-
-    def verify(self, progress: Progress) -> None:
-        """Check every block of every array against its checksum, used before or not."""
-        blocks = -(-self.rows // self.layout.block_rows)
-        for array in self.arrays.values():
-            array._checked[:] = False
-            array._index_checked[:] = False
-        for block in range(blocks):
-            span = Span(block, 0, min(self.layout.block_rows, self.rows - block * self.layout.block_rows))
-            for name, array in self.arrays.items():
-                self._gather(name, [span], list(range(array.spec.layers)), False)
-            progress("checking the store", block + 1, blocks)
 
 
 def read_statistics(attributes: dict[str, Any]) -> Statistics:

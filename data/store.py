@@ -150,6 +150,10 @@ class ActivationStore:
         """Read all of the store and refuse it, naming shard and rows, if a byte is not what was written."""
         self.source.verify(progress)
 
+    def close(self) -> None:
+        """Stop the harvest behind a streaming store; other stores need no closing."""
+        self.source.close()
+
     def _find(self, layers: Sequence[int] | None) -> list[int]:
         if layers is None:
             return self._places

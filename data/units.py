@@ -22,3 +22,12 @@ def parse_bytes(text: str | int, setting: str = "store.budget") -> int:
         return parse_count(digits, setting)
     except SettingsError:
         raise SettingsError(f"{setting}={text} is no size; it takes one such as 500MB or 50GB") from None
+
+
+def format_bytes(size: float) -> str:
+    """A size with three figures: `1.25 GB`."""
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.2f} GB"
