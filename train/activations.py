@@ -107,7 +107,7 @@ def batchtopk_threshold(h: list[Tensor], count: int, comm: Collectives = SINGLE)
 
     `count` belongs to these entries alone: the collective multiplies it by the number of data ranks.
     """
-    parts = [candidates(h_BF, count) for h_BF in h]
+    parts = [candidates(h_BF, count * comm.data_ranks) for h_BF in h]
     return comm.top_threshold(torch.cat(parts), count).clamp_min(0)
 
 

@@ -52,7 +52,7 @@ class Collectives(Protocol):
     def top_threshold(self, values: Tensor, count: int) -> Tensor:
         """The (count * data_ranks)-th largest over all ranks' `values`: []. Fewer than that: the smallest of them.
 
-        Each rank gives at least its `count` largest entries, or all it has.
+        Each rank gives at least its `count * data_ranks` largest entries, or all it has.
         """
         ...
 
@@ -62,6 +62,10 @@ class Collectives(Protocol):
 
     def gather_features(self, x: Tensor, dim: int = 0) -> Tensor:
         """Concatenate the shards' `x` along its feature dimension (rare: export, resampling), without gradient."""
+        ...
+
+    def shard(self, x: Tensor) -> Tensor:
+        """This rank's features `x` [F/m, ...] as a DTensor of all [F, ...] that shares its memory (checkpoints)."""
         ...
 
     def barrier(self) -> None:
@@ -105,6 +109,9 @@ class SingleProcess:
         return h_BF.topk(min(k, h_BF.shape[-1]), dim=-1).values[..., -1:]
 
     def gather_features(self, x: Tensor, dim: int = 0) -> Tensor:
+        return x
+
+    def shard(self, x: Tensor) -> Tensor:
         return x
 
     def barrier(self) -> None:

@@ -121,7 +121,7 @@ def dense_pass(
     """Stages 1 to 3 with every entry in memory."""
     h = transcoder.preactivations(x)
     acts = transcoder.activate(h, inputs.thresholds or choose(transcoder, h, inputs.k, comm), comm)
-    y_hat = _decode(transcoder, acts, x, comm)
+    y_hat = decode_whole(transcoder, acts, x, comm)
     y_aux = None
     if objective.aux_weight and inputs.use_aux:
         silent = [_aux_acts(h_BF, dead, objective.aux_k, comm) for h_BF, dead in zip(h, inputs.dead, strict=True)]
@@ -202,7 +202,8 @@ def _sparsity(
     return losses.quadratic_target(penalty, inputs.target_l0, around)
 
 
-def _decode(transcoder: Transcoder, acts: list[Tensor], x: Tensor, comm: Collectives) -> Tensor:
+def decode_whole(transcoder: Transcoder, acts: list[Tensor], x: Tensor, comm: Collectives = SINGLE) -> Tensor:
+    """y^ [B, L, D] of dense activations: all shards' parts, then b_dec and skip once."""
     written = comm.sum(torch.stack(transcoder.decode_features(acts), dim=-2).to(x.dtype))
     y_hat = written + torch.stack(list(transcoder.b_dec))
     return y_hat + transcoder.skip(x).to(x.dtype) if len(transcoder.W_skip) else y_hat

@@ -69,7 +69,7 @@ class TrainerSettings:
     """How it falls: linear, cosine or constant."""
 
     target_l0: float | None = None
-    """Active features per token and layer on held-out data: sets k for topk kinds, steers the penalty for the others."""
+    """Active features per token and layer on held-out data: sets k for topk kinds, steers the others."""
 
     target_l0_per_layer: list[float] | None = None
     """The same, one number a layer."""

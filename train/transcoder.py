@@ -143,7 +143,7 @@ class Transcoder(nn.Module):
         self.meta: dict[str, Any] = dict(meta or {})
 
         def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(*shape, device=device, dtype=dtype))
+            return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
         self.W_enc = nn.ParameterList([empty(n, d_model) for n in self.features])
         self.b_enc = nn.ParameterList([empty(n) for n in self.features])
@@ -215,10 +215,11 @@ class Transcoder(nn.Module):
     def activate(
         self, h: list[Tensor], thresholds: Sequence[Tensor] | None = None, comm: Collectives = SINGLE
     ) -> list[Tensor]:
-        """h_l [B, F] -> a_l [B, F]. `thresholds`, one a layer, take the place of the choice topk kinds make."""
+        """h_l [B, F] -> a_l [B, F]. `thresholds` ([], [F] or [B, 1] a layer) take the place of the activation's own."""
+        if thresholds is not None:
+            return [above(h_BF, tau) for h_BF, tau in zip(h, thresholds, strict=True)]
         if self.settings.activation in ("topk", "batchtopk"):
-            chosen = self.select(h, comm) if thresholds is None else thresholds
-            return [above(h_BF, tau) for h_BF, tau in zip(h, chosen, strict=True)]
+            return [above(h_BF, tau) for h_BF, tau in zip(h, self.select(h, comm), strict=True)]
         if self.settings.activation == "relu":
             return [h_BF.relu() for h_BF in h]
         return [

@@ -1,0 +1,39 @@
+"""Thresholds that give a chosen L0 on held-out rows: what topk kinds export, and jumprelu's last correction."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .activations import candidates
+from .collectives import SINGLE, Collectives
+from .transcoder import Transcoder
+
+
+@torch.no_grad()
+def calibrated_thresholds(
+    transcoder: Transcoder, batches: Iterable[Tensor], rows: int, target: Sequence[float], comm: Collectives = SINGLE
+) -> list[Tensor]:
+    """Per layer [F]: thresholds at which `target[l]` features a token are active on these `rows` normalised rows.
+
+    topk kinds get one number a layer (one for all layers where batchtopk lets layers compete); jumprelu's own
+    thresholds are all multiplied by one number a layer. The exact order statistic, from a pool of candidates.
+    """
+    own = [transcoder.theta(l) for l in range(transcoder.n_layers)]
+    relative = transcoder.settings.activation == "jumprelu"
+    together = transcoder.settings.activation == "batchtopk" and transcoder.settings.k_scope == "all"
+    groups = [list(range(transcoder.n_layers))] if together else [[l] for l in range(transcoder.n_layers)]
+    counts = [max(1, round(sum(target[l] for l in group) * rows)) for group in groups]
+    pools: list[Tensor] = [own[0].new_zeros(0)] * len(groups)
+    for x in batches:
+        h = transcoder.preactivations(x)
+        scores = [h_BF / theta for h_BF, theta in zip(h, own, strict=True)] if relative else h
+        for g, group in enumerate(groups):
+            room = counts[g] * comm.data_ranks
+            pools[g] = candidates(torch.cat([pools[g], *(candidates(scores[l], room) for l in group)]), room)
+    thresholds: list[Tensor] = [own[0]] * transcoder.n_layers
+    for g, group in enumerate(groups):
+        level = comm.top_threshold(pools[g], counts[g]).clamp_min(1e-30)
+        for l in group:
+            thresholds[l] = own[l] * level if relative else level.expand(transcoder.features[l]).clone()
+    return thresholds

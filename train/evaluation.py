@@ -1,0 +1,72 @@
+"""Held-out evaluation during training: thresholds are calibrated first, then everything is measured with them."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.store import ActivationStore
+from .calibration import calibrated_thresholds
+from .collectives import SINGLE, Collectives
+from .metrics import ReconstructionMetrics
+from .normalisation import Normalisation
+from .objective import decode_whole
+from .transcoder import Transcoder
+
+_ROWS_AT_ONCE = 2048
+
+
+class Evaluation(NamedTuple):
+    """Figures of SPEC 5, and what the export needs."""
+
+    report: dict[str, Any]
+    """overall, layers, tokens."""
+    thresholds: list[Tensor] | None
+    """Per layer [F]: calibrated, where L0 has a target; None where the activation's own are kept."""
+    densities: list[Tensor]
+
+
+class HeldOut:
+    """Rows that training never sees, normalised, in pieces: this data rank's part."""
+
+    def __init__(
+        self, store: ActivationStore, normalisation: Normalisation, read: str, layers: list[int],
+        comm: Collectives = SINGLE,
+    ) -> None:  # fmt: skip
+        self.store, self.normalisation, self.read, self.layers, self.comm = store, normalisation, read, layers, comm
+
+    def rows(self, tokens: int) -> int:
+        """How many rows each rank takes of the first `tokens`."""
+        return min(tokens, len(self.store)) // self.comm.data_ranks
+
+    def pairs(self, tokens: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x, y) normalised, on the device."""
+        rank, ranks, left = self.comm.data_rank, self.comm.data_ranks, self.rows(tokens)
+        step = 0
+        while left > 0:
+            batch = self.store.batch(0, step, _ROWS_AT_ONCE * ranks, self.layers, rank, ranks)
+            x, y = batch.sites[self.read][:left].to(device), batch.mlp_out[:left].to(device)
+            yield self.normalisation.x(x), self.normalisation.y(y)
+            left, step = left - len(x), step + 1
+
+
+@torch.no_grad()
+def evaluate(
+    transcoder: Transcoder,
+    held_out: HeldOut,
+    tokens: int,
+    targets: list[float] | None,
+    comm: Collectives = SINGLE,
+) -> Evaluation:
+    """Reconstruction on held-out rows, at the thresholds that an export would have."""
+    rows, device = held_out.rows(tokens), transcoder.device
+    thresholds = None
+    if targets is not None and transcoder.settings.activation != "relu":
+        inputs = (x for x, _ in held_out.pairs(tokens, device))
+        thresholds = calibrated_thresholds(transcoder, inputs, rows, targets, comm)
+    metrics = ReconstructionMetrics(transcoder.features, transcoder.d_model, device, comm)
+    for x, y in held_out.pairs(tokens, device):
+        acts = transcoder.activate(transcoder.preactivations(x), thresholds, comm)
+        metrics.update(y, decode_whole(transcoder, acts, x, comm), acts)
+    return Evaluation(metrics.compute(), thresholds, metrics.densities())

@@ -1,0 +1,79 @@
+"""Adam, AdamW, or Muon for the matrices beside AdamW for the rest; clipping and the skip of a bad step folded in.
+
+torch's fused Adam divides each gradient by `grad_scale` and leaves a step out where `found_inf` is 1, both on the
+device: that is clipping and the non-finite guard in the same pass, with nothing read back.
+"""
+
+import torch
+from torch import Tensor
+
+from .settings import TrainerSettings
+from .transcoder import Transcoder
+
+MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
+
+
+class Optimizers:
+    """What the step needs of one optimizer or two. Their state exists from the start, so that a checkpoint can be
+    read into it in place."""
+
+    def __init__(self, transcoder: Transcoder, settings: TrainerSettings) -> None:
+        named = dict(transcoder.named_parameters())
+        muon = {n: p for n, p in named.items() if settings.optimizer == "muon" and p.dim() == 2}
+        rest = {n: p for n, p in named.items() if n not in muon}
+        beta1, beta2 = settings.betas or (0.9, 0.999)
+        device = transcoder.device
+        self.fused = device.type in ("cpu", "cuda")
+        kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+        decay = 0.0 if settings.optimizer == "adam" else settings.weight_decay
+        adam = kind(list(rest.values()), betas=(beta1, beta2), weight_decay=decay, fused=self.fused)
+        for parameter in rest.values():
+            adam.state[parameter]["step"] = torch.zeros((), device=device)
+        self.parts: list[tuple[torch.optim.Optimizer, dict[str, torch.nn.Parameter], tuple[str, ...]]] = [
+            (adam, rest, MOMENTS["adam"])
+        ]
+        if muon:
+            second = torch.optim.Muon(
+                list(muon.values()), weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self.parts.append((second, muon, MOMENTS["muon"]))
+        for optimizer, parameters, moments in self.parts:
+            for parameter in parameters.values():
+                for moment in moments:
+                    optimizer.state[parameter][moment] = torch.zeros_like(parameter)
+
+    def zero_grad(self) -> None:
+        for optimizer, _, _ in self.parts:
+            optimizer.zero_grad(set_to_none=True)
+
+    def set_lr(self, lr: float) -> None:
+        for optimizer, _, _ in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    def step(self, divisor: Tensor, bad: Tensor) -> None:
+        """One step with gradients / divisor, or none where `bad` is 1 (both [] on the device)."""
+        for optimizer, parameters, moments in self.parts:
+            if moments is MOMENTS["adam"] and self.fused:
+                optimizer.grad_scale, optimizer.found_inf = divisor.float(), bad.float()  # type: ignore[attr-defined]
+                optimizer.step()
+            elif not bool(bad):
+                torch._foreach_div_([p.grad for p in parameters.values() if p.grad is not None], divisor)
+                optimizer.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state by name, `moment.parameter`: read and written in place."""
+        return {
+            f"{key}/{name}": value
+            for optimizer, parameters, _ in self.parts
+            for name, parameter in parameters.items()
+            for key, value in optimizer.state[parameter].items()
+            if isinstance(value, Tensor)
+        }
+
+    def forget(self, name: str, rows: Tensor) -> None:
+        """Zero the moments of some rows (features that were resampled)."""
+        for optimizer, parameters, moments in self.parts:
+            if name in parameters:
+                for moment in moments:
+                    optimizer.state[parameters[name]][moment][rows] = 0

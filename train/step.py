@@ -1,0 +1,165 @@
+"""One optimizer step: schedules, choice over the whole batch, forward and backward, clip, update. No host read."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .activations import candidates
+from .collectives import Collectives, global_norm
+from .objective import Objective, Pass, StepInputs, StepLoss, choose, step_loss
+from .optimizers import Optimizers
+from .partition import is_sharded
+from .schedules import annealed_k, default_lr, learning_rate, ramp
+from .settings import TrainerSettings
+from .state import Counters, RunningState
+from .transcoder import Transcoder
+
+TOPK = ("topk", "batchtopk")
+
+
+class StepParts(NamedTuple):
+    """Everything that a step works on."""
+
+    settings: TrainerSettings
+    objective: Objective
+    transcoder: Transcoder
+    optimizers: Optimizers
+    state: RunningState
+    counters: Counters
+    target_l0: Tensor | None
+    """[L]: what L0 is steered to, or k, on the device."""
+    targets: list[float] | None
+    """The same, on the host."""
+    comm: Collectives
+    forward: Callable[..., Pass]
+    """The pass that `sparse` asks for; `dense_pass` where the counters say so."""
+
+
+def objective_of(settings: TrainerSettings, transcoder: Transcoder) -> Objective:
+    """Which terms this activation takes."""
+    topk_kind = transcoder.settings.activation in TOPK
+    return Objective(
+        sparsity=None if topk_kind else settings.sparsity,
+        tanh_c=settings.tanh_c,
+        preactivation=not topk_kind and settings.lam_preactivation > 0,
+        preactivation_over_dead=settings.preactivation_over == "dead",
+        aux_weight=settings.aux_weight if topk_kind else 0.0,
+        aux_k=settings.aux_k or max(1, transcoder.d_model // 2),
+    )
+
+
+def steered(parts: StepParts) -> bool:
+    """Whether the penalty's coefficient follows L0."""
+    return parts.target_l0 is not None and parts.objective.sparsity in ("tanh", "l1", "l0")
+
+
+def scheduled_lr(settings: TrainerSettings, features: int, step: int) -> float:
+    peak = settings.lr or settings.lr_scale * default_lr(features)
+    return learning_rate(step, settings.steps, peak, settings.lr_warmup, settings.lr_decay, settings.lr_schedule)
+
+
+def step_inputs(parts: StepParts) -> StepInputs:
+    """What schedules and state say for this step."""
+    settings, transcoder, step = parts.settings, parts.transcoder, parts.counters.step
+    targets = parts.targets or [float(transcoder.settings.k)] * transcoder.n_layers
+    k = [annealed_k(step, settings.steps, target, settings.k_first, settings.k_share) for target in targets]
+    rising = ramp(step, settings.steps, 1.0, settings.lam_share, settings.lam_schedule)
+    # A steered coefficient is the controller's: a ramp would work against it.
+    lam = parts.state.log_lam.exp() * (1.0 if steered(parts) else rising)
+    dead = parts.state.dead(step)
+    return StepInputs(k, lam, settings.lam_preactivation, dead, parts.target_l0, use_aux=parts.counters.use_aux)
+
+
+def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
+    """x and y: this rank's rows, normalised, [B, L, D]."""
+    settings, transcoder, comm = parts.settings, parts.transcoder, parts.comm
+    pieces = list(zip(x.chunk(settings.accumulate), y.chunk(settings.accumulate), strict=True))
+    inputs = step_inputs(parts)
+    if len(pieces) > 1:
+        inputs = survey(parts, [x_B for x_B, _ in pieces], inputs)
+
+    # Decoder norms once a step, as leaves that collect every piece's gradient.
+    norms, leaves = [], None
+    if parts.objective.needs_norms:
+        norms = [transcoder.decoder_norms(l) for l in range(transcoder.n_layers)]
+        leaves = [norm.detach().requires_grad_() for norm in norms]
+
+    # Forward and backward, piece by piece; fp16 scales the loss up, and the optimizer's divisor brings it down.
+    scale = parts.state.loss_scale.clone()
+    parts.optimizers.zero_grad()
+    seen = []
+    for x_B, y_B in pieces:
+        with autocast(settings, x.device):
+            loss = step_loss(transcoder, x_B, y_B, inputs._replace(norms=leaves), parts.objective, comm, parts.forward)
+        torch.autograd.backward(loss.loss * (scale / len(pieces)))
+        seen.append(loss._replace(loss=loss.loss.detach()))
+    if leaves is not None:
+        with_gradient = [(norm, leaf.grad) for norm, leaf in zip(norms, leaves) if leaf.grad is not None]
+        torch.autograd.backward([norm for norm, _ in with_gradient], [grad for _, grad in with_gradient])
+
+    # Mean over data ranks, norm over all features, one guarded update.
+    named = [(name, p.grad) for name, p in transcoder.named_parameters() if p.grad is not None]
+    comm.reduce_gradients([grad for _, grad in named])
+    norm = global_norm([g for n, g in named if is_sharded(n)], [g for n, g in named if not is_sharded(n)], comm) / scale
+    whole = mean_of(seen)
+    bad = comm.max_all((~(norm.isfinite() & whole.loss.isfinite())).float())
+    clip = (norm / settings.clip).clamp_min(1.0) if settings.clip else torch.ones_like(norm)
+    parts.optimizers.set_lr(scheduled_lr(settings, max(transcoder.features) * comm.feature_ranks, parts.counters.step))
+    parts.optimizers.step(clip * scale, bad)
+
+    # Averages for the next steps and for the metrics.
+    parts.state.update(whole, x.shape[0], norm, bad, inputs.lam, comm)
+    if steered(parts) and parts.target_l0 is not None:
+        left = 1 - parts.counters.step / settings.steps
+        parts.state.steer(parts.target_l0, settling=min(1.0, max(0.1, left / max(settings.lr_decay, 1e-6))))
+    parts.counters.step += 1
+
+
+@torch.no_grad()
+def survey(parts: StepParts, x_pieces: list[Tensor], inputs: StepInputs) -> StepInputs:
+    """What a step of several pieces must know of its whole batch beforehand: batchtopk's thresholds, the L0."""
+    transcoder, comm, settings = parts.transcoder, parts.comm, parts.transcoder.settings
+    whole_k = settings.activation == "batchtopk"
+    if not whole_k and parts.objective.sparsity != "target":
+        return inputs
+    rows, layers = sum(x.shape[0] for x in x_pieces), range(transcoder.n_layers)
+    room = [max(1, round(k * rows)) * comm.data_ranks for k in inputs.k]
+    if settings.k_scope == "all":
+        room = [sum(room)] * len(room)
+    pools: list[list[Tensor]] = [[] for _ in layers]
+    l0 = torch.zeros_like(inputs.lam)
+    for x in x_pieces:
+        with autocast(parts.settings, x.device):
+            h = transcoder.preactivations(x)
+        if whole_k:
+            for l in layers:
+                pools[l].append(candidates(h[l], room[l]))
+        else:
+            l0 += torch.stack([(h[l] > transcoder.theta(l)).sum() for l in layers]) / rows
+    if not whole_k:
+        return inputs._replace(l0_around=comm.mean_data(comm.sum_shards(l0)))
+    # One token's worth of rows: the pools stand in for the batch, and k for the count over it.
+    pooled = [torch.cat(pool)[None] for pool in pools]
+    thresholds = choose(transcoder, pooled, [k * rows for k in inputs.k], comm)
+    return inputs._replace(thresholds=thresholds)
+
+
+def mean_of(seen: list[StepLoss]) -> StepLoss:
+    """The pieces' averages, and the sum of their counts."""
+    if len(seen) == 1:
+        return seen[0]
+    terms = {name: torch.stack([piece.terms[name] for piece in seen]).mean(0) for name in seen[0].terms}
+    fired = [torch.stack(counts).sum(0) for counts in zip(*(piece.fired for piece in seen), strict=True)]
+
+    def mean(name: str) -> Tensor:
+        return torch.stack([getattr(piece, name) for piece in seen]).mean(0)
+
+    return StepLoss(mean("loss"), terms, fired, mean("l0"), mean("power"))
+
+
+def autocast(settings: TrainerSettings, device: torch.device) -> torch.autocast:
+    """The products in half precision where asked; parameters stay float32."""
+    dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

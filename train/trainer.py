@@ -1,0 +1,367 @@
+"""The training run, top to bottom: prepare, go on where a checkpoint stands, step, log, evaluate, save, export.
+
+train/step.py        one optimizer step        train/state.py       running averages and counters
+train/evaluation.py  held-out figures          train/checkpoint.py  exact resume
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from ..data.errors import Progress, SettingsError, UserError, silent
+from ..data.store import ActivationStore, Batch
+from .checkpoint import Checkpoints
+from .checks import check_run, check_same_run, store_identity
+from .collectives import SINGLE, Collectives
+from .evaluation import Evaluation, HeldOut, evaluate
+from .initialisation import initialise, rows_for
+from .interruption import StopRequest
+from .normalisation import Normalisation, normalisation_of
+from .objective import Pass, StepInputs, dense_pass
+from .optimizers import Optimizers
+from .partition import part_of, whole_of
+from .records import Records, training_values
+from .resampling import resample
+from .settings import TrainerSettings
+from .sinks import Sink
+from .sparse import Workspace, sparse_pass, use_sparse
+from .state import Counters, RunningState
+from .step import TOPK, StepParts, autocast, objective_of, step_inputs, train_step
+from .transcoder import Transcoder, TranscoderSettings
+from .warmstart import Neurons, start_from, start_from_neurons
+
+# Steps between looks at the densities, which decide whether the sparse step and the auxiliary loss are worth it.
+LOOK_EVERY = 25
+_LOOK_ROWS = 256
+
+
+class TrainResult(NamedTuple):
+    """How a run ended."""
+
+    status: str
+    """finished, or interrupted (it was asked to stop, and saved)."""
+    step: int
+    folder: Path
+    evaluation: dict[str, Any]
+    """The last held-out figures: overall, layers, tokens; empty if interrupted before any."""
+    message: str
+
+
+class Trainer:
+    """One run. Settings; parts; helpers; state."""
+
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        transcoder_settings: TranscoderSettings,
+        store: ActivationStore,
+        held_out: ActivationStore,
+        run_dir: str | Path,
+        *,
+        comm: Collectives = SINGLE,
+        device: torch.device | str | None = None,
+        sinks: Sequence[Sink] = (),
+        progress: Progress = silent,
+        init: Transcoder | None = None,
+        neurons: Sequence[Neurons] | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> None:
+        # Settings.
+        self.settings, self.transcoder_settings, self.comm = settings, transcoder_settings, comm
+        self.device = torch.device(device) if device is not None else pick_device(settings)
+        self.folder, self.progress, self.sinks = Path(run_dir), progress, list(sinks)
+        self.layers = list(transcoder_settings.layers or store.layers)
+        check_run(settings, transcoder_settings, store, held_out, self.layers, self.device, comm)
+
+        # Data.
+        self.read = transcoder_settings.read
+        self.store = ActivationStore(store.source, self.layers, (self.read, "mlp_out"))
+        rows = [store.layers.index(layer) for layer in self.layers]
+        self.normalisation = normalisation_of(store.statistics, self.read, rows, store.d_model)
+        held = ActivationStore(held_out.source, self.layers, (self.read, "mlp_out"))
+        self.identity = {"store": store_identity(store), "held_out": store_identity(held_out)}
+
+        # Model, optimizer, state.
+        self.meta = {"model": store.attributes.get("model", {}), **(meta or {})}
+        self.targets = settings.per_layer("target_l0", len(self.layers))
+        transcoder = self._new_transcoder(init, neurons)
+        self.normalisation = self.normalisation.to(self.device)
+        self.held_out = HeldOut(held, self.normalisation, self.read, self.layers, comm)
+        target = None if self.targets is None else torch.tensor(self.targets, device=self.device)
+        self.workspace = Workspace()
+        self.parts = StepParts(
+            settings=settings,
+            objective=objective_of(settings, transcoder),
+            transcoder=transcoder,
+            optimizers=Optimizers(transcoder, settings),
+            state=RunningState(transcoder, settings),
+            counters=Counters(),
+            target_l0=target,
+            targets=self.targets,
+            comm=comm,
+            forward=self._forward,
+        )
+
+        # Helpers.
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", settings.keep_checkpoints, comm)
+        self.records = Records(self.folder / "metrics.jsonl", comm.is_main)
+        self.evaluation: Evaluation | None = None
+        self.compiled = torch.compile(dense_pass) if settings.compile else dense_pass
+
+    # The run.
+
+    def run(self) -> TrainResult:
+        """Train to the end, or until asked to stop."""
+        settings, counters = self.settings, self.parts.counters
+        self._resume()
+        begun = time.perf_counter() - counters.seconds
+        loader = self.store.loader(
+            settings.batch, counters.step, settings.steps - counters.step, self.device,
+            rank=self.comm.data_rank, world=self.comm.data_ranks, prefetch=settings.prefetch,
+        )  # fmt: skip
+        with StopRequest(self.comm) as stop, loader:
+            self.records.start(counters.step)
+            for batch in loader:
+                x, y = self._normalised(batch)
+                if counters.step % LOOK_EVERY == 0:
+                    self._look(x)
+                if settings.resample_every and self._due(settings.resample_every, before_step=True):
+                    self._resample(x, y)
+                train_step(self.parts, x, y)
+                counters.seconds = time.perf_counter() - begun
+                self.progress("training", counters.step, settings.steps)
+                if self._due(settings.log_every):
+                    self._log(loader.stall_seconds)
+                if self._due(settings.eval_every):
+                    self._evaluate(settings.eval_tokens)
+                if self._due(settings.checkpoint_every) or counters.step == settings.steps:
+                    self._save()
+                elif stop.requested(counters.step):
+                    self._save()
+                    return self._interrupted()
+        return self._finish()
+
+    def _due(self, every: int, before_step: bool = False) -> bool:
+        step = self.parts.counters.step
+        last = step == self.settings.steps and not before_step
+        return every > 0 and step > 0 and (step % every == 0 or (last and every == self.settings.log_every))
+
+    def _normalised(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.normalisation.x(batch.sites[self.read]), self.normalisation.y(batch.mlp_out)
+
+    def _forward(self, *arguments: Any) -> Pass:
+        if self.parts.counters.use_sparse:
+            return sparse_pass(*arguments, workspace=self.workspace)
+        return self.compiled(*arguments)
+
+    def _look(self, x: Tensor) -> None:
+        """Decide, from a reading that is the same after a resume, which step to take and whether anything is dead."""
+        parts, transcoder = self.parts, self.parts.transcoder
+        listed = 0.0
+        with torch.no_grad():
+            if transcoder.settings.activation in TOPK:
+                k = step_inputs(parts).k
+                listed = sum(k) / (sum(transcoder.features) * self.comm.feature_ranks)
+            else:
+                window = transcoder.settings.bandwidth / 2 if transcoder.settings.activation == "jumprelu" else 0.0
+                h = transcoder.preactivations(x[:_LOOK_ROWS])
+                counts = torch.stack([(h_BF > transcoder.theta(l) - window).sum() for l, h_BF in enumerate(h)])
+                entries = sum(h_BF.numel() for h_BF in h) * self.comm.feature_ranks * self.comm.data_ranks
+                listed = float(self.comm.sum_data(self.comm.sum_shards(counts.sum().float()))) / entries
+            dead = torch.stack([dead_F.any() for dead_F in parts.state.dead(parts.counters.step)]).any()
+            parts.counters.use_aux = bool(self.comm.max_all(dead.float()) > 0)
+        parts.counters.use_sparse = use_sparse(self.settings.sparse, listed, self.device)
+
+    def _resample(self, x: Tensor, y: Tensor) -> None:
+        parts, step = self.parts, self.parts.counters.step
+        if step > self.settings.resample_until * self.settings.steps:
+            return
+        inputs: StepInputs = step_inputs(parts)
+        seed = self.settings.seed * 1_000_003 + step
+        resample(parts.transcoder, parts.optimizers, parts.state, inputs, x, y, seed, self._rates(), self.comm)
+
+    # The beginning.
+
+    def _new_transcoder(self, init: Transcoder | None, neurons: Sequence[Neurons] | None) -> Transcoder:
+        settings, d_model = self.transcoder_settings, self.store.d_model
+        whole = Transcoder(settings, d_model, self.layers, seed=self.settings.seed, meta=self.meta)
+        rates = self._rates()
+        sample = min(len(self.store), rows_for(min(rates)))
+        batch = self.store.batch(0, 0, sample)
+        initialise(
+            whole, self.normalisation.x(batch.sites[self.read]), self.normalisation.y_mean, rates,
+            self.settings.init_decoder,
+        )  # fmt: skip
+        if neurons is not None:
+            start_from_neurons(whole, neurons, self.normalisation)
+        if init is not None:
+            start_from(whole, init, self.normalisation)
+        return part_of(whole, self.comm).to(self.device)
+
+    def _rates(self) -> list[float]:
+        """The share of tokens on which a feature fires at first."""
+        sizes = self.transcoder_settings.sizes(len(self.layers))
+        if self.settings.init_firing_rate is not None:
+            return [self.settings.init_firing_rate] * len(sizes)
+        wanted = self.targets or [float(self.transcoder_settings.k)] * len(sizes)
+        return [min(0.5, target / size) for target, size in zip(wanted, sizes, strict=True)]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        parts = self.parts
+        named = {f"weights/{name}": tensor.data for name, tensor in parts.transcoder.named_parameters()}
+        named |= parts.optimizers.tensors()
+        named |= {f"state/{name}": tensor for name, tensor in parts.state.tensors().items()}
+        scales = self.normalisation._asdict()
+        named |= {f"normalisation/{name}": tensor for name, tensor in scales.items()}
+        return named | {"random/cpu": torch.get_rng_state()}
+
+    def _resume(self) -> None:
+        found = self.checkpoints.newest()
+        states: dict[str, Any] = {}
+        if found is not None:
+            path, saved = found
+            check_same_run(saved, self._description(), self.folder)
+            tensors = self._tensors()
+            self.checkpoints.load(path, tensors)
+            torch.set_rng_state(tensors["random/cpu"])
+            for name, value in saved["counters"].items():
+                setattr(self.parts.counters, name, float("inf") if value is None else value)
+            states = saved["sinks"]
+        for sink in self.sinks if self.comm.is_main else []:
+            sink.resume(states.get(type(sink).__name__, {}))
+
+    def _description(self) -> dict[str, Any]:
+        """What must not change between a run and its resumption."""
+        return {
+            "trainer": dataclasses.asdict(self.settings),
+            "transcoder": dataclasses.asdict(self.transcoder_settings),
+            **self.identity,
+        }
+
+    def _save(self) -> None:
+        counters = dataclasses.asdict(self.parts.counters)
+        if counters["best_score"] == float("inf"):
+            counters["best_score"] = None
+        sinks = {type(sink).__name__: sink.state() for sink in self.sinks} if self.comm.is_main else {}
+        state = {"counters": counters, "sinks": sinks, **self._description()}
+        self.checkpoints.save(self.parts.counters.step, self._tensors(), state)
+
+    # What is looked at on the way.
+
+    def _log(self, stall_seconds: float) -> None:
+        parts = self.parts
+        values, histograms = training_values(parts, stall_seconds, self.records)
+        if values["bad_steps_in_row"] >= self.settings.max_bad_steps:
+            cure = "; bf16 has float32's range" if self.settings.precision == "fp16" else ""
+            raise UserError(
+                f"training stopped at step {parts.counters.step}: loss or gradient was not finite for "
+                f"{values['bad_steps_in_row']:.0f} steps in a row; lower trainer.lr or look at the store's values{cure}"
+            )
+        self._emit(values, histograms)
+
+    def _emit(self, values: dict[str, float], histograms: dict[str, Tensor]) -> None:
+        self.records.write(self.parts.counters.step, values)
+        for sink in self.sinks if self.comm.is_main else []:
+            sink.log(self.parts.counters.step, values, histograms)
+
+    def _evaluate(self, tokens: int) -> Evaluation:
+        parts, counters = self.parts, self.parts.counters
+        targets = self.targets
+        if targets is None and self.transcoder_settings.activation in TOPK:
+            targets = [float(self.transcoder_settings.k)] * len(self.layers)
+        with autocast(self.settings, self.device):
+            self.evaluation = evaluate(parts.transcoder, self.held_out, tokens, targets, self.comm)
+        report = self.evaluation.report
+        values = {f"held_out/{name}": value for name, value in report["overall"].items()}
+        for layer, figures in zip(self.layers, report["layers"], strict=True):
+            values |= {f"held_out/{name}/{layer}": value for name, value in figures.items()}
+        histograms = {f"held_out/density/{l}": d.cpu() for l, d in zip(self.layers, self.evaluation.densities)}
+        self._emit(values | {"held_out/tokens": report["tokens"]}, histograms)
+        score = self._score(report)
+        if score < counters.best_score:
+            counters.best_score, counters.best_step = score, counters.step
+            self._export("best", self.evaluation)
+        return self.evaluation
+
+    def _score(self, report: dict[str, Any]) -> float:
+        """Lower is better: nmse where L0 is fixed or on its target, more where it is off; else the newest."""
+        if self.targets is None:
+            newest = -float(self.parts.counters.step)
+            return report["overall"]["nmse"] if self.transcoder_settings.activation in TOPK else newest
+        off = [abs(row["l0"] / target - 1) for row, target in zip(report["layers"], self.targets, strict=True)]
+        return report["overall"]["nmse"] * (1 + 10 * max(0.0, max(off) - 0.05))
+
+    # The end.
+
+    def _export(self, name: str, evaluation: Evaluation) -> Path:
+        """The transcoder on raw activations, thresholds included, as one ordinary folder."""
+        thresholds = evaluation.thresholds
+        if thresholds is not None:
+            thresholds = [self.comm.gather_features(theta) for theta in thresholds]
+        whole = whole_of(self.parts.transcoder, self.comm)
+        scales: Normalisation = self.normalisation
+        folded = whole.folded(scales.in_scale, scales.out_scale, thresholds)
+        meta = {
+            "normalisation": {"in_scale": scales.in_scale.tolist(), "out_scale": scales.out_scale.tolist()},
+            "trained_as": {
+                "activation": self.transcoder_settings.activation,
+                "steps": self.parts.counters.step,
+                "tokens": self.parts.counters.step * self.settings.batch,
+            },
+            "held_out": evaluation.report["overall"] | {"tokens": evaluation.report["tokens"]},
+        }
+        folder = self.folder / name
+        if self.comm.is_main:
+            folded.save(folder, meta)
+        self.comm.barrier()
+        return folder
+
+    def _interrupted(self) -> TrainResult:
+        step = self.parts.counters.step
+        report = {} if self.evaluation is None else self.evaluation.report
+        self._close(report)
+        message = f"stopped at step {step} of {self.settings.steps} and saved: run the same command again to go on"
+        return TrainResult("interrupted", step, self.folder, report, message)
+
+    def _finish(self) -> TrainResult:
+        evaluation = self._evaluate(max(self.settings.calibrate_tokens, self.settings.eval_tokens))
+        folder = self._export("transcoder", evaluation)
+        self._close(evaluation.report)
+        return TrainResult("finished", self.settings.steps, self.folder, evaluation.report, f"wrote {folder}")
+
+    def _close(self, report: dict[str, Any]) -> None:
+        summary = {f"held_out/{name}": value for name, value in report.get("overall", {}).items()}
+        for sink in self.sinks if self.comm.is_main else []:
+            sink.close(summary)
+        self.records.close()
+
+
+def pick_device(settings: TrainerSettings) -> torch.device:
+    """The device that Accelerate finds, unless one is named."""
+    if settings.device == "auto":
+        return PartialState().device or torch.device("cpu")
+    try:
+        device = torch.device(settings.device)
+    except RuntimeError as error:
+        raise SettingsError(f"trainer.device={settings.device} is not known; it takes auto, cpu, cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(f"trainer.device={settings.device} needs a GPU that torch can see; there is none")
+    return device
+
+
+def train(
+    settings: TrainerSettings,
+    transcoder_settings: TranscoderSettings,
+    store: ActivationStore,
+    held_out: ActivationStore,
+    run_dir: str | Path,
+    **options: Any,
+) -> TrainResult:
+    """Train a transcoder in `run_dir`, or go on with the one that is there; `options` are Trainer's keywords."""
+    return Trainer(settings, transcoder_settings, store, held_out, run_dir, **options).run()
