@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.model import LanguageModel
 from ..train.transcoder import Transcoder
-from .behaviour import Condition
+from .behaviour import Condition, TextBatch
 
 RIDGE = 1e-4
 """Added to the diagonal of the inputs' second moment, relative to its mean, so that a rank-deficient one inverts."""
@@ -47,23 +47,23 @@ class Calibration:
 def calibrate(
     lm: LanguageModel,
     read: str,
-    sequences: Iterable[Tensor],
+    batches: Iterable[TextBatch],
     keep_mask: Callable[[Tensor], Tensor],
     sample_rows: int = 4096,
 ) -> Calibration:
-    """Pass over training sequences [B, T] once; masked positions are left out."""
+    """Pass over training text once; masked positions and padding are left out."""
     L, D = lm.n_layers, lm.d_model
     wide = torch.float32 if lm.device.type == "mps" else torch.float64
     xx = torch.zeros(L, D + 1, D + 1, dtype=wide, device=lm.device)
     xy = torch.zeros(L, D + 1, D, dtype=wide, device=lm.device)
     yy = torch.zeros(L, dtype=wide, device=lm.device)
     sample: list[Tensor] = []
-    for tokens_BT in sequences:
-        tokens_BT = tokens_BT.to(lm.device)
+    for batch in batches:
+        tokens_BT = batch.tokens_BT.to(lm.device)
         with lm.capture((read, "mlp_out")) as found:
             lm(tokens_BT)
-        free_BT = ~keep_mask(tokens_BT)
-        x_NLD = found.stacked(read)[free_BT]  # type: ignore[arg-type]
+        free_BT = batch.real_BT.to(lm.device) & ~keep_mask(tokens_BT)
+        x_NLD = found.stacked(read)[free_BT]
         y_NLD = found.stacked("mlp_out")[free_BT]
         if sum(map(len, sample)) < sample_rows:
             sample.append(x_NLD[:sample_rows].float())

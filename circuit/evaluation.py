@@ -116,8 +116,8 @@ class EvalText:
     """This process's share of the held-out text."""
     sequences: int
     """Held-out sequences over all processes."""
-    calibration: Sequence[Tensor]
-    """Batches [B, T] of training text, the same on every process."""
+    calibration: Sequence[TextBatch]
+    """Training text, the same on every process."""
     prompts: PromptSet | None
     """None leaves graphs and faithfulness out."""
 

@@ -60,7 +60,13 @@ def random_text(lm: LanguageModel, prompts: PromptSet | None = None, sequences: 
     counted = torch.ones(sequences, length, dtype=torch.bool)
     half = sequences // 2
     batches = [TextBatch(tokens[i : i + half], counted[:half], counted[:half], i) for i in (0, half)]
-    return EvalText(batches, sequences, [tokens[sequences:]], prompts)
+    return EvalText(batches, sequences, [whole(tokens[sequences:])], prompts)
+
+
+def whole(tokens: torch.Tensor) -> TextBatch:
+    """A batch without padding."""
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    return TextBatch(tokens, real, real, 0)
 
 
 def mean_outputs(lm: LanguageModel, text: EvalText, keep_mask) -> torch.Tensor:
@@ -97,7 +103,7 @@ def test_the_mean_has_unit_fvu_and_recovers_nothing(relu_gpt2):
     text = random_text(relu_gpt2)
     zero = ReplacementModel(relu_gpt2, constant_transcoder(relu_gpt2, torch.zeros(3, relu_gpt2.d_model)))
     mean = mean_outputs(relu_gpt2, text, zero.keep_mask)
-    text = EvalText(text.batches, text.sequences, [batch.tokens_BT for batch in text.batches], None)
+    text = EvalText(text.batches, text.sequences, text.batches, None)
     result = evaluate(ReplacementModel(relu_gpt2, constant_transcoder(relu_gpt2, mean)), text, QUICK)
     assert result["overall"]["fvu"] == pytest.approx(1, abs=1e-9)
     assert result["behaviour"]["ce_recovered"] == pytest.approx(0, abs=1e-4)
@@ -158,7 +164,7 @@ def test_the_linear_control_finds_a_linear_map(make_tiny):
     lm = make_tiny("gpt2", torch.float64, activation_function="linear")
     tokens = torch.randint(3, lm.d_vocab, (40, 32), generator=torch.Generator().manual_seed(0))
     keep = lambda tokens: torch.zeros_like(tokens, dtype=torch.bool)
-    calibration = calibrate(lm, "mlp_in", [tokens[:20], tokens[20:]], keep)
+    calibration = calibrate(lm, "mlp_in", [whole(tokens[:20]), whole(tokens[20:])], keep)
     with lm.capture(("mlp_in", "mlp_out")) as sites:
         lm(tokens)
     x, y = sites.stacked("mlp_in"), sites.stacked("mlp_out")
@@ -171,7 +177,7 @@ def test_controls_fire_as_often_as_the_transcoder(relu_gpt2):
     transcoder = self_transcoder(relu_gpt2)
     tokens = torch.randint(3, relu_gpt2.d_vocab, (40, 32), generator=torch.Generator().manual_seed(0))
     keep = lambda tokens: torch.zeros_like(tokens, dtype=torch.bool)
-    calibration = calibrate(relu_gpt2, "mlp_in", [tokens], keep)
+    calibration = calibrate(relu_gpt2, "mlp_in", [whole(tokens)], keep)
     fresh = untrained(transcoder, calibration, [4.0, 4.0, 4.0])
     for l in range(3):
         active = (fresh.encode_layer(calibration.sample_NLD[:, l].double(), l) > 0).sum(-1).double().mean()
