@@ -5,13 +5,18 @@ the way round by feature, so that both directions of every product are sums over
 row owned by one worker: no atomics, and the same bits every time.
 """
 
+import importlib.util
+import os
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels, native
+from . import native
+
+BACKENDS = ("native", "triton", "torch")
 
 # Gathered rows held at once by the plain PyTorch value gradient, in numbers.
 _CHUNK = 1 << 22
@@ -34,10 +39,25 @@ class Entries(NamedTuple):
     """[F + 1]: feature f owns items feature_pointer[f] .. feature_pointer[f + 1] of `order`."""
 
 
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def backend(tensor: Tensor) -> str:
+    """What works on tensors like this one: native, triton or torch; `CROSSLACE_KERNELS` takes another."""
+    asked = os.environ.get("CROSSLACE_KERNELS")
+    if asked in BACKENDS:
+        return asked
+    if tensor.is_cuda and _has_triton():
+        return "triton"
+    return "native" if native.usable(tensor) else "torch"
+
+
 def make_entries(rows: Tensor, features: Tensor, n_rows: int, n_features: int) -> Entries:
     """Entries from pairs listed by row. No host synchronisation."""
     row_pointer = torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
-    if rows.device.type == "cpu" and native.load() is not None:
+    if backend(rows) == "native":
         order, ordered_rows = torch.empty_like(rows), torch.empty_like(rows)
         feature_pointer = torch.zeros(n_features + 1, dtype=torch.int64)
         native.call("by_feature", features, rows, len(rows), n_features, feature_pointer, order, ordered_rows)
@@ -49,10 +69,13 @@ def make_entries(rows: Tensor, features: Tensor, n_rows: int, n_features: int) -
 
 def gather_sum(rows: Tensor, index: Tensor, pointer: Tensor, weights: Tensor, out: Tensor, add: bool = False) -> Tensor:
     """out[s] (+)= sum over list s of weights[j] * rows[index[j]]. rows [*, C] and out [S, C] may be column slices."""
-    if native.usable(out) and rows.dtype == out.dtype:
+    kind = backend(out)
+    if kind == "native" and rows.dtype == out.dtype:
         weights = weights.contiguous()
         native.call("gather_sum", rows, rows.stride(0), index, pointer, weights, *out.shape, out, out.stride(0), add)
-    elif kernels.usable(out):
+    elif kind == "triton":
+        from . import kernels  # optional: Triton comes with PyTorch's CUDA builds
+
         kernels.gather_sum(rows, index, pointer, weights, out, add)
     else:
         weights, table = weights.to(out.dtype), rows.to(out.dtype).contiguous()
@@ -70,17 +93,19 @@ def decode_backward(
     (the second term carries the gradient of the decoder norms) into `out_FC`.
     """
     values = values.to(out_FC.dtype).contiguous()
-    if native.usable(out_FC) and grad_RC.dtype == weight_FC.dtype == out_FC.dtype:
+    kind, listed = backend(out_FC), (entries.ordered_rows, entries.order, entries.feature_pointer)
+    if kind == "native" and grad_RC.dtype == weight_FC.dtype == out_FC.dtype:
         grad_values = torch.empty_like(values)
-        listed = (entries.ordered_rows, entries.order, entries.feature_pointer)
         shape = weight_FC.shape
         native.call(
             "decode_backward", grad_RC, grad_RC.stride(0), weight_FC, *listed, values, scale_F, *shape,
             grad_values, out_FC, 0,
         )  # fmt: skip
         return grad_values
-    if kernels.usable(out_FC):
-        return kernels.decode_backward(grad_RC, weight_FC, entries, values, scale_F, out_FC)
+    if kind == "triton":
+        from . import kernels
+
+        return kernels.decode_backward(grad_RC, weight_FC, *listed, values, scale_F, out_FC)
     gather_sum(grad_RC, entries.ordered_rows, entries.feature_pointer, values[entries.order], out_FC)
     if scale_F is not None:
         out_FC.addcmul_(weight_FC, scale_F[:, None])
@@ -96,7 +121,7 @@ def gather_dot(left: Tensor, right: Tensor, left_index: Tensor, right_index: Ten
 
 def row_norms(rows: Tensor) -> Tensor:
     """[F]: the 2-norm of every row, in float32 or better."""
-    if native.usable(rows):
+    if backend(rows) == "native":
         out = torch.empty_like(rows[:, 0])
         native.call("row_norms", rows, *rows.shape, out)
         return out
@@ -108,7 +133,7 @@ def entries_above(h_BF: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tens
 
     How many there are is read back from the device: on the CPU that costs nothing.
     """
-    if not native.usable(h_BF):
+    if backend(h_BF) != "native":
         tokens, features = (h_BF > threshold).nonzero(as_tuple=True)
         return tokens, features, h_BF[tokens, features]
     limits: tuple[Tensor | float | None, ...] = (None, None, float(threshold) if is_number(threshold) else 0.0)

@@ -1,6 +1,6 @@
 """The CPU kernels in native.cpp: compiled once into the cache on first use, called through ctypes.
 
-Nothing depends on them: with no compiler (or `CROSSLACE_NATIVE=0`) the step runs on plain PyTorch operations.
+Nothing depends on them: with no compiler the step runs on plain PyTorch operations.
 """
 
 import ctypes
@@ -20,6 +20,8 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC"]
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+
+_KNOWN = (*_SUFFIX, torch.int64)
 
 _logger = logging.getLogger(__name__)
 
@@ -53,8 +55,6 @@ def _build(compiler: str) -> Path:
 @cache
 def load() -> ctypes.CDLL | None:
     """The compiled library, or None where it cannot be had."""
-    if os.environ.get("CROSSLACE_NATIVE") == "0":
-        return None
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return None
@@ -67,7 +67,7 @@ def load() -> ctypes.CDLL | None:
 
 def usable(tensor: Tensor) -> bool:
     """Whether the kernels work on tensors like this one."""
-    return tensor.device.type == "cpu" and tensor.dtype in _SUFFIX and load() is not None
+    return tensor.device.type == "cpu" and tensor.dtype in _KNOWN and load() is not None
 
 
 def call(name: str, *arguments: Tensor | int | float | None) -> None:

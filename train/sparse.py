@@ -2,7 +2,7 @@
 
     1. pre-activations   one dense product a layer, [B, F]; the one thing of that size, dropped as soon as
     2. active set        the entries that fire or lie in the estimator's window are listed (train/select.py)
-    3. decode            y^_r = sum over a row's entries of a * W_dec[feature]: a row of W_dec is a feature's whole decoder
+    3. decode            y^_r = sum over a row's entries of a * W_dec[feature]: a row is a feature's whole decoder
 
 and backwards, with N entries in place of B x F:
 
@@ -201,7 +201,7 @@ class SparseActs:
 
 
 def preactivation_penalty(layer: SparseActs, theta: Tensor, n: Tensor, over: Tensor | None = None) -> Tensor:
-    """losses.preactivation_penalty without its B x F terms: sum_i n_i (B theta_i - sum_b h_bi + sum_b relu(h - theta))."""
+    """losses.preactivation_penalty without B x F terms: sum_i n_i (B theta_i - sum_b h_bi + sum_b relu(h - theta))."""
     assert layer.h_sum is not None
     weight = n if over is None else n * over
     silent = (weight * (layer.shape[0] * theta - layer.h_sum)).sum()
@@ -229,10 +229,11 @@ def _choose(
     if rule.activation == "topk":
         return choose_topk(h_BF, round(k), comm)
     count = max(1, round(k * h_BF.shape[0]))
-    largest = choose_largest(h_BF, count)
+    largest = choose_largest(h_BF, count * comm.data_ranks)
     if rule.k_scope == "all":
         return largest
-    return keep_above(largest, comm.top_threshold(largest_values(largest, count, h_BF.numel()), count).clamp_min(0))
+    values = largest_values(largest, count * comm.data_ranks, h_BF.numel())
+    return keep_above(largest, comm.top_threshold(values, count).clamp_min(0))
 
 
 def sparse_pass(
@@ -269,7 +270,8 @@ def sparse_pass(
     if over_all:
         count = max(1, round(k[0] * tokens))
         sizes = [tokens * n for n in transcoder.features]
-        values = [largest_values(chosen, count, n) for chosen, n in zip(main, sizes, strict=True)]
+        most = count * comm.data_ranks
+        values = [largest_values(chosen, most, n) for chosen, n in zip(main, sizes, strict=True)]
         tau = comm.top_threshold(torch.cat(values), count).clamp_min(0)
         main = [keep_above(chosen, tau) for chosen in main]
 

@@ -1,0 +1,213 @@
+"""Seconds and peak memory of one training step: forward, loss, backward, clip, Adam; dense reference and sparse path.
+
+    python -m benchmarks.train_step [--json] [--shape small|large|...] [--transcoder clt,plt] [--activation ...]
+
+The dense reference is the trainer's own dense step (`objective.dense_pass`: one product per source layer), with the
+same losses and the same optimizer. Each measurement runs in a process of its own, so that its peak is its own.
+`*_peak` is the highest memory during a step beyond parameters and optimizer state, gradients included;
+`gradients` says how much of it they are.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from crosslace.train import native
+from crosslace.train.adam import clipped_step
+from crosslace.train.collectives import global_norm
+from crosslace.train.objective import Objective, StepInputs, dense_pass, step_loss
+from crosslace.train.sparse import Workspace, sparse_pass
+from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    L: int
+    D: int
+    F: int
+    B: int
+    k: int = 16
+
+
+SHAPES = {
+    "tiny": Shape(4, 64, 512, 128, 8),
+    "small": Shape(12, 256, 4096, 512),
+    "large": Shape(12, 768, 8192, 512),
+    "gpt2": Shape(12, 768, 24576, 4096),
+    "wide": Shape(16, 2048, 16384, 4096),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure."""
+
+    transcoder: str
+    activation: str
+    shape: Shape
+    device: str
+    precision: str
+    aux: bool
+    repeats: int
+
+
+def build(case: Case) -> tuple[Transcoder, Tensor, Tensor, StepInputs, Objective]:
+    """Weights as after some training: pre-activations of unit spread, each feature firing on k / F of tokens."""
+    s, device = case.shape, torch.device(case.device)
+    settings = TranscoderSettings(
+        features=s.F, reach="all" if case.transcoder == "clt" else "1", activation=case.activation, k=s.k
+    )
+    transcoder = Transcoder(settings, s.D, s.L, device=device)
+    rare = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(s.k / s.F)).item()
+    with torch.no_grad():
+        for W, b in zip(transcoder.W_enc, transcoder.b_enc, strict=True):
+            W.div_(W.norm(dim=1, keepdim=True))
+            if case.activation == "jumprelu":
+                b.fill_(settings.theta_init + rare)
+    generator = torch.Generator(device).manual_seed(0)
+    x, y = (torch.randn(s.B, s.L, s.D, device=device, generator=generator) for _ in range(2))
+    steps = case.activation == "jumprelu"
+    objective = Objective("tanh" if steps else None, 4.0, steps, True, 1 / 32 if case.aux else 0.0, s.D // 2)
+    dead = [torch.arange(s.F, device=device) % 20 == 0 for _ in range(s.L)]
+    inputs = StepInputs([s.k] * s.L, torch.full((s.L,), 1e-3, device=device), 3e-6, dead)
+    return transcoder, x, y, inputs, objective
+
+
+def resident() -> int:
+    """Bytes of memory this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def measure(case: Case, sparse: bool) -> dict[str, Any]:
+    """Median seconds of a step, its peak memory, and where the time goes."""
+    transcoder, x, y, inputs, objective = build(case)
+    cuda = case.device.startswith("cuda")
+    optimizer = torch.optim.Adam(transcoder.parameters(), lr=1e-4, fused=True)
+    for parameter in transcoder.parameters():  # the state that the first step would make: not the step's own memory
+        zeros = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state = {"step": torch.zeros((), device=parameter.device), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
+        for moment in zeros:
+            moment.fill_(0)  # touch the pages
+        optimizer.state[parameter] = state
+    before = torch.cuda.memory_allocated() if cuda else resident()
+    forward = functools.partial(sparse_pass, workspace=Workspace()) if sparse else dense_pass
+    parts: dict[str, list[float]] = {"forward": [], "backward": [], "clip and Adam": []}
+    found: Any = None
+
+    def clock() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for _ in range(case.repeats + 1):
+        start = clock()
+        with torch.autocast(case.device.split(":")[0], torch.bfloat16, enabled=case.precision == "bf16"):
+            found = step_loss(transcoder, x, y, inputs, objective, forward=forward)
+        forwards = clock()
+        found.loss.backward()
+        backwards = clock()
+        parameters = list(transcoder.parameters())
+        clipped_step(optimizer, global_norm([p.grad for p in parameters if p.grad is not None], []), 1.0)
+        optimizer.zero_grad(set_to_none=True)
+        for name, seconds in zip(parts, (forwards - start, backwards - forwards, clock() - backwards), strict=True):
+            parts[name].append(seconds)
+    totals = [sum(step) for step in zip(*parts.values(), strict=True)]
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "first_s": totals[0],
+        "seconds": statistics.median(totals[1:]),
+        "parts": {name: round(statistics.median(values[1:]), 4) for name, values in parts.items()},
+        "peak": peak - before,
+        "gradients": sum(p.numel() * p.element_size() for p in transcoder.parameters()),
+        "l0": float(found.l0.mean()),
+        "loss": float(found.loss.detach()),
+    }
+
+
+def _in_process(case: Case, sparse: bool) -> dict[str, Any]:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (case, sparse))
+
+
+def bandwidth_share(case: Case, seconds: float) -> float | None:
+    """Bytes that a step cannot do without (parameters, moments and gradients by Adam; the decoder twice more), over
+    the time taken, as a share of what a large copy reaches on this device."""
+    if not case.device.startswith("cuda"):
+        return None
+    s = case.shape
+    decoder = s.F * s.D * (s.L * (s.L + 1) // 2 if case.transcoder == "clt" else s.L)
+    floor = 4 * (8 * (decoder + s.L * s.F * s.D) + 2 * decoder)
+    big = torch.empty(1 << 28, device=case.device)
+    other = torch.empty_like(big)
+    other.copy_(big)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        other.copy_(big)
+    torch.cuda.synchronize()
+    return floor / seconds / (20 * big.numel() * 4 / (time.perf_counter() - start))
+
+
+def compare(case: Case) -> dict[str, Any]:
+    """One line of the output."""
+    sparse, dense = _in_process(case, True), _in_process(case, False)
+    s = case.shape
+    line = {
+        "transcoder": case.transcoder, "activation": case.activation, "L": s.L, "D": s.D, "F": s.F, "B": s.B,
+        "k": s.k, "device": case.device, "dtype": case.precision, "aux": case.aux, "l0": round(sparse["l0"], 2),
+        "dense_s": round(dense["seconds"], 4), "sparse_s": round(sparse["seconds"], 4),
+        "ratio": round(dense["seconds"] / sparse["seconds"], 2), "dense_peak": dense["peak"],
+        "sparse_peak": sparse["peak"], "gradients": sparse["gradients"], "sparse_parts": sparse["parts"],
+        "dense_parts": dense["parts"], "first_s": round(sparse["first_s"], 3),
+        "tokens_per_s": round(s.B / sparse["seconds"]),
+        "loss_difference": abs(dense["loss"] - sparse["loss"]) / abs(dense["loss"]),
+    }  # fmt: skip
+    share = bandwidth_share(case, sparse["seconds"])
+    return line if share is None else line | {"bandwidth_share": round(share, 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--shape", default="small", help=f"comma-separated: {', '.join(SHAPES)}")
+    parser.add_argument("--transcoder", default="clt,plt", help="comma-separated: clt, plt")
+    parser.add_argument("--activation", default="batchtopk,jumprelu", help="comma-separated")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", default=None, help="float32 or bf16 (autocast); bf16 on CUDA by default")
+    parser.add_argument("--aux", action="store_true", help="topk kinds: with the auxiliary loss (5%% dead)")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    if not options.json:
+        kernels = "C++" if native.load() is not None else "none"
+        print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, kernels: {kernels}")
+    precision = options.precision or ("bf16" if options.device.startswith("cuda") else "float32")
+    for shape in options.shape.split(","):
+        for transcoder in options.transcoder.split(","):
+            for activation in options.activation.split(","):
+                aux = options.aux and activation != "jumprelu"
+                case = Case(transcoder, activation, SHAPES[shape], options.device, precision, aux, options.repeats)
+                line = compare(case)
+                if options.json:
+                    print(json.dumps(line), flush=True)
+                else:
+                    beyond = [(line[f"{path}_peak"] - line["gradients"]) / 2**20 for path in ("dense", "sparse")]
+                    print(
+                        f"{shape:6} {transcoder} {activation:9} dense {line['dense_s']:.3f} s, sparse "
+                        f"{line['sparse_s']:.3f} s: {line['ratio']:.1f}x; peak beyond gradients "
+                        f"{beyond[0]:.0f} and {beyond[1]:.0f} MiB; {line['sparse_parts']}",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()
