@@ -23,9 +23,7 @@ class Section(NamedTuple):
 SECTIONS = {
     "model": Section("data/model.py", "ModelSettings", "the language model", shorthand="name"),
     "dataset": Section("data/corpus.py", "DatasetSettings", "the text", shorthand="name"),
-    "store": Section(
-        "data/harvest.py", "HarvestSettings", "the cached activations", shorthand="path", more="StorePlace"
-    ),
+    "store": Section("data/harvest.py", "HarvestSettings", "the cached activations", shorthand="path"),
     "transcoder": Section("train/transcoder.py", "TranscoderSettings", "the dictionary that is trained"),
     "trainer": Section("train/settings.py", "TrainerSettings", "how it is trained"),
     "parallel": Section("launch/settings.py", "ParallelSettings", "several processes"),
