@@ -263,30 +263,35 @@ def intervene_many(
 ) -> list[InterventionResult]:
     """Each group of interventions by itself on one prompt, `batch` groups in one forward pass.
 
-    `layers` is the frozen range of mode `constrained`, by default from the first layer to the last one changed.
+    `layers` is the frozen range of mode `constrained`, by default from the first layer to the group's last one.
     """
     tokens = rm.lm.tokenize(prompt)
-    results: list[InterventionResult] = []
-    for first in range(0, len(groups), batch):
-        some = groups[first : first + batch]
-        runs = _Runs(rm, some, mode, layers, past_range, len(tokens))
+    results: dict[int, InterventionResult] = {}
+    for chosen in _batches(groups, batch, together=mode != "constrained" or layers is not None):
+        runs = _Runs(rm, [groups[number] for number in chosen], mode, layers, past_range, len(tokens))
         with memory_named(f"batch (now {batch}) or the prompt"):
             step = runs.step(tokens)
         clean_reads = {layer: step.clean.read[layer][0] for layer in rm.transcoder.layers}
-        for row, fixed in enumerate(step.fixed):
-            results.append(
-                InterventionResult(
-                    tokens=tokens,
-                    logits=step.logits[row],
-                    clean_logits=step.clean.logits[0],
-                    keep=step.clean.keep[0],
-                    reads={layer: read[row] for layer, read in step.reads.items()},
-                    clean_reads=clean_reads,
-                    fixed=fixed,
-                    transcoder=rm.transcoder,
-                )
+        for row, number in enumerate(chosen):
+            results[number] = InterventionResult(
+                tokens=tokens,
+                logits=step.logits[row],
+                clean_logits=step.clean.logits[0],
+                keep=step.clean.keep[0],
+                reads={layer: read[row] for layer, read in step.reads.items()},
+                clean_reads=clean_reads,
+                fixed=step.fixed[row],
+                transcoder=rm.transcoder,
             )
-    return results
+    return [results[number] for number in range(len(groups))]
+
+
+def _batches(groups: Sequence[Sequence[Intervention]], batch: int, together: bool) -> list[list[int]]:
+    """Numbers of the groups that run in one pass; unless all go `together`, those whose last layer is the same."""
+    alike: dict[int, list[int]] = {}
+    for number, group in enumerate(groups):
+        alike.setdefault(0 if together else max((it.layer for it in group), default=-1), []).append(number)
+    return [same[first : first + batch] for same in alike.values() for first in range(0, len(same), batch)]
 
 
 @torch.no_grad()

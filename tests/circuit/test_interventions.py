@@ -1,0 +1,343 @@
+"""Interventions against runs made by hand, on every family; then what they refuse, and generation with a cache."""
+
+import pytest
+import torch
+from crosslace.circuit.interventions import Intervention, covered_positions
+from crosslace.circuit.replacement import ReplacementModel
+from crosslace.data.errors import SettingsError, UserError
+from transformers import AttentionInterface
+
+MODES = ["free", "constrained", "direct"]
+SHAPES = [{"reach": "all"}, {"reach": "1", "read": "mlp_in", "skip": True}]
+L, P = 1, 3  # the layer and position that most tests change
+CLOSE = {"atol": 1e-10, "rtol": 1e-10}
+
+
+@pytest.fixture
+def active(prompt):
+    """`active(rm, layer, position)`: the strongest feature there, and its activation."""
+
+    def find(rm: ReplacementModel, layer: int = L, position: int = P) -> tuple[int, float]:
+        value, feature = rm.activations(prompt)[rm.transcoder.layers.index(layer)][position].max(-1)
+        assert value > 0
+        return feature.item(), value.item()
+
+    return find
+
+
+def clean_run(rm: ReplacementModel, prompt):
+    run = rm.clean(rm.lm.tokenize(prompt)[None])
+    return run, rm.features(run)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_set_changes_nothing(family, mode, make_replacement, prompt):
+    rm = make_replacement(family, reach="all", skip=True)
+    result = rm.intervene(prompt, [], mode)
+    torch.testing.assert_close(result.logits, result.clean_logits, **CLOSE)
+    torch.testing.assert_close(result.clean_logits, rm.lm(rm.lm.tokenize(prompt)[None])[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_direct_is_the_local_replacement_model(family, shape, make_replacement, prompt, active):
+    """Only what the feature writes moves, through frozen patterns and norms; no other feature does."""
+    rm = make_replacement(family, **shape)
+    feature, value = active(rm)
+    run, acts = clean_run(rm, prompt)
+    acts[L][0, P, feature] = 1.01 * value
+    result = rm.intervene(prompt, [Intervention(L, P, feature, times=1.01)], "direct")
+    torch.testing.assert_close(result.logits, rm.local_logits(run, acts)[0], **CLOSE)
+    once = rm.lm.before_softcap(result.logits) - rm.lm.before_softcap(result.clean_logits)
+    twice = rm.intervene(prompt, [Intervention(L, P, feature, times=1.02)], "direct")
+    twice = rm.lm.before_softcap(twice.logits) - rm.lm.before_softcap(result.clean_logits)
+    assert once[P:].abs().max() > 1e-6
+    torch.testing.assert_close(twice, 2 * once, atol=1e-8, rtol=1e-7)
+    assert once[:P].abs().max() < 1e-12  # nothing flows back
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_constrained_pushes_the_model_itself(family, shape, make_replacement, prompt, active):
+    """Frozen up to the feature's layer, live after it: the plain model with a vector added to one MLP output."""
+    rm = make_replacement(family, **shape)
+    feature, value = active(rm)
+    push = -value * rm.transcoder.W_dec[L][feature, 0]
+
+    def add(layer, sites):
+        if layer != L:
+            return None
+        out = sites["mlp_out"].clone()
+        out[:, P] += push
+        return out
+
+    with rm.lm.freeze_attention(), rm.lm.freeze_norms(), rm.lm.overwrite(add):
+        by_hand = rm.lm(rm.lm.tokenize(prompt)[None])[0]
+    for layers in (None, range(L + 1), [L]):
+        result = rm.intervene(prompt, [Intervention(L, P, feature, times=0.0)], "constrained", layers)
+        torch.testing.assert_close(result.logits, by_hand, **CLOSE)
+
+
+def test_constrained_over_all_layers_keeps_every_mlp_output(make_replacement, prompt, active):
+    """Only the last norm is live there, which direct freezes too."""
+    rm = make_replacement("llama", reach="all")
+    feature, _ = active(rm)
+    change = [Intervention(L, P, feature, times=3.0)]
+    constrained = rm.intervene(prompt, change, "constrained", range(3))
+    direct = rm.intervene(prompt, change, "direct")
+    for layer in range(3):
+        torch.testing.assert_close(constrained.reads[layer], direct.reads[layer], **CLOSE)
+    assert not torch.allclose(constrained.logits, direct.logits)
+
+
+def test_writes_past_the_range_are_asked_for(make_replacement, prompt, active):
+    rm = make_replacement("llama", reach="all")
+    feature, value = active(rm)
+    change = [Intervention(L, P, feature, times=0.0)]
+    inside = rm.intervene(prompt, change, "constrained", [0, L])
+    past = rm.intervene(prompt, change, "constrained", [0, L], past_range=True)
+
+    def add(layer, sites):
+        if layer < L:
+            return None
+        out = sites["mlp_out"].clone()
+        out[:, P] -= value * rm.transcoder.W_dec[L][feature, layer - L]
+        return out
+
+    with rm.lm.freeze_attention(), rm.lm.freeze_norms(), rm.lm.overwrite(add):
+        by_hand = rm.lm(rm.lm.tokenize(prompt)[None])[0]
+    torch.testing.assert_close(past.logits, by_hand, **CLOSE)
+    assert not torch.allclose(inside.logits, past.logits)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_free_encodes_anew_and_keeps_the_errors(family, shape, make_replacement, prompt, active):
+    rm = make_replacement(family, **shape)
+    feature, _ = active(rm)
+    run, _ = clean_run(rm, prompt)
+    errors, transcoder = rm.errors(run), rm.transcoder
+    outputs: dict[int, torch.Tensor] = {}
+    for _ in range(rm.lm.n_layers + 1):  # one more layer is right in each pass
+        own = {}
+
+        def overwrite(layer, sites, own=own):
+            own[layer] = sites["mlp_out"]
+            return outputs.get(layer)
+
+        with (
+            rm.lm.freeze_attention(),
+            rm.lm.freeze_norms(),
+            rm.lm.overwrite(overwrite),
+            rm.lm.capture(("resid", "mlp_in")) as sites,
+        ):
+            logits = rm.lm(run.tokens)
+        x = sites.stacked(transcoder.settings.read)[0]
+        acts = transcoder.encode(x)
+        acts[L][P, feature] = 7.5
+        y = transcoder.decode(acts, x)
+        for layer in range(rm.lm.n_layers):
+            outputs[layer] = torch.cat([own[layer][:, :1], (errors[layer] + y[None, :, layer])[:, 1:]], 1)
+    result = rm.intervene(prompt, [Intervention(L, P, feature, value=7.5)])
+    torch.testing.assert_close(result.logits, logits[0], **CLOSE)
+    assert (result.logits - result.clean_logits)[P:].abs().max() > 1e-3
+    for layer in range(rm.lm.n_layers):
+        expected = acts[layer].clone()
+        expected[0] = 0
+        torch.testing.assert_close(result.activations(layer), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_groups_in_one_pass_equal_each_alone(mode, make_replacement, prompt):
+    rm = make_replacement("gemma2", reach="2")
+    groups = [
+        [Intervention(0, 2, 5, value=3.0)],
+        [],
+        [Intervention(1, slice(2, None), 1, times=0.0), Intervention(2, -1, 4, value=-2.0)],
+        [Intervention(2, slice(None), 3, value=1.5)],
+    ]
+    for layers in (None, range(3)) if mode == "constrained" else (None,):
+        together = rm.intervene_many(prompt, groups, mode, layers)
+        in_twos = rm.intervene_many(prompt, groups, mode, layers, batch=2)
+        for group, result, split in zip(groups, together, in_twos):
+            alone = rm.intervene(prompt, group, mode, layers)
+            torch.testing.assert_close(result.logits, alone.logits, **CLOSE)
+            torch.testing.assert_close(result.logits, split.logits, **CLOSE)
+            assert result.fixed == alone.fixed
+
+
+def test_values_multiples_and_patches(make_replacement, prompt, active):
+    rm = make_replacement("llama")
+    feature, value = active(rm)
+    other = [*prompt[:4], 11, 12, 13, 14]
+    theirs = rm.activations(other)[L][:, feature]
+
+    def logits(position=P, **setting) -> torch.Tensor:
+        return rm.intervene(prompt, [Intervention(L, position, feature, **setting)]).logits
+
+    torch.testing.assert_close(logits(times=2.0), logits(value=2 * value))
+    torch.testing.assert_close(logits(times=1.0), rm.intervene(prompt, []).clean_logits)
+    torch.testing.assert_close(logits(patch_from=prompt), logits(times=1.0))
+    torch.testing.assert_close(logits(5, patch_from=other), logits(5, value=theirs[5].item()))
+    torch.testing.assert_close(
+        logits(patch_from=tuple(other), patch_position=-1), logits(value=theirs[7].item()), **CLOSE
+    )
+    torch.testing.assert_close(logits(-1, value=4.0), logits(6, value=4.0))
+    torch.testing.assert_close(logits("2:4", value=4.0), logits(slice(2, 4), value=4.0))
+    torch.testing.assert_close(logits(slice(0, 2), value=4.0), logits(1, value=4.0))  # position 0 has no features
+
+
+def test_what_a_result_tells(make_replacement, prompt, active):
+    rm = make_replacement("qwen2", reach="all")
+    feature, value = active(rm)
+    result = rm.intervene(prompt, [Intervention(L, P, feature, times=0.5)], "direct")
+    clean = rm.activations(prompt)
+    later = (clean[2][P] > 0).nonzero()[0, 0].item()
+    assert result.activation(L, P, feature).item() == pytest.approx(value / 2)
+    assert result.clean_activation(L, P, feature).item() == pytest.approx(value)
+    torch.testing.assert_close(result.clean_activations(2), clean[2])
+    torch.testing.assert_close(result.activations(2)[P, later], result.activation(2, P, later))
+    torch.testing.assert_close(result.activation(2, P - 7, later), result.activation(2, P, later))
+    moved = result.effect([(L, P, feature), (2, P, later), (0, P, 0)])
+    assert moved[0].item() == pytest.approx(-value / 2) and moved[2] == 0
+    # twice the change moves a later pre-activation twice as far
+    step = result.preactivation(2, P, later) - result.preactivation(2, P, later, clean=True)
+    off = rm.intervene(prompt, [Intervention(L, P, feature, times=0.0)], "direct")
+    torch.testing.assert_close(
+        off.preactivation(2, P, later) - off.preactivation(2, P, later, clean=True), 2 * step, **CLOSE
+    )
+    assert result.probabilities().sum().item() == pytest.approx(1)
+    assert result.activation(L, 0, feature) == 0 and result.keep.tolist() == [True] + [False] * 6
+
+
+def test_a_transcoder_of_some_layers(make_replacement, prompt):
+    rm = make_replacement("gpt_neox", layers=[0, 2], reach="all")
+    for mode in MODES:
+        result = rm.intervene(prompt, [Intervention(2, 4, 1, value=2.0), Intervention(0, 4, 1, value=2.0)], mode)
+        assert (result.logits - result.clean_logits)[4:].abs().max() > 1e-3
+        assert set(result.reads) == {0, 2}
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"layer": 3, "value": 1}, r"layer 3 has no features; the transcoder covers layers \[0, 1, 2\]"),
+        ({"feature": 12, "value": 1}, "features 0 to 11, not 12"),
+        ({"position": 7, "value": 1}, "position 7 is outside the prompt's 7 tokens"),
+        ({"position": -8, "value": 1}, "position -8 is outside"),
+        ({"position": 0, "value": 1}, "position 0 keeps the model's own output"),
+        ({"position": slice(None, None, -1), "value": 1}, "goes forward"),
+        ({"patch_from": [1, 2]}, "position 3 of patch_from holds no features, it has 2 tokens"),
+        ({"patch_from": [1, 2], "patch_position": 0}, "position 0 of patch_from holds no features, it is masked"),
+    ],
+)
+def test_interventions_that_cannot_be_made(make_replacement, prompt, setting, sentence):
+    rm = make_replacement("llama")
+    with pytest.raises(UserError, match=sentence):
+        rm.intervene(prompt, [Intervention(**{"layer": 1, "position": 3, "feature": 0, **setting})])
+    assert not any(module._forward_hooks for module in rm.lm.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({}, "nothing to set; give one of value, times and patch_from"),
+        ({"value": 1.0, "times": 2.0}, "value and times to set"),
+        ({"position": "3 5", "value": 1.0}, "not a position"),
+        ({"position": "", "value": 1.0}, "not a position"),
+    ],
+)
+def test_interventions_that_say_too_little_or_too_much(setting, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        Intervention(**{"layer": 1, "position": 3, "feature": 0, **setting})
+
+
+def test_modes_and_ranges_that_contradict(make_replacement, prompt):
+    rm = make_replacement("llama")
+    change = [Intervention(1, 3, 0, value=1.0)]
+    with pytest.raises(UserError, match="mode=loose is not known; it takes one of free, constrained, direct"):
+        rm.intervene(prompt, change, "loose")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="belongs to mode=constrained"):
+        rm.intervene(prompt, change, "direct", range(2))
+    with pytest.raises(UserError, match=r"layer 1 is changed but lies outside layers=\[2\]"):
+        rm.intervene(prompt, change, "constrained", [2])
+    with pytest.raises(UserError, match="beyond the model's layers 0 to 2"):
+        rm.intervene(prompt, change, "constrained", range(4))
+    with pytest.raises(UserError, match="layer 1 feature 0 is set twice at position 3"):
+        rm.intervene(prompt, [*change, Intervention(1, slice(2, 5), 0, times=0.0)])
+
+
+def test_an_error_halfway_leaves_nothing_behind(make_replacement, prompt, monkeypatch):
+    rm = make_replacement("olmo2")
+    before = rm.lm.config._attn_implementation
+    monkeypatch.setattr(rm.transcoder, "decode_from", lambda l, acts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rm.intervene(prompt, [Intervention(0, 3, 0, value=1.0)])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in rm.lm.model.modules())
+    assert rm.lm.config._attn_implementation == before
+    assert not any("crosslace" in entry for entry in AttentionInterface._global_mapping)
+
+
+@pytest.mark.parametrize(
+    ("position", "prompt_length", "end", "expected"),
+    [
+        (2, 5, 5, [2]),
+        (-1, 5, 8, [4]),
+        (6, 5, 8, [6]),
+        (slice(3, None), 5, 8, [3, 4, 5, 6, 7]),
+        (slice(-2, None), 5, 8, [3, 4, 5, 6, 7]),
+        (slice(1, -2), 5, 8, [1, 2]),
+        (slice(None, None, 3), 5, 8, [0, 3, 6]),
+        (slice(-9, 2), 5, 8, [0, 1]),
+        (slice(6, 2), 5, 8, []),
+    ],
+)
+def test_positions(position, prompt_length, end, expected):
+    covered = covered_positions(Intervention(0, position, 0, value=1.0), prompt_length, end)
+    assert list(covered) == expected
+
+
+# -- generation ------------------------------------------------------------------------------------------------------
+
+
+def test_generation_without_interventions_is_the_models_own(family, make_replacement, prompt):
+    rm = make_replacement(family)
+    tokens = rm.lm.tokenize(prompt)
+    for _ in range(6):
+        new = rm.lm(tokens[None])[0, -1].argmax()
+        tokens = torch.cat([tokens, new[None]])
+        if new.item() in rm.lm.end_tokens:
+            break
+    assert rm.generate(prompt, max_new_tokens=6).tokens.tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "gpt_neox", "gpt_oss", "phi3"])
+def test_generation_goes_on_over_new_tokens(family, mode, make_replacement, prompt):
+    """With a cache, step by step, as without one on the grown prompt; sliding windows shorter than the text."""
+    rm = make_replacement(family, reach="all")
+    changes = [Intervention(1, slice(3, None), 5, value=9.0), Intervention(0, slice(-1, None), 2, times=-1.0)]
+    fixed_start = [changes[0], Intervention(0, slice(6, None), 2, times=-1.0)]
+    tokens = rm.lm.tokenize(prompt)
+    for number in range(5):
+        result = rm.intervene(tokens, fixed_start, mode)
+        new = result.logits[-1].argmax()
+        if number == 0:
+            first = result
+        tokens = torch.cat([tokens, new[None]])
+        if new.item() in rm.lm.end_tokens:
+            break
+    generated = rm.generate(prompt, changes, 5, mode)
+    assert generated.tokens.tolist() == tokens.tolist()
+    assert generated.prompt_length == len(prompt)
+    assert generated.text == " ".join(map(str, tokens[len(prompt) :].tolist()))
+    torch.testing.assert_close(generated.probabilities, first.probabilities(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(generated.clean_probabilities, first.probabilities(clean=True), atol=1e-6, rtol=1e-5)
+
+
+def test_sampling_follows_its_seed_and_stops_at_the_context(make_replacement, prompt):
+    rm = make_replacement("qwen3")
+    rm.lm.model.generation_config.eos_token_id = None
+    draws = [rm.generate(prompt, max_new_tokens=8, temperature=2.0, seed=seed).tokens.tolist() for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert len(rm.generate([5] * 60, max_new_tokens=20).tokens) == 64
