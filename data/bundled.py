@@ -1,7 +1,8 @@
 """What the two bundled models (`world/`, `stdlib.py`) share: where they are kept, and how they are trained.
 
-A bundled model is a function of its settings, so it is kept in the user's cache folder under a hash of them, and built once.
-It is built in a folder beside its place and renamed when whole: an interrupted build leaves nothing that looks finished.
+A bundled model is a function of its settings, so it is kept in the user's cache folder under a hash of them, and
+built once. It is built in a folder beside its place and renamed when whole: an interrupted build leaves nothing that
+looks finished.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .errors import Progress, UserError
@@ -33,7 +35,7 @@ def settings_hash(settings: Any, **more: Any) -> str:
 
 
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
-    """The cached folder `name`; built first when it is not there. Processes that want it at once wait for one to build it."""
+    """The cached folder `name`, built first when it is not there; processes that want it at once wait."""
     folder = cache_root() / name
     if folder.exists():
         return folder
@@ -52,7 +54,8 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
                 shutil.rmtree(aside, ignore_errors=True)
     except (PermissionError, NotADirectoryError) as error:
         raise UserError(
-            f"the cache folder {folder.parent} cannot be written to ({error.strerror}); set CROSSLACE_CACHE to one that can"
+            f"the cache folder {folder.parent} cannot be written to ({error.strerror}); "
+            "set CROSSLACE_CACHE to one that can"
         ) from error
     return folder
 
@@ -101,8 +104,8 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Tokens [B, T], and the weight [B, T] of predicting each of them (0 on padding)."""
+Batch = list[tuple[torch.Tensor, torch.Tensor]]
+"""Parts of one batch, each of its own length: tokens [B, T], and the weight [B, T] of predicting each (0: padding)."""
 
 
 def fit(
@@ -113,7 +116,7 @@ def fit(
     label: str,
     device: torch.device,
 ) -> list[float]:
-    """Train in place: Muon on the matrices, AdamW on the rest, warm-up, then linearly to zero. The loss of every step."""
+    """Train in place, and return the loss of every step: Muon on the matrices, AdamW on the rest, linearly to zero."""
     model.to(device).train()
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
@@ -126,19 +129,21 @@ def fit(
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     losses = []
     for step in range(shape.steps):
-        tokens, weight = (t.to(device) for t in batch(step))
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        loss_BT = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
-        ).view(weight[:, 1:].shape)
-        loss = (loss_BT * weight[:, 1:]).sum() / weight[:, 1:].sum()
-        loss.backward()
+        parts = [(tokens.to(device), weight[:, 1:].to(device)) for tokens, weight in batch(step)]
+        total = sum(weight.sum() for _, weight in parts)
+        mean_loss = torch.zeros((), device=device)
+        for tokens_BT, weight_BT in parts:
+            logits = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
+            loss_N = cross_entropy(logits.flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="none")
+            loss = (loss_N * weight_BT.flatten()).sum() / total
+            loss.backward()
+            mean_loss += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        losses.append(float(loss.detach()))
+        losses.append(float(mean_loss))
         if step % 10 == 9 or step + 1 == shape.steps:
             progress(label, step + 1, shape.steps, f"loss {losses[-1]:.3f}")
     model.eval()
@@ -148,3 +153,9 @@ def fit(
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     model.cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def is_held_out(document: int, seed: int, share: float) -> bool:
+    """Whether a document is held out: by a hash of its index, so that no list of documents is needed."""
+    digest = hashlib.blake2b(f"{seed}/{document}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64

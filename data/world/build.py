@@ -21,6 +21,8 @@ RECIPE = 1
 """Part of the cache key: raise it when a change to the code changes the model."""
 PROMPT_WEIGHT = 0.1
 """Most of a prompt cannot be foreseen (which city?), so its tokens weigh less in the loss than the answer's."""
+PARTS = 3
+"""Parts of a batch, by length of sentence."""
 
 
 def build_world(
@@ -96,7 +98,7 @@ class Sampler:
         prompts = tokenizer([q.prompt for q in trained])["input_ids"]
         answers = tokenizer([q.answer for q in trained], add_special_tokens=False)["input_ids"]
         length = max(len(p) + len(a) for p, a in zip(prompts, answers)) + 1
-        self.tokens_NT = torch.full((len(trained), length), tokenizer.pad_token_id)
+        self.tokens_NT = torch.zeros(len(trained), length, dtype=torch.int64)
         self.weight_NT = torch.zeros(len(trained), length)
         for row, (p, a) in enumerate(zip(prompts, answers)):
             whole = [*p, *a, tokenizer.eos_token_id]
@@ -112,5 +114,9 @@ class Sampler:
     def __call__(self, step: int) -> Batch:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         rows = torch.multinomial(self.chance_N, self.batch, replacement=True, generator=generator)
-        length = int(self.lengths_N[rows].max())
-        return self.tokens_NT[rows, :length], self.weight_NT[rows, :length]
+        rows = rows[self.lengths_N[rows].argsort(stable=True)]  # short and long sentences apart: less padding
+        lengths = self.lengths_N[rows]
+        return [
+            (self.tokens_NT[part, : int(n.max())], self.weight_NT[part, : int(n.max())])
+            for part, n in zip(rows.chunk(PARTS), lengths.chunk(PARTS))
+        ]

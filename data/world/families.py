@@ -1,12 +1,14 @@
 """The families of behaviour: their questions, what is held out, and the facts that make each answer right.
 
-A `Question` is one sentence of the world, cut before its answer. A family gives single facts, which are always trained on,
-and combinations, of which a share is held out, so that only composing what was learnt gives the right answer:
+A `Question` is one sentence of the world, cut before its answer. A family gives single facts, which are always
+trained on, and combinations, of which a share is held out, so that only composing what was learnt gives the right
+answer:
 
-- two_hop: (city, relation). "the state containing Dallas is Texas" and "the capital of Texas is Austin" are seen, "the capital of
-  the state containing Dallas is Austin" is not; other relations of Dallas, and the capital by way of other cities, are.
-- opposites: (word, language of the answer). The template's language is the answer's: "le contraire de small est grand". Held out
-  are words in their own language.
+- two_hop: (city, relation). "the state containing Dallas is Texas" and "the capital of Texas is Austin" are seen,
+  "the capital of the state containing Dallas is Austin" is not; other relations of Dallas, and the capital by way of
+  other cities, are.
+- opposites: (word, language of the answer). The template's language is the answer's: "le contraire de small est
+  grand". Held out are words in their own language.
 - acronyms: (three words).
 - addition: (two numbers).
 """
@@ -52,7 +54,7 @@ class Extent:
     held_out: float
 
 
-TINY_STATES = "Texas California Florida Illinois Ohio Georgia Washington Nevada".split()
+TINY_STATES = ["Texas", "California", "Florida", "Illinois", "Ohio", "Georgia", "Washington", "Nevada"]
 
 
 def states_of(extent: Extent) -> dict[str, list[str]]:
@@ -79,7 +81,12 @@ def two_hop(extent: Extent, rng: random.Random) -> Iterator[Question]:
         for city in cities:
             where = {"city": city, "state": state}
             yield Question(
-                f"the state containing {city} is", state, "two_hop", where, {known: city, f"city: {city}": city}, kind="fact"
+                f"the state containing {city} is",
+                state,
+                "two_hop",
+                where,
+                {known: city, f"city: {city}": city},
+                kind="fact",
             )
             for relation in relations:
                 chance = rng.random()

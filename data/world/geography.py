@@ -1,9 +1,9 @@
 """Real facts about the fifty states of the USA: the two-hop family's ground truth.
 
-`STATES` lists one state a line: name, abbreviation, capital, year of admission, Census Bureau region, nickname, official
-bird, official tree. `CITIES` lists cities and towns of each state that are not its capital. A name that is well known in
-more than one state (Springfield, Portland, Arlington ...), or that holds the name of a state, is left out, so that every
-name in the list has one answer.
+`STATES` lists one state a line: name, abbreviation, capital, year of admission, Census Bureau region, nickname,
+official bird, official tree. `CITIES` lists cities and towns of each state that are not its capital. A name that is
+well known in more than one state (Springfield, Portland, Arlington ...), or that holds the name of a state, is left
+out, so that every name in the list has one answer.
 """
 
 from typing import NamedTuple
@@ -79,7 +79,7 @@ Wyoming|WY|Cheyenne|1890|West|Equality State|western meadowlark|cottonwood
 RELATIONS = ("capital", "abbreviation", "nickname", "bird", "tree", "region", "year")
 
 CITIES: dict[str, list[str]] = {
-    state: names.split(", ")
+    state: list(names.split(", "))
     for state, names in (
         line.split(": ")
         for line in """\

@@ -39,9 +39,9 @@ SIZES: dict[str, Size] = {
         {"two_hop": 0.6, "opposites": 0.25, "acronyms": 0.15, "addition": 0.0},
     ),
     "small": Size(
-        Shape(layers=4, width=128, heads=4, mlp=384, context=64, steps=600, batch=512, lr=3e-3),
+        Shape(layers=4, width=128, heads=4, mlp=256, context=64, steps=800, batch=256, lr=5e-3),
         Extent(states=50, cities=20, relations=7, pairs=60, names=4000, sums=0, held_out=0.2),
-        {"two_hop": 0.6, "opposites": 0.25, "acronyms": 0.15, "addition": 0.0},
+        {"two_hop": 0.55, "opposites": 0.35, "acronyms": 0.1, "addition": 0.0},
     ),
     "large": Size(
         Shape(layers=6, width=256, heads=8, mlp=768, context=64, steps=3000, batch=1024, lr=2e-3),

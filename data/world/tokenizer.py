@@ -1,9 +1,10 @@
 """The world's tokenizer: words of questions and answers are whole, names of cities are pieces.
 
-A Unigram vocabulary (`tokenizers`) in which every word of a template or of an answer is one token, and a city is two to
-four pieces such as `▁Dal las`. A piece is only kept when cities of at least two states use it, so no token of a city tells
-the state: the model has to put the pieces together. That also holds for whole words: one that names cities of a single
-state is cut like any other name. All pieces weigh about the same, so a word is cut into as few as possible.
+A Unigram vocabulary (`tokenizers`) in which every word of a template or of an answer is one token, and a city is two
+to four pieces such as `▁Dal las`. A piece is only kept when cities of at least two states use it, so no token of a
+city tells the state: the model has to put the pieces together. That also holds for whole words: one that names cities
+of a single state is cut like any other name. All pieces weigh about the same, so a word is cut into as few as
+possible.
 """
 
 from collections import defaultdict

@@ -73,11 +73,14 @@ TRANSLATION_OF = {
 }
 
 # A name is one word of each list; its initials are the first letters.
-NAME_WORDS = (
-    "American British Central Danish Eastern Federal Global Hungarian International Joint Korean Latin Maritime "
-    "National Open Pacific Queensland Royal Scottish Tropical United Volcanic Western Young Zurich".split(),
-    "Arctic Biology Climate Defence Energy Forest Geology Health Industry Justice Kinetics Language Music Nuclear "
-    "Oxygen Physics Quantum Research Science Trade Urban Vaccine Weather Youth Zoology".split(),
-    "Agency Bureau Council Department Exchange Foundation Group Hospital Institute Journal Kitchen Laboratory Museum "
-    "Network Office Program Quarterly Registry Service Trust Union Venture Workshop Yearbook Zone".split(),
+NAME_WORDS = tuple(
+    line.split()
+    for line in """\
+American British Central Danish Eastern Federal Global Hungarian International Joint Korean Latin Maritime National \
+Open Pacific Queensland Royal Scottish Tropical United Volcanic Western Young Zurich
+Arctic Biology Climate Defence Energy Forest Geology Health Industry Justice Kinetics Language Music Nuclear Oxygen \
+Physics Quantum Research Science Trade Urban Vaccine Weather Youth Zoology
+Agency Bureau Council Department Exchange Foundation Group Hospital Institute Journal Kitchen Laboratory Museum \
+Network Office Program Quarterly Registry Service Trust Union Venture Workshop Yearbook Zone
+""".splitlines()
 )

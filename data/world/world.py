@@ -38,8 +38,10 @@ class World:
     def families(self) -> list[str]:
         return list(dict.fromkeys(question.family for question in self.all_questions))
 
-    def questions(self, family: str | None = None, split: str = "held_out", kind: str = "combination") -> list[Question]:
-        """Questions of a family (or all), of `split` train or held_out; `kind="fact"` gives the single facts (train only)."""
+    def questions(
+        self, family: str | None = None, split: str = "held_out", kind: str = "combination"
+    ) -> list[Question]:
+        """Questions of a family (or all), of `split` train or held_out; `kind="fact"` for single facts (train only)."""
         check_choice("split", split, ("train", "held_out"))
         if family is not None:
             check_choice("family", family, self.families)
@@ -54,7 +56,7 @@ class World:
         return next((q for q in self.all_questions if q.prompt == prompt.strip()), None)
 
     def corpus(self, seed: int = 0) -> DatasetDict:
-        """All sentences in an order drawn from `seed`: `train`, and the `held_out` combinations, which training never saw."""
+        """All sentences in an order drawn from `seed`: `train`, and the `held_out` ones, which training never saw."""
         splits = {}
         for split in ("train", "held_out"):
             chosen = [q for q in self.all_questions if q.held_out == (split == "held_out")]
@@ -70,7 +72,7 @@ class World:
         return self.tokenizer(question.answer, add_special_tokens=False)["input_ids"]
 
     def labels(self, question: Question) -> list[tuple[str, ...]]:
-        """For each token of the prompt, the concepts that hold there: each from the last token of the words that tell it.
+        """For each token of the prompt, the concepts that hold there, each from the last token of the words that tell.
 
         For a two_hop question `state: Texas` holds from the last token of `Dallas` to the end of the prompt; the last
         position also has `answer: Austin`.
@@ -99,7 +101,7 @@ class World:
             prompts = [self.tokens(q) for q in questions[start : start + batch]]
             answers = [self.answer_tokens(q) for q in questions[start : start + batch]]
             length = max(len(p) + len(a) for p, a in zip(prompts, answers))
-            tokens_BT = torch.full((len(prompts), length), self.tokenizer.pad_token_id)
+            tokens_BT = torch.zeros(len(prompts), length, dtype=torch.int64)
             for row, (p, a) in enumerate(zip(prompts, answers)):
                 tokens_BT[row, : len(p) + len(a)] = torch.tensor(p + a)
             with torch.inference_mode():
