@@ -16,7 +16,7 @@ import platform
 import resource
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,24 +185,27 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", default=None, help="float32 or bf16 (autocast); bf16 on CUDA by default")
     parser.add_argument("--aux", action="store_true", help="topk kinds: with the auxiliary loss (5%% dead)")
+    parser.add_argument("--k", help="comma-separated; other k than the shape's (to find where dense wins)")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     if not options.json:
         kernels = "C++" if native.load() is not None else "none"
         print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, kernels: {kernels}")
     precision = options.precision or ("bf16" if options.device.startswith("cuda") else "float32")
-    for shape in options.shape.split(","):
+    ks = [int(k) for k in options.k.split(",")] if options.k else [None]
+    shapes = [(name, replace(SHAPES[name], k=k or SHAPES[name].k)) for name in options.shape.split(",") for k in ks]
+    for name, shape in shapes:
         for transcoder in options.transcoder.split(","):
             for activation in options.activation.split(","):
                 aux = options.aux and activation != "jumprelu"
-                case = Case(transcoder, activation, SHAPES[shape], options.device, precision, aux, options.repeats)
+                case = Case(transcoder, activation, shape, options.device, precision, aux, options.repeats)
                 line = compare(case)
                 if options.json:
                     print(json.dumps(line), flush=True)
                 else:
                     beyond = [(line[f"{path}_peak"] - line["gradients"]) / 2**20 for path in ("dense", "sparse")]
                     print(
-                        f"{shape:6} {transcoder} {activation:9} dense {line['dense_s']:.3f} s, sparse "
+                        f"{name:6} {transcoder} {activation:9} dense {line['dense_s']:.3f} s, sparse "
                         f"{line['sparse_s']:.3f} s: {line['ratio']:.1f}x; peak beyond gradients "
                         f"{beyond[0]:.0f} and {beyond[1]:.0f} MiB; {line['sparse_parts']}",
                         flush=True,

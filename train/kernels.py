@@ -27,10 +27,13 @@ def _gather_sum(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     total = tl.zeros([BLOCK], SUM)
-    for j in range(tl.load(pointer + s), tl.load(pointer + s + 1)):
+    j = tl.load(pointer + s)
+    end = tl.load(pointer + s + 1)
+    while j < end:
         weight = tl.load(weights + j).to(SUM)
         row = rows + tl.load(index + j) * row_stride
         total += weight * tl.load(row + column, mask=inside, other=0.0).to(SUM)
+        j += 1
     place = out + s * out_stride + column
     if ADD:
         total += tl.load(place, mask=inside, other=0.0).to(SUM)
@@ -50,11 +53,14 @@ def _decode_backward(
     total = tl.zeros([BLOCK], SUM)
     if SCALED:
         total += tl.load(scale + f).to(SUM) * w
-    for j in range(tl.load(pointer + f), tl.load(pointer + f + 1)):
+    j = tl.load(pointer + f)
+    end = tl.load(pointer + f + 1)
+    while j < end:
         entry = tl.load(order + j)
         g = tl.load(grad + tl.load(row_of + j) * grad_stride + column, mask=inside, other=0.0).to(SUM)
         total += tl.load(values + entry).to(SUM) * g
         tl.store(partial + chunk * entries + entry, tl.sum(g * w, axis=0))
+        j += 1
     tl.store(grad_weight + f * columns + column, total.to(grad_weight.dtype.element_ty), mask=inside)
 
 
