@@ -63,21 +63,41 @@ def settings_of(module: str, class_name: str, prefix: str = "") -> tuple[Setting
             continue
         doc = str(after.value.value) if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
         found.append(
-            Setting(prefix + node.target.id, ast.unparse(node.annotation), _default(node.value), " ".join(doc.split()))
+            Setting(
+                prefix + node.target.id,
+                ast.unparse(node.annotation),
+                _default(node.value, module),
+                " ".join(doc.split()),
+            )
         )
     return tuple(found)
 
 
-def _default(node: ast.expr | None) -> str:
+def _default(node: ast.expr | None, module: str) -> str:
     if node is None:
         return ""
     if isinstance(node, ast.Constant):
         return {"None": "null", "True": "true", "False": "false"}.get(str(node.value), str(node.value))
+    if isinstance(node, ast.Name):
+        return _constant(module, node.id) or node.id
     if isinstance(node, ast.Call):  # field(default_factory=...)
         for keyword in node.keywords:
             if keyword.arg == "default_factory":
-                return ast.unparse(keyword.value).removeprefix("lambda: ").replace("list", "[]")
+                made = ast.unparse(keyword.value).removeprefix("lambda: ")
+                return {"list": "[]", "dict": "{}"}.get(made, made)
     return ast.unparse(node)
+
+
+def _constant(module: str, name: str) -> str | None:
+    """The value of a constant that a default names, in its module or in the one it is imported from."""
+    for node in ast.parse((PACKAGE / module).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            return ast.unparse(node.value)
+        if isinstance(node, ast.ImportFrom) and node.level and any(alias.name == name for alias in node.names):
+            folder = (PACKAGE / module).parents[node.level - 1]
+            path = folder.joinpath(*(node.module or "").split(".")).with_suffix(".py")
+            return _constant(str(path.relative_to(PACKAGE)), name)
+    return None
 
 
 def verb_settings(verb: str) -> tuple[Setting, ...]:

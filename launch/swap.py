@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..circuit.interventions import Intervention
 from ..data.errors import Progress, UserError, silent
-from .truth import encoded
 
 if TYPE_CHECKING:
     from ..circuit.replacement import ReplacementModel
@@ -70,10 +69,7 @@ def run_swaps(
     """Swap the states of `count` pairs."""
     pairs = pairs_of(world, count, seed)
     asked = list({q.prompt: q for pair in pairs for q in pair}.values())
-    last: dict[str, list[Tensor]] = {}
-    for group in encoded(model, world, asked):
-        for row, question in enumerate(group.questions):
-            last[question.prompt] = [acts[row, -1] for acts in group.acts]
+    last = {q.prompt: [acts[-1] for acts in model.activations(world.tokens(q))] for q in asked}
     named = {key for keys in states.values() for key in keys}
     draw = random.Random(seed)
     results = []

@@ -7,6 +7,7 @@ from .job import Job
 from .runs import slug_of, writable, write_text
 from .sources import open_replacement
 from .terminal import Closing, table
+from .truth import plain
 
 if TYPE_CHECKING:
     from ..circuit.graph import Graph
@@ -50,14 +51,9 @@ def name_features(graph: "Graph", labels) -> None:
         if node.kind == "feature":
             label = labels.label(node.layer, node.index)
             if label is not None and label.source != "tokens":
-                groups.setdefault(concept(label.text), []).append(node.id)
+                groups.setdefault(plain(label.text), []).append(node.id)
     for name, ids in groups.items():
         graph.group(name, ids)
-
-
-def concept(text: str) -> str:
-    """A label without its score: `state: Texas` of `state: Texas (F1 0.97)`."""
-    return text.partition(" (F1")[0]
 
 
 def logits_table(graph: "Graph"):
@@ -86,7 +82,7 @@ def step_name(graph: "Graph", id: int) -> str:
     """A node of a path, for reading."""
     node = graph.nodes[id]
     if node.kind == "feature":
-        return concept(node.label) if node.label else f"layer {node.layer} feature {node.index}"
+        return plain(node.label) if node.label else f"layer {node.layer} feature {node.index}"
     if node.kind == "embedding":
         return repr(graph.token_strings[node.position].strip())
     return repr(node.label.strip()) if node.label else node.kind
