@@ -6,7 +6,7 @@ Positions that `keep_mask` names keep the model's own output in both, and hold n
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from ..data.errors import UserError
 from ..data.model import LanguageModel, ModelSettings, load_model
+from ..data.sinks import SinkRule, masked_by_token
 from ..train.transcoder import Transcoder
 from .intervening import generate, intervene_many
 from .interventions import Generation, Intervention, InterventionResult, Mode, Prompt
@@ -66,7 +67,8 @@ class ReplacementModel:
                 f"the transcoder was trained on {trained_on.get('name', 'a model')} with weight fingerprint {expected},"
                 f" but {lm.name or 'this model'} has {lm.fingerprint}; force=true uses it all the same"
             )
-        self._kept_tokens = frozenset(transcoder.meta.get("masked_tokens") or ())
+        masked = transcoder.meta.get("masked") or {}
+        self.sinks = SinkRule.from_attributes(transcoder.meta) if masked.get("median_norm") else None
 
     @classmethod
     def load(
@@ -91,14 +93,22 @@ class ReplacementModel:
 
     # -- which positions are replaced ------------------------------------------------------------------------------
 
-    def keep_mask(self, tokens: Tensor, start: int = 0) -> Tensor:
+    @torch.no_grad()
+    def keep_mask(self, tokens: Tensor, start: int = 0, resid: dict[int, Tensor] | None = None) -> Tensor:
         """Where the model keeps its own MLP output, as in training: the first position (tokens [..., T] begin at
-        `start`), BOS, and the tokens that the harvest recorded as sinks."""
-        keep = torch.zeros_like(tokens, dtype=torch.bool)
-        if start == 0:
-            keep[..., :1] = True
-        kept_tokens = self._kept_tokens | ({self.lm.bos} if self.lm.bos is not None else set())
-        return keep | torch.isin(tokens, torch.tensor(sorted(kept_tokens), dtype=tokens.dtype, device=tokens.device))
+        `start`), BOS, and attention sinks by the store's rule. That one looks at the clean residual stream, which a
+        forward pass finds unless it is given."""
+        if tokens.dim() == 1:
+            return self.keep_mask(tokens[None], start)[0]
+        first, begins = masked_by_token(tokens, self.lm.bos)
+        keep = begins if start else first | begins
+        if self.sinks is None:
+            return keep
+        if resid is None:
+            with self.lm.capture(("resid",), self.sinks.median_norm) as sites:
+                self.lm(tokens)
+            resid = sites.resid
+        return keep | (tokens == (-1 if self.sinks.bos is None else self.sinks.bos)) | self.sinks.large(resid)
 
     # -- whole and local replacement -------------------------------------------------------------------------------
 
@@ -129,10 +139,10 @@ class ReplacementModel:
         with (
             self.lm.freeze_attention(layers=attention) as patterns,
             self.lm.freeze_norms() as denominators,
-            self.lm.capture((read, "mlp_out")) as sites,
+            self.lm.capture({"resid", read, "mlp_out"}) as sites,
         ):
             logits = self.lm(tokens, cache=cache)
-        keep = self.keep_mask(tokens, start)
+        keep = self.keep_mask(tokens, start, sites.resid)
         return CleanRun(tokens, logits, keep, getattr(sites, read), sites.mlp_out, patterns, denominators)
 
     @torch.no_grad()
@@ -225,11 +235,11 @@ class ReplacementModel:
         """Go on from a prompt under interventions; slices that are open at their end cover new tokens too."""
         return generate(self, prompt, interventions, max_new_tokens, mode, layers, past_range, temperature, seed)
 
-    def trace(self, prompt: Any, settings: "TraceSettings | None" = None, **fields: Any) -> "Graph":
-        """The attribution graph of a prompt; `fields` are those of TraceSettings."""
-        from .attribution import TraceSettings, trace  # it needs this module's classes
+    def trace(self, prompt: Any, settings: "TraceSettings | None" = None, **named: Any) -> "Graph":
+        """The attribution graph of a prompt; `named` are fields of TraceSettings. See `attribution.trace`."""
+        from .attribution import trace  # it needs this module's classes
 
-        return trace(self, prompt, replace(settings or TraceSettings(), **fields))
+        return trace(self, prompt, settings, **named)
 
 
 def _trained_on(transcoder: Transcoder, folder: Path, device: str) -> ModelSettings:

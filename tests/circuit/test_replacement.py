@@ -7,6 +7,7 @@ from crosslace.circuit.replacement import ReplacementModel
 from crosslace.circuit.substitute import TranscoderOutput
 from crosslace.data.errors import UserError
 from crosslace.data.model import LanguageModel, ModelSettings
+from crosslace.data.sinks import SinkRule
 from crosslace.train.transcoder import Transcoder
 from tokenizers import Tokenizer, models
 from transformers import AttentionInterface, PreTrainedTokenizerFast
@@ -86,12 +87,20 @@ def test_keep_mask_names_the_first_position_bos_and_sinks(make_tiny, make_replac
     rm = make_replacement("gpt2")
     assert rm.keep_mask(torch.tensor([[5, 0, 5], [0, 1, 2]])).tolist() == [[True, False, False]] * 2
     assert rm.keep_mask(torch.tensor([[5, 0]]), start=3).tolist() == [[False, False]]
-    transcoder = make_replacement("gpt2").transcoder
-    transcoder.meta["masked_tokens"] = [9]
     core = Tokenizer(models.WordLevel({"<s>": 28, "<unk>": 30}, unk_token="<unk>"))
     lm = LanguageModel(make_tiny("gpt2").model, PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>"))
-    mask = ReplacementModel(lm, transcoder).keep_mask(lm.tokenize(prompt))
-    assert mask.tolist() == [True, False, False, True, True, True, False]
+    tokens = lm.tokenize(prompt)
+    with lm.capture(("resid",)) as sites:
+        lm(tokens[None])
+    norms = sites.resid[1][0].norm(dim=-1)
+    largest = norms.argmax().item()
+    rule = SinkRule(17, 1.0, {1: norms.topk(2).values.mean().item()})  # all but the largest are below
+    transcoder = make_replacement("gpt2").transcoder
+    transcoder.meta = {"masked": rule.to_attributes()}
+    expected = [position in (0, 2, 5, largest) for position in range(7)]  # first, the store's BOS, the model's, a sink
+    rm = ReplacementModel(lm, transcoder)
+    assert rm.keep_mask(tokens).tolist() == expected
+    assert rm.clean(tokens[None]).keep[0].tolist() == expected
 
 
 def test_local_replacement_gives_the_models_logits_and_features(family, make_replacement, prompt, tiny_models):
