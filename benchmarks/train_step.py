@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from crosslace.train import native
-from crosslace.train.adam import clipped_step
 from crosslace.train.collectives import global_norm
 from crosslace.train.objective import Objective, StepInputs, dense_pass, step_loss
+from crosslace.train.optimizers import Optimizers
+from crosslace.train.settings import TrainerSettings
 from crosslace.train.sparse import Workspace, sparse_pass
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
 from torch import Tensor
@@ -92,13 +93,10 @@ def measure(case: Case, sparse: bool) -> dict[str, Any]:
     """Median seconds of a step, its peak memory, and where the time goes."""
     transcoder, x, y, inputs, objective = build(case)
     cuda = case.device.startswith("cuda")
-    optimizer = torch.optim.Adam(transcoder.parameters(), lr=1e-4, fused=True)
-    for parameter in transcoder.parameters():  # the state that the first step would make: not the step's own memory
-        zeros = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state = {"step": torch.zeros((), device=parameter.device), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
-        for moment in zeros:
-            moment.fill_(0)  # touch the pages
-        optimizer.state[parameter] = state
+    optimizers = Optimizers(transcoder, TrainerSettings())
+    optimizers.set_lr(1e-4)
+    for tensor in optimizers.tensors().values():
+        tensor.fill_(0)  # touch the pages: the optimizer's state is not the step's own memory
     before = torch.cuda.memory_allocated() if cuda else resident()
     forward = functools.partial(sparse_pass, workspace=Workspace()) if sparse else dense_pass
     parts: dict[str, list[float]] = {"forward": [], "backward": [], "clip and Adam": []}
@@ -116,9 +114,9 @@ def measure(case: Case, sparse: bool) -> dict[str, Any]:
         forwards = clock()
         found.loss.backward()
         backwards = clock()
-        parameters = list(transcoder.parameters())
-        clipped_step(optimizer, global_norm([p.grad for p in parameters if p.grad is not None], []), 1.0)
-        optimizer.zero_grad(set_to_none=True)
+        norm = global_norm([p.grad for p in transcoder.parameters() if p.grad is not None], [])
+        optimizers.step(norm.clamp_min(1.0), (~norm.isfinite()).float())
+        optimizers.zero_grad()
         for name, seconds in zip(parts, (forwards - start, backwards - forwards, clock() - backwards), strict=True):
             parts[name].append(seconds)
     totals = [sum(step) for step in zip(*parts.values(), strict=True)]
