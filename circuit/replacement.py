@@ -108,6 +108,8 @@ class ReplacementModel:
             with self.lm.capture(("resid",), self.sinks.median_norm) as sites:
                 self.lm(tokens)
             resid = sites.resid
+        # the rule takes norms in float32 at most
+        resid = {layer: x.float() if x.dtype == torch.float64 else x for layer, x in resid.items()}
         return keep | (tokens == (-1 if self.sinks.bos is None else self.sinks.bos)) | self.sinks.large(resid)
 
     # -- whole and local replacement -------------------------------------------------------------------------------
