@@ -9,10 +9,12 @@ same losses and the same optimizer. Each measurement runs in a process of its ow
 """
 
 import argparse
+import cProfile
 import functools
 import json
 import multiprocessing
 import platform
+import pstats
 import resource
 import statistics
 import time
@@ -60,6 +62,7 @@ class Case:
     precision: str
     aux: bool
     repeats: int
+    profile: bool = False
 
 
 def build(case: Case) -> tuple[Transcoder, Tensor, Tensor, StepInputs, Objective]:
@@ -101,13 +104,16 @@ def measure(case: Case, sparse: bool) -> dict[str, Any]:
     forward = functools.partial(sparse_pass, workspace=Workspace()) if sparse else dense_pass
     parts: dict[str, list[float]] = {"forward": [], "backward": [], "clip and Adam": []}
     found: Any = None
+    profile = cProfile.Profile()
 
     def clock() -> float:
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    for _ in range(case.repeats + 1):
+    for repeat in range(case.repeats + 1):
+        if case.profile and repeat == 1:
+            profile.enable()
         start = clock()
         with torch.autocast(case.device.split(":")[0], torch.bfloat16, enabled=case.precision == "bf16"):
             found = step_loss(transcoder, x, y, inputs, objective, forward=forward)
@@ -119,6 +125,9 @@ def measure(case: Case, sparse: bool) -> dict[str, Any]:
         optimizers.zero_grad()
         for name, seconds in zip(parts, (forwards - start, backwards - forwards, clock() - backwards), strict=True):
             parts[name].append(seconds)
+    if case.profile:
+        profile.disable()
+        pstats.Stats(profile).strip_dirs().sort_stats("tottime").print_stats(16)
     totals = [sum(step) for step in zip(*parts.values(), strict=True)]
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
@@ -185,6 +194,7 @@ def main() -> None:
     parser.add_argument("--aux", action="store_true", help="topk kinds: with the auxiliary loss (5%% dead)")
     parser.add_argument("--k", help="comma-separated; other k than the shape's (to find where dense wins)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="where the sparse step's time goes, and nothing else")
     options = parser.parse_args()
     if not options.json:
         kernels = "C++" if native.load() is not None else "none"
@@ -197,6 +207,9 @@ def main() -> None:
             for activation in options.activation.split(","):
                 aux = options.aux and activation != "jumprelu"
                 case = Case(transcoder, activation, shape, options.device, precision, aux, options.repeats)
+                if options.profile:
+                    measure(replace(case, profile=True), sparse=True)
+                    continue
                 line = compare(case)
                 if options.json:
                     print(json.dumps(line), flush=True)

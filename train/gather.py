@@ -85,12 +85,18 @@ def gather_sum(rows: Tensor, index: Tensor, pointer: Tensor, weights: Tensor, ou
 
 
 def decode_backward(
-    grad_RC: Tensor, weight_FC: Tensor, entries: Entries, values: Tensor, scale_F: Tensor | None, out_FC: Tensor
+    grad_RC: Tensor,
+    weight_FC: Tensor,
+    entries: Entries,
+    values: Tensor,
+    scale_F: Tensor | None,
+    out_FC: Tensor,
+    add: bool = False,
 ) -> Tensor:
     """Both gradients of `y[r] = sum of values * weight[f]`, in one pass over the weights.
 
     Returns d values [N] = grad[r] . weight[f]; writes d weight[f] = sum of values * grad[r] + scale[f] * weight[f]
-    (the second term carries the gradient of the decoder norms) into `out_FC`.
+    (the second term carries the gradient of the decoder norms) into `out_FC`, or adds it there.
     """
     values = values.to(out_FC.dtype).contiguous()
     kind, listed = backend(out_FC), (entries.ordered_rows, entries.order, entries.feature_pointer)
@@ -99,14 +105,14 @@ def decode_backward(
         shape = weight_FC.shape
         native.call(
             "decode_backward", grad_RC, grad_RC.stride(0), weight_FC, *listed, values, scale_F, *shape,
-            grad_values, out_FC, 0,
+            grad_values, out_FC, add,
         )  # fmt: skip
         return grad_values
     if kind == "triton":
         from . import kernels
 
-        return kernels.decode_backward(grad_RC, weight_FC, *listed, values, scale_F, out_FC)
-    gather_sum(grad_RC, entries.ordered_rows, entries.feature_pointer, values[entries.order], out_FC)
+        return kernels.decode_backward(grad_RC, weight_FC, *listed, values, scale_F, out_FC, add)
+    gather_sum(grad_RC, entries.ordered_rows, entries.feature_pointer, values[entries.order], out_FC, add)
     if scale_F is not None:
         out_FC.addcmul_(weight_FC, scale_F[:, None])
     return gather_dot(grad_RC, weight_FC, entries.rows, entries.features)

@@ -43,7 +43,7 @@ def _gather_sum(
 @triton.jit
 def _decode_backward(
     grad, grad_stride, weight, row_of, order, pointer, values, scale, grad_weight, partial, entries, columns,
-    SCALED: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, ADD: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1).to(tl.int64)
@@ -61,7 +61,10 @@ def _decode_backward(
         total += tl.load(values + entry).to(SUM) * g
         tl.store(partial + chunk * entries + entry, tl.sum(g * w, axis=0))
         j += 1
-    tl.store(grad_weight + f * columns + column, total.to(grad_weight.dtype.element_ty), mask=inside)
+    place = grad_weight + f * columns + column
+    if ADD:
+        total += tl.load(place, mask=inside, other=0.0).to(SUM)
+    tl.store(place, total.to(grad_weight.dtype.element_ty), mask=inside)
 
 
 def _sum_type(out: Tensor) -> tuple[torch.dtype, tl.dtype]:
@@ -86,15 +89,16 @@ def gather_sum(rows: Tensor, index: Tensor, pointer: Tensor, weights: Tensor, ou
 
 def decode_backward(
     grad: Tensor, weight: Tensor, row_of: Tensor, order: Tensor, pointer: Tensor, values: Tensor,
-    scale: Tensor | None, out: Tensor,
+    scale: Tensor | None, out: Tensor, add: bool = False,
 ) -> Tensor:  # fmt: skip
-    """d values [N]; d weight into `out`, scale[f] * weight[f] added."""
+    """d values [N]; d weight, with scale[f] * weight[f], into `out` or added there."""
     n_features, columns = weight.shape
     block, chunks, warps = _blocks(columns)
     kept, kept_in_triton = _sum_type(out)
     partial = torch.empty(chunks, values.numel(), dtype=kept, device=values.device)
     _decode_backward[(n_features, chunks)](
         grad, grad.stride(0), weight, row_of, order, pointer, values, weight if scale is None else scale, out,
-        partial, values.numel(), columns, SCALED=scale is not None, SUM=kept_in_triton, BLOCK=block, num_warps=warps,  # pyright: ignore[reportCallIssue]
+        partial, values.numel(), columns, SCALED=scale is not None, ADD=add,
+        SUM=kept_in_triton, BLOCK=block, num_warps=warps,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return partial.sum(0)

@@ -17,6 +17,7 @@ part summed over tokens in closed form, the second one zero outside the active s
 The auxiliary reconstruction shares the passes: its entries write to B further rows.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,6 @@ from .collectives import SINGLE, Collectives
 from .gather import Entries, decode_backward, gather_sum, make_entries, row_norms
 from .objective import Objective, Pass, StepInputs
 from .select import (
-    ABSENT,
     Chosen,
     Rule,
     at_least,
@@ -59,33 +59,50 @@ def use_sparse(switch: str, density: float, device: torch.device | str) -> bool:
 class Workspace:
     """Memory kept from step to step: fresh pages cost more than the arithmetic that fills them.
 
-    A gradient handed out lives in this memory until its parameter's `grad` is set to None; whoever wants to keep one
-    longer clones it.
+    For training loops, which call `backward()` and set gradients to None between steps: a first gradient lives in this
+    memory until its parameter's `grad` is set to None (whoever wants to keep it longer clones it), and a further one is
+    added to `grad` in place, without a temporary.
     """
 
     def __init__(self) -> None:
         self._gradients: dict[int, Tensor] = {}
+        self._lent: dict[int, weakref.ref[Tensor]] = {}
         self._scratch: Tensor | None = None
 
-    def gradient(self, parameter: Tensor) -> Tensor:
-        """Memory for a gradient: this parameter's own, unless that is in use."""
-        if not parameter.is_leaf or parameter.grad is not None:
-            return torch.empty_like(parameter)
-        kept = self._gradients.get(id(parameter))
-        if kept is None or kept.shape != parameter.shape or kept.device != parameter.device:
-            kept = self._gradients[id(parameter)] = torch.empty_like(parameter)
-        return kept.detach()  # autograd takes over a tensor that nobody else holds; the memory below it stays here
+    def gradient(self, parameter: Tensor) -> tuple[Tensor, bool]:
+        """Where a gradient is to be written, and whether it is to be added to what is there."""
+        if not parameter.is_leaf:
+            return torch.empty_like(parameter), False
+        if parameter.grad is not None:
+            return parameter.grad, True
+        key = id(parameter)
+        kept, lent = self._gradients.get(key), self._lent.get(key)
+        if lent is not None and lent() is not None:  # an earlier pass of the same backward is not yet accumulated
+            return torch.empty_like(parameter), False
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (
+            parameter.shape,
+            parameter.dtype,
+            parameter.device,
+        ):
+            kept = self._gradients[key] = torch.empty_like(parameter)
+        given = kept.detach()  # autograd takes over a tensor that nobody else holds; the memory below it stays here
+        self._lent[key] = weakref.ref(given)
+        return given, False
 
     def scratch(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """[rows, columns], overwritten by the next call."""
         kept = self._scratch
-        if kept is None or kept.numel() < rows * columns or kept.dtype != like.dtype or kept.device != like.device:
+        if kept is None or kept.numel() < rows * columns or (kept.dtype, kept.device) != (like.dtype, like.device):
             kept = self._scratch = like.new_empty(rows * columns)
         return kept[: rows * columns].view(rows, columns)
 
 
-def _gradient_memory(workspace: Workspace | None, parameter: Tensor) -> Tensor:
-    return torch.empty_like(parameter) if workspace is None else workspace.gradient(parameter)
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+def _gradient_memory(workspace: Workspace | None, parameter: Tensor) -> tuple[Tensor, bool]:
+    return (torch.empty_like(parameter), False) if workspace is None else workspace.gradient(parameter)
 
 
 class _Preactivations(torch.autograd.Function):
@@ -106,19 +123,19 @@ class _Preactivations(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x_BD, W_enc, b_enc = ctx.saved_tensors
         entries: Entries = ctx.entries
-        grad_W, grad_b = _gradient_memory(ctx.workspace, W_enc), torch.zeros_like(b_enc)
-        if grads[0] is None:
+        (grad_W, add), grad_b = _gradient_memory(ctx.workspace, W_enc), torch.zeros_like(b_enc)
+        if grads[0] is None and not add:
             grad_W.zero_()
-        else:
+        if grads[0] is not None:
             grad_h = grads[0].to(grad_b.dtype)
             tokens = entries.ordered_rows % x_BD.shape[0]  # auxiliary entries read the same tokens
-            gather_sum(x_BD, tokens, entries.feature_pointer, grad_h[entries.order], grad_W)
+            gather_sum(x_BD, tokens, entries.feature_pointer, grad_h[entries.order], grad_W, add)
             grad_b.index_add_(0, entries.features, grad_h)
         if grads[1] is not None:
             grad_sum = grads[1].to(grad_b.dtype)
             grad_W.addr_(grad_sum, x_BD.sum(0, dtype=grad_W.dtype))
             grad_b.add_(grad_sum, alpha=x_BD.shape[0])
-        return None, grad_W, grad_b, None, None, None, None
+        return None, None if add else grad_W, grad_b, None, None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -157,11 +174,11 @@ class _Decode(torch.autograd.Function):
         for l, (entries, a, W) in enumerate(zip(ctx.lists, values, decoders, strict=True)):
             grad_norm = grads[1 + l] if norms else None
             scale_F = None if grad_norm is None else torch.where(norms[l] > 0, grad_norm / norms[l], 0).to(W.dtype)
-            grad_W = _gradient_memory(ctx.workspace, W)
+            grad_W, add = _gradient_memory(ctx.workspace, W)
             columns = grad_RC[:, l * d_model :][:, : W[0].numel()]
-            grad_a = decode_backward(columns, W.flatten(1), entries, a, scale_F, grad_W.flatten(1))
+            grad_a = decode_backward(columns, W.flatten(1), entries, a, scale_F, grad_W.flatten(1), add)
             grad_values.append(grad_a.to(a.dtype))
-            grad_decoders.append(grad_W)
+            grad_decoders.append(None if add else grad_W)
         return None, None, None, None, *grad_values, *grad_decoders
 
 
@@ -316,6 +333,3 @@ def _activate(h: Tensor, rule: Rule, transcoder: Transcoder, l: int, features: T
 def density(layers: Sequence[SparseActs]) -> float:
     """The share of entries that the lists hold: what `use_sparse` judges by. Reads nothing back on the CPU."""
     return sum(len(layer.h) for layer in layers) / sum(layer.shape[0] * layer.shape[1] for layer in layers)
-
-
-__all__ = ["ABSENT", "SparseActs", "Workspace", "density", "preactivation_penalty", "sparse_pass", "use_sparse"]

@@ -76,6 +76,8 @@ def test_both_gradients_in_one_pass(columns, dtype, scaled):
     if scale is not None:
         expected += scale.double()[:, None] * weight.double()
     assert_near(out, expected, tolerance)
+    decode_backward(grad, weight, entries, values, scale, out, add=True)
+    assert_near(out, 2 * expected, tolerance)
     dots = (grad.double() @ weight.double().T)[entries.rows, entries.features]
     assert_near(grad_values, dots, tolerance)
 

@@ -175,7 +175,7 @@ def test_a_list_of_fixed_length_gives_the_same():
     assert [int(layer.found) for layer in short] == [len(layer.h) for layer in listed]  # type: ignore[attr-defined]
 
 
-def test_gradient_memory_is_reused_and_gradients_accumulate():
+def test_gradient_memory_is_reused_and_gradients_accumulate(kernels):
     transcoder, workspace = make("jumprelu"), Workspace()
     inputs, objective = make_inputs(transcoder), make_objective("jumprelu")
     forward = functools.partial(sparse_pass, workspace=workspace)
@@ -189,6 +189,18 @@ def test_gradient_memory_is_reused_and_gradients_accumulate():
     step_loss(transcoder, *make_batch(torch.float64), inputs, objective, forward=forward).loss.backward()
     for parameter, once in zip(transcoder.parameters(), expected or [], strict=True):
         torch.testing.assert_close(parameter.grad, 2 * once)
+
+
+def test_two_passes_under_one_backward_do_not_share_memory():
+    transcoder, objective = make("jumprelu"), make_objective("jumprelu")
+    inputs, batch = make_inputs(transcoder), make_batch(torch.float64)
+    expected = both(transcoder, batch, inputs, objective)[0][1]
+    forward = functools.partial(sparse_pass, workspace=Workspace())
+    transcoder.zero_grad()
+    first, second = (step_loss(transcoder, *batch, inputs, objective, forward=forward).loss for _ in range(2))
+    (first + second).backward()
+    for name, parameter in transcoder.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * expected[name])
 
 
 def test_acts_are_those_of_the_transcoder(kernels):
