@@ -51,6 +51,8 @@ def start(verb: str, words: Sequence[str]) -> Job:
         if plain:
             listed = ",".join(f"'{name}'" for name in plain)
             words = [*words, f"runs=[{listed}]"]
+    if verb == "demo" and not any(word.startswith("experiment=") for word in words):
+        words = ["experiment=demo", *words]
     config = compose_config(verb, words)
     if verb in ("eval", "features", "trace", "steer") and config.values["run"]:
         folder = Path(config.values["run"])

@@ -123,11 +123,16 @@ class Lines:
 class Watched:
     """A progress for as long as the `with` block runs: bars where someone looks, lines where a file does."""
 
-    def __init__(self) -> None:
-        self.sink: Bars | Lines = Bars() if sys.stderr.isatty() else Lines()
+    def __init__(self, sink: Bars | Lines | None = None, about: str = "") -> None:
+        self.sink = sink or (Bars() if sys.stderr.isatty() else Lines())
+        self.about = f" ({about})" if about else ""
 
     def __call__(self, label: str, done: float, total: float | None = None, note: str = "") -> None:
-        self.sink(label, done, total, note)
+        self.sink(label + self.about, done, total, note)
+
+    def named(self, about: str) -> "Watched":
+        """The same, whose labels say what they are about."""
+        return Watched(self.sink, about)
 
     def __enter__(self) -> Self:
         return self
