@@ -224,6 +224,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": _GEMMA,
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
+    "gemma3": replace(_SANDWICH, decoder="model.language_model"),  # with a vision tower, which is left alone
     "olmo2": _OLMO,
     "olmo3": _OLMO,
 }

@@ -88,7 +88,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name, self.revision = name, revision
         self.config = model.config.get_text_config()
-        self.family: str = self.config.model_type
+        self.family: str = model.config.model_type
         family = find_family(self.family)
 
         self.layers: list[LayerParts] = find_layers(family, model, self.config)
@@ -354,7 +354,7 @@ def load_model(settings: ModelSettings | str | Path) -> LanguageModel:
     device = find_device(settings.device)
     try:
         config = AutoConfig.from_pretrained(settings.name, **source)
-        find_family(config.get_text_config().model_type)
+        find_family(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(settings.name, **source)
         dtype = "auto" if settings.dtype == "auto" else DTYPES[settings.dtype]
         # fused expert kernels have no float64

@@ -56,6 +56,25 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 1.0,
     },
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4, "layer_types": _SLIDING},
+    "gemma3": {
+        "text_config": {
+            **_COMMON,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 4,
+            "layer_types": _SLIDING,
+        },
+        "vision_config": {
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+        "image_token_index": 31,
+    },
     "olmo2": {},
     "olmo3": {"sliding_window": 4, "layer_types": _SLIDING},
     "phi": {"partial_rotary_factor": 0.5},
@@ -80,7 +99,7 @@ EXACT_FAMILIES = ("gpt2", "gpt_neox", "gpt_neox:sequential", "phi")
 def tiny_config(family: str, **changes: Any) -> Any:
     """The configuration of a tiny model."""
     model_type = family.partition(":")[0]
-    common = {} if model_type == "gpt2" else _COMMON
+    common = {} if model_type in ("gpt2", "gemma3") else _COMMON
     return AutoConfig.for_model(model_type, **{**common, **SPECIAL[family], **changes})
 
 
