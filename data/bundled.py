@@ -74,8 +74,12 @@ class Shape:
     lr: float
 
 
+SPECIAL = ("bos", "eos", "pad")
+
+
 def small_llama(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama with tied embeddings of nobody's training, the same for the same seed."""
+    """An untrained Llama, the same for the same seed."""
+    special: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.width,
@@ -86,9 +90,7 @@ def small_llama(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
         max_position_embeddings=shape.context,
         rms_norm_eps=1e-6,
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special,
         attention_dropout=0.0,
         dtype="float32",
     )
@@ -117,7 +119,8 @@ def fit(
     device: torch.device,
 ) -> list[float]:
     """Train in place, and return the loss of every step: Muon on the matrices, AdamW on the rest, linearly to zero."""
-    model.to(device).train()
+    torch.nn.Module.to(model, device)
+    model.train()
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers = [

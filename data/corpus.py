@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .errors import UserError, check_choice, check_range
 from .text_sources import Document, Source, open_source
@@ -166,7 +166,8 @@ def cut(text: str, longest: int = LONGEST_TEXT) -> list[str]:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Changes when a text could become other tokens."""
-    whole = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    fast = isinstance(tokenizer, PreTrainedTokenizerFast)
+    whole = tokenizer.backend_tokenizer.to_str() if fast else sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(repr((whole, tokenizer.bos_token, tokenizer.eos_token)).encode()).hexdigest()[:16]
 
 

@@ -111,23 +111,21 @@ def _open_local(path: Path, settings: "DatasetSettings") -> Any:
         if not isinstance(saved, DatasetDict):
             return saved
         if settings.split not in saved:
-            raise SettingsError(f"dataset.split={settings.split} is not in {path}; it has {', '.join(saved)}")
+            raise SettingsError(f"dataset.split={settings.split} is not in {path}; it has {', '.join(map(str, saved))}")
         return saved[settings.split]
     files = [file for file in _files(path) if _format(file)]
     formats = {_format(file) for file in files}
     if len(formats) != 1:
         found = "files of several kinds" if formats else "no file"
         raise UserError(f"dataset.name={path} has {found} that can be read; it takes one of {', '.join(FORMATS)}")
-    (kind,) = formats
-    options: dict[str, Any] = {}
+    kind = str(formats.pop())
+    options: dict[str, Any] = {"streaming": settings.streaming}
     if kind == "text":
-        options = {"sample_by": settings.text_unit, "encoding_errors": "replace"}
+        options |= {"sample_by": settings.text_unit, "encoding_errors": "replace"}
     elif kind == "json":
-        options = {"encoding_errors": "replace"}
+        options["encoding_errors"] = "replace"
     try:
-        return load_dataset(
-            kind, data_files=[str(file) for file in files], split="train", streaming=settings.streaming, **options
-        )
+        return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
     except Exception as error:
         raise UserError(f"dataset.name={path} cannot be read as {kind}: {_first_line(error)}") from error
 
@@ -187,13 +185,13 @@ def _content(value: Any, settings: "DatasetSettings", tokenizer: PreTrainedToken
         case None | []:
             return ""
         case str():
-            return value.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no text
+            return value
         case bytes():
             return value.decode("utf-8", "replace")
         case [int(), *_]:
-            return _checked_tokens(value, settings, tokenizer)
+            return _checked_tokens(list(value), settings, tokenizer)
         case [{"role": _, "content": _}, *_] if tokenizer.chat_template:
-            return str(tokenizer.apply_chat_template(value, tokenize=False))
+            return str(tokenizer.apply_chat_template(list(value), tokenize=False))
         case [{"role": _, "content": _}, *_]:
             return "\n".join(f"{message['role']}: {message['content']}" for message in value)
     raise SettingsError(

@@ -1,0 +1,244 @@
+"""Any text becomes the same sequences every time, and what cannot is refused in a sentence."""
+
+import json
+from collections import defaultdict
+from itertools import pairwise
+
+import pytest
+import torch
+from crosslace.data.bundled import is_held_out
+from crosslace.data.corpus import DatasetSettings, cut, load_corpus
+from crosslace.data.errors import SettingsError, UserError
+from crosslace.data.stdlib import make_tokenizer
+from crosslace.data.world import WorldSettings, build_world
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+TEXTS = [f"document {i}: " + "the quick brown fox " * (i % 5) for i in range(60)]
+NO_SPLIT = {"held_out": 0.0}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(TEXTS, 400, 64)
+
+
+@pytest.fixture(scope="module")
+def no_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    bare = tokenizer.backend_tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    return PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<eos>")
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    return write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+
+
+def write_jsonl(path, rows) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def documents_of(corpus, split="train") -> dict[int, list[int]]:
+    """The tokens of each document, put together again from the sequences."""
+    found = defaultdict(list)
+    for sequence in corpus.sequences(split):
+        for token, document in zip(sequence.tokens.tolist(), sequence.document.tolist()):
+            found[document].append(token)
+    return found
+
+
+def test_sequences_hold_every_document_in_order(jsonl, tokenizer):
+    corpus = load_corpus(DatasetSettings(name=jsonl, sequence_length=32, held_out=0.2), tokenizer)
+    found = {split: documents_of(corpus, split) for split in ("train", "held_out")}
+    assert sorted([*found["train"], *found["held_out"]]) == list(range(len(TEXTS)))
+    for split, documents in found.items():
+        for index, ids in documents.items():
+            assert is_held_out(index, 0, 0.2) == (split == "held_out")
+            assert tokenizer.decode(ids, skip_special_tokens=True) == TEXTS[index]
+
+
+def test_sequences_are_full_and_marked(jsonl, tokenizer):
+    corpus = load_corpus(DatasetSettings(name=jsonl, sequence_length=32, **NO_SPLIT), tokenizer)
+    sequences = list(corpus.sequences())
+    assert all(len(s.tokens) <= 32 for s in sequences) and sum(len(s.tokens) >= 30 for s in sequences) > 10
+    for s in sequences:
+        assert s.tokens.dtype == s.document.dtype == s.position.dtype == torch.int64
+        assert torch.equal(s.position == 0, s.tokens == tokenizer.bos_token_id) and s.position[0] == 0
+        new = s.document[1:] != s.document[:-1]
+        assert torch.equal(s.position[1:] == torch.where(new, 0, s.position[:-1] + 1), torch.ones_like(new))
+    ends = [int(s.document[-1]) for s in sequences]
+    assert all(a <= b for a, b in pairwise(ends))
+
+
+def test_one_document_a_sequence_on_request(jsonl, tokenizer):
+    corpus = load_corpus(DatasetSettings(name=jsonl, packing="document", **NO_SPLIT), tokenizer)
+    sequences = list(corpus.sequences())
+    assert [int(s.document[0]) for s in sequences] == list(range(len(TEXTS)))
+    assert all(len(set(s.document.tolist())) == 1 for s in sequences)
+
+
+def test_the_same_settings_give_the_same_sequences(jsonl, tokenizer, no_bos):
+    settings = DatasetSettings(name=jsonl, sequence_length=40)
+    a, b = load_corpus(settings, tokenizer), load_corpus(settings, tokenizer)
+    assert a.fingerprint == b.fingerprint
+    assert all(torch.equal(x.tokens, y.tokens) for x, y in zip(a.sequences(), b.sequences(), strict=True))
+    others = [
+        load_corpus(DatasetSettings(name=jsonl, sequence_length=41), tokenizer),
+        load_corpus(DatasetSettings(name=jsonl, sequence_length=40, seed=1), tokenizer),
+        load_corpus(settings, no_bos),
+    ]
+    assert len({a.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+def test_the_fingerprint_follows_the_files(tmp_path, tokenizer):
+    prints = []
+    for text in ("one", "one", "two"):
+        write_jsonl(tmp_path / "a.jsonl", [{"text": text}])
+        prints.append(load_corpus(DatasetSettings(name=str(tmp_path / "a.jsonl")), tokenizer).fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_tokenizer_without_bos_ends_documents_instead(jsonl, no_bos):
+    corpus = load_corpus(DatasetSettings(name=jsonl, sequence_length=32, **NO_SPLIT), no_bos)
+    for index, ids in documents_of(corpus).items():
+        assert ids.count(no_bos.eos_token_id) == 1 and ids[-1] == no_bos.eos_token_id
+        assert no_bos.decode(ids, skip_special_tokens=True) == TEXTS[index]
+
+
+def test_tokens_are_limited_exactly_and_an_early_end_is_an_end(jsonl, tokenizer):
+    corpus = load_corpus(DatasetSettings(name=jsonl, sequence_length=32, **NO_SPLIT), tokenizer)
+    assert sum(len(s.tokens) for s in corpus.sequences(limit_tokens=100)) == 100
+    total = sum(len(s.tokens) for s in corpus.sequences())
+    assert sum(len(s.tokens) for s in corpus.sequences(limit_tokens=10**9)) == total
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt", "arrow", "saved", "saved_splits", "folder"])
+def test_local_formats(kind, tmp_path, tokenizer):
+    data = Dataset.from_dict({"text": TEXTS[:8]})
+    path = tmp_path / f"data.{kind}"
+    match kind:
+        case "parquet":
+            data.to_parquet(path)
+        case "jsonl":
+            write_jsonl(path, [{"text": text} for text in TEXTS[:8]])
+        case "txt":
+            path.write_text("\n".join(TEXTS[:8]))
+        case "arrow":
+            data.save_to_disk(tmp_path / "saved")
+            path = next((tmp_path / "saved").glob("*.arrow"))
+        case "saved":
+            data.save_to_disk(path)
+        case "saved_splits":
+            DatasetDict(train=data).save_to_disk(path)
+        case "folder":
+            path.mkdir()
+            write_jsonl(path / "1.jsonl", [{"text": text} for text in TEXTS[:5]])
+            write_jsonl(path / "2.jsonl", [{"text": text} for text in TEXTS[5:8]])
+    settings = DatasetSettings(name=str(path), text_unit="line", **NO_SPLIT)
+    documents = documents_of(load_corpus(settings, tokenizer))
+    assert [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in documents.values()] == [
+        text.strip() for text in TEXTS[:8]
+    ]
+
+
+def test_a_stream_gives_what_the_file_gives(jsonl, tokenizer):
+    whole, streamed = (
+        load_corpus(DatasetSettings(name=jsonl, streaming=streaming), tokenizer) for streaming in (False, True)
+    )
+    assert whole.fingerprint == streamed.fingerprint
+    assert all(torch.equal(x.tokens, y.tokens) for x, y in zip(whole.sequences(), streamed.sequences(), strict=True))
+
+
+def test_chats_and_token_ids(tmp_path, tokenizer):
+    chat = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "quick"}]
+    ids = tokenizer("the quick fox", add_special_tokens=False)["input_ids"]
+    name = write_jsonl(tmp_path / "a.jsonl", [{"chat": chat, "ids": ids}])
+    found = documents_of(load_corpus(DatasetSettings(name=name, column="chat", **NO_SPLIT), tokenizer))
+    assert tokenizer.decode(found[0], skip_special_tokens=True) == "user: the fox\nassistant: quick"
+    templated = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        bos_token="<bos>",
+        chat_template="{% for m in messages %}[{{ m.content }}]{% endfor %}",
+    )
+    found = documents_of(load_corpus(DatasetSettings(name=name, column="chat", **NO_SPLIT), templated))
+    assert tokenizer.decode(found[0], skip_special_tokens=True) == "[the fox][quick]"
+    found = documents_of(load_corpus(DatasetSettings(name=name, column="ids", **NO_SPLIT), tokenizer))
+    assert found[0] == [tokenizer.bos_token_id, *ids]
+
+
+def test_empty_and_missing_documents_are_left_out(tmp_path, tokenizer):
+    name = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in ("", "the fox", None, "the dog")])
+    assert list(documents_of(load_corpus(DatasetSettings(name=name, **NO_SPLIT), tokenizer))) == [1, 3]
+
+
+def test_a_very_long_document(tmp_path, tokenizer):
+    text = "the quick brown fox\n" * 60_000
+    name = write_jsonl(tmp_path / "a.jsonl", [{"text": text}])
+    corpus = load_corpus(DatasetSettings(name=name, sequence_length=128, **NO_SPLIT), tokenizer)
+    ids = documents_of(corpus)[0]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert all(s.tokens[0] == tokenizer.bos_token_id for s in corpus.sequences(limit_tokens=1000))
+
+
+def test_long_texts_are_cut_between_words():
+    assert cut("aa bb cc", 4) == ["aa ", "bb ", "cc"] and cut("aaaaaa", 4) == ["aaaa", "aa"] and cut("") == []
+
+
+def test_bytes_that_are_no_utf8(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_bytes(b"the \xff\xfe fox")
+    found = documents_of(load_corpus(DatasetSettings(name=str(tmp_path / "a.txt"), **NO_SPLIT), tokenizer))
+    assert "fox" in tokenizer.decode(found[0])
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "the \xff fox"}\n')
+    found = documents_of(load_corpus(DatasetSettings(name=str(tmp_path / "b.jsonl"), **NO_SPLIT), tokenizer))
+    assert "fox" in tokenizer.decode(found[0])
+    (tmp_path / "c.jsonl").write_text('{"text": "half a \\ud800 pair"}\n')
+    with pytest.raises(UserError, match="cannot be read as json"):
+        load_corpus(DatasetSettings(name=str(tmp_path / "c.jsonl")), tokenizer)
+
+
+def test_bad_input_is_one_sentence(tmp_path, jsonl, tokenizer):
+    with pytest.raises(SettingsError, match=r"dataset\.column=txt is not in .*; its columns are text"):
+        load_corpus(DatasetSettings(name=jsonl, column="txt"), tokenizer)
+    with pytest.raises(SettingsError, match=r"dataset\.column=txt is not in .*; its columns are text"):
+        load_corpus(DatasetSettings(name=jsonl, column="txt", streaming=True), tokenizer)
+    with pytest.raises(UserError, match="no such file or folder"):
+        load_corpus(DatasetSettings(name=str(tmp_path / "none.jsonl")), tokenizer)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no file that can be read"):
+        load_corpus(DatasetSettings(name=str(tmp_path / "empty")), tokenizer)
+    numbers = write_jsonl(tmp_path / "n.jsonl", [{"text": 1.5}])
+    with pytest.raises(SettingsError, match="holds float"):
+        next(load_corpus(DatasetSettings(name=numbers, **NO_SPLIT), tokenizer).sequences())
+    foreign = write_jsonl(tmp_path / "f.jsonl", [{"text": [1, 50_000]}])
+    with pytest.raises(SettingsError, match="made for another model"):
+        next(load_corpus(DatasetSettings(name=foreign, **NO_SPLIT), tokenizer).sequences())
+    with pytest.raises(UserError, match="no held-out document"):
+        next(load_corpus(DatasetSettings(name=jsonl, **NO_SPLIT), tokenizer).sequences("held_out"))
+    (tmp_path / "broken.parquet").write_bytes(b"not a parquet file")
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        load_corpus(DatasetSettings(name=str(tmp_path / "broken.parquet")), tokenizer)
+    with pytest.raises(SettingsError, match=r"dataset\.packing=tight"):
+        DatasetSettings(packing="tight")
+
+
+def test_the_hub_out_of_reach_is_said(monkeypatch, tokenizer):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"dataset\.name=no-such/dataset .*`world`"):
+        load_corpus(DatasetSettings(name="no-such/dataset"), tokenizer)
+
+
+def test_the_world_is_read_a_sentence_at_a_time(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CROSSLACE_CACHE", str(request.config.cache.mkdir("crosslace")))
+        folder = build_world(WorldSettings(size="tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    corpus = load_corpus(DatasetSettings(name="world"), tokenizer)
+    assert corpus.fingerprint == load_corpus(DatasetSettings(name=str(folder)), tokenizer).fingerprint
+    texts = {
+        split: {tokenizer.decode(s.tokens, skip_special_tokens=True) for s in corpus.sequences(split)}
+        for split in ("train", "held_out")
+    }
+    assert "the capital of the state containing Dallas is Austin" in texts["held_out"]
+    assert "the state containing Dallas is Texas" in texts["train"]
+    assert not texts["train"] & texts["held_out"]
