@@ -202,30 +202,22 @@ class _Runs:
 
     def _fixed(self, clean: "CleanRun", clean_acts: list[Tensor], changes: dict[int, _Changes]) -> Any:
         """MLP outputs in the modes direct and constrained: the clean ones plus what the set features write."""
-        transcoder, length = self.rm.transcoder, clean.tokens.shape[1]
-        written: dict[int, Tensor] = {}
+        written: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # rows, positions [n], vectors [n, D]
         for l, (row, position, feature, value) in changes.items():
-            if not len(row):
-                continue
             change = value - clean_acts[l][0, position, feature]
-            parts = torch.zeros(
-                len(self.groups),
-                length,
-                transcoder.reach_at(l),
-                transcoder.d_model,
-                dtype=value.dtype,
-                device=row.device,
-            )
-            parts.index_put_((row, position), change[:, None, None] * transcoder.W_dec[l][feature], accumulate=True)
-            add_written(written, l, parts)
+            vectors = change[:, None, None] * self.rm.transcoder.W_dec[l][feature]
+            for offset, part in enumerate(vectors.unbind(1)):
+                written.setdefault(l + offset, []).append((row, position, part))
 
         def write(layer: int, sites: dict[str, Tensor]) -> Tensor | None:
             frozen = layer in self.frozen
-            change = written.get(self.number.get(layer, -1)) if frozen or self.past_range else None
-            own = clean.mlp_out[layer] if frozen else sites["mlp_out"]
-            if change is not None:
-                own = own + change.to(own.dtype)
-            return own.expand_as(sites["mlp_out"]) if frozen or change is not None else None
+            if not frozen and not self.past_range:
+                return None
+            own = sites["mlp_out"]
+            out = (clean.mlp_out[layer].expand_as(own) if frozen else own).clone()
+            for row, position, part in written.get(self.number.get(layer, -1), []):
+                out.index_put_((row, position), part.to(out.dtype), accumulate=True)
+            return out
 
         return write
 
