@@ -123,7 +123,8 @@ def _open_local(path: Path, settings: "DatasetSettings") -> Any:
     if kind == "text":
         options |= {"sample_by": settings.text_unit, "encoding_errors": "replace"}
     elif kind == "json":
-        options["encoding_errors"] = "replace"
+        # bytes are only decoded with `encoding_errors` where the encoding is not spelt "utf-8"
+        options |= {"encoding": "utf8", "encoding_errors": "replace"}
     try:
         return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
     except Exception as error:
