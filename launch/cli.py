@@ -68,9 +68,11 @@ def _run(words: list[str]) -> int:
     job = start(verb, rest)
     with job.progress:
         closing = import_module(f".{VERBS[verb].module}", __package__).run(job)
-    if closing is not None and job.is_main:
+    if closing is None:
+        return 0
+    if job.is_main:
         closing.show()
-    return 0
+    return closing.code
 
 
 def _about_the_disk(error: OSError) -> str | None:

@@ -10,6 +10,7 @@ from .terminal import duration
 
 RUNS = ("clt", "plt")
 EXAMPLES = 8
+SHOWN = ("prompt", "before", "other", "wanted", "after", "probability_before", "probability_after")
 
 
 def write_demo_report(folder: Path, summary: dict[str, Any]) -> Path:
@@ -37,9 +38,10 @@ def write_demo_report(folder: Path, summary: dict[str, Any]) -> Path:
         f"<figure>{_picture(folder / 'plt')}</figure>",
         "<h2>The swap</h2>",
         _sentence(
-            f"In {swap['pairs']} pairs of held-out cities, the features of the first city's state were replaced by those "
-            f"of the second's at the last position. The answer became the other state's in {swap['success_rate']:.0%}; "
-            f"replacing as many random features gave it in {swap['control_success_rate']:.0%}."
+            f"In {swap['pairs']} pairs of held-out cities, the features of the first city's state were replaced by "
+            f"those of the second's at the last position. The answer became the other state's in "
+            f"{swap['success_rate']:.0%}; replacing as many random features gave it in "
+            f"{swap['control_success_rate']:.0%}."
         ),
         grid([_before_after(swaps).svg(), _rates(swap).svg()]),
         table(

@@ -1,6 +1,7 @@
 """One command at work: its settings, where it reports, and the folders it may write to."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from ..data.errors import UserError
 from . import runs
-from .compose import Config, compose_config
+from .compose import Config, compose_config, tidy
 from .terminal import Watched
 
 
@@ -18,6 +19,8 @@ class Job:
 
     verb: str
     config: Config
+    words: list[str] = field(default_factory=list)
+    """The overrides, tidied."""
     progress: Watched = field(default_factory=Watched)
 
     @property
@@ -53,11 +56,21 @@ def start(verb: str, words: Sequence[str]) -> Job:
             words = [*words, f"runs=[{listed}]"]
     if verb == "demo" and not any(word.startswith("experiment=") for word in words):
         words = ["experiment=demo", *words]
-    config = compose_config(verb, words)
+    if verb == "sweep":
+        from .sweep import single_values
+
+        words = tidy(verb, words)
+        config = compose_config(verb, single_values(words))
+    else:
+        config = compose_config(verb, words)
     if verb in ("eval", "features", "trace", "steer") and config.values["run"]:
         folder = Path(config.values["run"])
         if not folder.is_dir():
             raise UserError(f"there is no run at {folder}; `crosslace train ... run={folder}` would make one")
         config.base_on(runs.saved_settings(folder))
     config.check()
-    return Job(verb, config)
+    if not sys.stderr.isatty():
+        # Read by Hugging Face's libraries when they are imported: no bars in a log file.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    return Job(verb, config, list(words))

@@ -153,6 +153,8 @@ class Closing:
     notes: list[str] = field(default_factory=list)
     """Plain sentences."""
     tables: list[Table] = field(default_factory=list)
+    code: int = 0
+    """The exit code: not 0 where a part of the work failed."""
 
     def show(self) -> None:
         """Print it."""
