@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from .errors import Progress, UserError
 
@@ -154,7 +155,12 @@ def fit(
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    model.cpu().save_pretrained(folder)
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one small file
+    torch.nn.Module.cpu(model)
+    model.save_pretrained(folder)
+    if drawn:
+        logging.enable_progress_bar()
     tokenizer.save_pretrained(folder)
 
 

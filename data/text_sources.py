@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import httpx
+import pyarrow
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from requests.exceptions import RequestException
 from transformers import PreTrainedTokenizerBase
 
 from . import stdlib
@@ -32,6 +33,8 @@ FORMATS = {
     ".md": "text",
     ".arrow": "arrow",
 }
+NETWORK = (ConnectionError, httpx.HTTPError, HfHubHTTPError)
+UNREADABLE = (DatasetsError, pyarrow.ArrowInvalid)
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 ENDS_READ = 1 << 20
 """Bytes of each end of a local file that its fingerprint covers, besides its length."""
@@ -127,7 +130,7 @@ def _open_local(path: Path, settings: "DatasetSettings") -> Any:
         options |= {"encoding": "utf8", "encoding_errors": "replace"}
     try:
         return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
-    except Exception as error:
+    except (*UNREADABLE, ValueError) as error:
         raise UserError(f"dataset.name={path} cannot be read as {kind}: {_first_line(error)}") from error
 
 
@@ -141,7 +144,7 @@ def _open_hub(settings: "DatasetSettings") -> Any:
         ) from error
     except ValueError as error:  # an unknown configuration or split: the message lists those there are
         raise SettingsError(f"dataset.name={settings.name}: {_first_line(error)}") from error
-    except (ConnectionError, RequestException, HfHubHTTPError, OfflineModeIsEnabled) as error:
+    except (*NETWORK, OfflineModeIsEnabled) as error:
         raise UserError(
             f"dataset.name={settings.name} could not be fetched from the Hugging Face hub ({type(error).__name__}); "
             "`world`, `stdlib` and local files need no network"
@@ -171,11 +174,13 @@ def _rows(
             for index, row in enumerate(dataset):
                 held_out = is_held_out(index, settings.seed, settings.held_out)
                 yield Document(index, _content(row[column], settings, tokenizer), held_out)
-        except (ConnectionError, RequestException, HfHubHTTPError) as error:
+        except NETWORK as error:
             raise UserError(
                 f"the stream of dataset.name={settings.name} broke off ({type(error).__name__}); "
                 "run the same command again"
             ) from error
+        except UNREADABLE as error:
+            raise UserError(f"dataset.name={settings.name} is damaged: {_first_line(error)}") from error
 
     return Source(documents, identity)
 
