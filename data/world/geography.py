@@ -95,14 +95,14 @@ Florida: Miami, Tampa, Orlando, Hialeah, Fort Lauderdale, Cape Coral, Pensacola,
 Georgia: Macon, Savannah, Warner Robins, Valdosta, Alpharetta, Dalton, Kennesaw, Statesboro, Waycross, Tifton, Dunwoody, Vidalia, Cordele, Moultrie, Americus, Milledgeville, Douglasville, Lawrenceville
 Hawaii: Hilo, Kailua, Waipahu, Pearl City, Kaneohe, Mililani, Kahului, Kihei, Lahaina, Wailuku, Kapaa, Lihue, Makakilo, Wahiawa, Waimea, Ewa Beach, Kapolei, Haleiwa, Waianae
 Idaho: Nampa, Pocatello, Twin Falls, Post Falls, Rexburg, Moscow, Kuna, Ketchum, Sandpoint, Blackfoot, Hailey, Burley, Rathdrum, Payette, Chubbuck, Weiser, Orofino, Driggs
-Illinois: Chicago, Joliet, Naperville, Rockford, Elgin, Waukegan, Champaign, Schaumburg, Bolingbrook, Palatine, Skokie, Moline, Kankakee, Carbondale, Galesburg, Wheaton, Effingham, Edwardsville
+Illinois: Chicago, Joliet, Naperville, Rockford, Elgin, Waukegan, Champaign, Schaumburg, Bolingbrook, Palatine, Skokie, Moline, Kankakee, Carbondale, Galesburg, Effingham, Edwardsville
 Indiana: Fort Wayne, Evansville, South Bend, Fishers, Gary, Muncie, Terre Haute, Kokomo, Elkhart, Mishawaka, Valparaiso, Vincennes, Merrillville, Jeffersonville, Zionsville, Crawfordsville, Logansport, Noblesville
 Iowa: Cedar Rapids, Davenport, Sioux City, Waterloo, Ames, Dubuque, Ankeny, Council Bluffs, Urbandale, Cedar Falls, Bettendorf, Mason City, Marshalltown, Ottumwa, Fort Dodge, Muscatine, Coralville, Keokuk, Grinnell
 Kansas: Wichita, Overland Park, Olathe, Lenexa, Salina, Leavenworth, Leawood, Dodge City, Emporia, Junction City, Hays, Great Bend, Atchison, Coffeyville, Chanute, Goodland, Liberal, Parsons
 Kentucky: Louisville, Owensboro, Hopkinsville, Nicholasville, Elizabethtown, Jeffersontown, Paducah, Radcliff, Erlanger, Shively, Berea, Bardstown, Middlesboro, Corbin, Pikeville, Maysville, Harrodsburg
 Louisiana: New Orleans, Shreveport, Lake Charles, Bossier City, Houma, Kenner, Metairie, Slidell, Ruston, Natchitoches, Opelousas, Thibodaux, Bogalusa, Marrero, Chalmette, Mandeville, Zachary, Donaldsonville
 Maine: Bangor, Biddeford, Saco, Westbrook, Presque Isle, Caribou, Ellsworth, Calais, Hallowell, Kittery, Ogunquit, Kennebunk, Bar Harbor, Millinocket, Houlton, Skowhegan, Orono, Madawaska
-Maryland: Baltimore, Frederick, Rockville, Gaithersburg, Bowie, Hagerstown, Cumberland, College Park, Silver Spring, Bethesda, Towson, Ellicott City, Dundalk, Greenbelt, Catonsville, Pikesville, Glen Burnie, Hyattsville
+Maryland: Baltimore, Frederick, Rockville, Gaithersburg, Bowie, Hagerstown, College Park, Silver Spring, Bethesda, Towson, Ellicott City, Dundalk, Greenbelt, Catonsville, Pikesville, Glen Burnie, Hyattsville
 Massachusetts: Worcester, Lowell, Brockton, New Bedford, Fall River, Framingham, Haverhill, Waltham, Malden, Taunton, Chicopee, Peabody, Methuen, Pittsfield, Leominster, Holyoke, Gloucester, Nantucket, Provincetown
 Michigan: Detroit, Grand Rapids, Sterling Heights, Ann Arbor, Flint, Dearborn, Livonia, Kalamazoo, Saginaw, Muskegon, Battle Creek, Pontiac, Novi, Traverse City, Ypsilanti, Escanaba, Petoskey, Alpena
 Minnesota: Minneapolis, Brooklyn Park, Eagan, Eden Prairie, Maple Grove, Coon Rapids, Burnsville, Minnetonka, Edina, Mankato, Moorhead, Winona, Brainerd, Hibbing, Owatonna, Faribault, Shakopee
@@ -124,13 +124,13 @@ Pennsylvania: Philadelphia, Pittsburgh, Allentown, Erie, Scranton, Bethlehem, Al
 Rhode Island: Cranston, Warwick, Pawtucket, Woonsocket, South Kingstown, North Kingstown, Westerly, Central Falls, Burrillville, Narragansett, Tiverton, East Greenwich, Charlestown, New Shoreham, Pascoag, Coventry
 South Carolina: Rock Hill, Summerville, Goose Creek, Sumter, Spartanburg, Myrtle Beach, Hilton Head, Aiken, Greer, Mauldin, Orangeburg, Easley, Simpsonville, Bluffton, Hanahan, Gaffney, Clemson, Walterboro
 South Dakota: Sioux Falls, Rapid City, Brookings, Mitchell, Yankton, Vermillion, Spearfish, Box Elder, Beresford, Belle Fourche, Dell Rapids, Mobridge, Deadwood, Milbank, Chamberlain, Sisseton, Flandreau, Huron
-Tennessee: Memphis, Knoxville, Chattanooga, Clarksville, Murfreesboro, Johnson City, Bartlett, Kingsport, Collierville, Gallatin, Cookeville, Oak Ridge, Gatlinburg, Sevierville, Pigeon Forge, Tullahoma, Dyersburg, Goodlettsville
+Tennessee: Memphis, Knoxville, Chattanooga, Clarksville, Murfreesboro, Johnson City, Kingsport, Collierville, Gallatin, Cookeville, Oak Ridge, Gatlinburg, Sevierville, Pigeon Forge, Tullahoma, Dyersburg, Goodlettsville
 Texas: Dallas, Houston, San Antonio, Fort Worth, El Paso, Corpus Christi, Plano, Lubbock, Laredo, Irving, Amarillo, Grand Prairie, Brownsville, Killeen, Waco, Denton, Galveston, Wichita Falls, San Angelo
 Utah: West Valley City, Provo, West Jordan, Orem, Ogden, Layton, Lehi, Taylorsville, Draper, Bountiful, Spanish Fork, Pleasant Grove, Tooele, Cedar City, Moab, Kaysville, Vernal, Kanab, Nephi
 Vermont: South Burlington, Rutland, Barre, Winooski, Vergennes, Brattleboro, Bennington, Stowe, Middlebury, Saint Johnsbury, Shelburne, Swanton, Morrisville, Killington, Bellows Falls, Lyndonville, Poultney, Hinesburg
 Virginia: Chesapeake, Norfolk, Newport News, Reston, Roanoke, Suffolk, Lynchburg, Harrisonburg, Charlottesville, Manassas, Herndon, Staunton, Blacksburg, Williamsburg, Culpeper, Christiansburg, Radford, Wytheville
-Washington: Seattle, Spokane, Tacoma, Everett, Renton, Yakima, Bellingham, Kennewick, Pasco, Walla Walla, Wenatchee, Puyallup, Bremerton, Kirkland, Issaquah, Port Angeles, Ellensburg, Pullman, Moses Lake
-West Virginia: Morgantown, Parkersburg, Weirton, Martinsburg, Fairmont, Beckley, Clarksburg, Elkins, Buckhannon, Nitro, Moundsville, Shepherdstown, Harpers Ferry, Keyser, Philippi, Follansbee, New Martinsville, Charles Town
+Washington: Seattle, Spokane, Tacoma, Renton, Yakima, Bellingham, Kennewick, Pasco, Walla Walla, Wenatchee, Puyallup, Bremerton, Kirkland, Issaquah, Port Angeles, Ellensburg, Pullman, Moses Lake
+West Virginia: Morgantown, Parkersburg, Weirton, Martinsburg, Fairmont, Beckley, Elkins, Buckhannon, Nitro, Moundsville, Shepherdstown, Harpers Ferry, Keyser, Philippi, Follansbee, New Martinsville, Charles Town
 Wisconsin: Milwaukee, Green Bay, Kenosha, Racine, Appleton, Waukesha, Eau Claire, Oshkosh, Janesville, La Crosse, Sheboygan, Wauwatosa, Wausau, Beloit, Stevens Point, Manitowoc, Neenah, Baraboo
 Wyoming: Casper, Laramie, Gillette, Rock Springs, Sheridan, Green River, Cody, Rawlins, Lander, Torrington, Worland, Thermopolis, Kemmerer, Glenrock, Greybull, Lusk, Pinedale, Sundance, Ten Sleep
 """.splitlines()  # noqa: E501
