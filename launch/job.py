@@ -48,6 +48,10 @@ class Job:
 
 def start(verb: str, words: Sequence[str]) -> Job:
     """Compose and check the settings of a command; a run's own settings are the base of what reads the run."""
+    if not sys.stderr.isatty():
+        # Read by Hugging Face's libraries when they are imported: no bars in a log file.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if verb == "report":
         plain = [word for word in words if "=" not in word]
         words = [word for word in words if "=" in word]
@@ -63,14 +67,11 @@ def start(verb: str, words: Sequence[str]) -> Job:
         config = compose_config(verb, single_values(words))
     else:
         config = compose_config(verb, words)
+    config.top()  # what is missing is said first
     if verb in ("eval", "features", "trace", "steer") and config.values["run"]:
         folder = Path(config.values["run"])
         if not folder.is_dir():
             raise UserError(f"there is no run at {folder}; `crosslace train ... run={folder}` would make one")
         config.base_on(runs.saved_settings(folder))
     config.check()
-    if not sys.stderr.isatty():
-        # Read by Hugging Face's libraries when they are imported: no bars in a log file.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     return Job(verb, config, list(words))

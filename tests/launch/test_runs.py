@@ -1,0 +1,74 @@
+"""Run folders are claimed once, resumed with the same settings, and never overwritten."""
+
+import errno
+from pathlib import Path
+
+import pytest
+from crosslace.data.errors import UserError
+from crosslace.launch import runs
+
+SETTINGS = {"seed": 0, "trainer": {"steps": 10, "log_every": 5}, "wandb": {"mode": "offline"}}
+
+
+def test_a_new_folder_is_claimed_and_taken_up_again(tmp_path: Path) -> None:
+    assert runs.claim(tmp_path / "a" / "b", SETTINGS) is False
+    assert runs.saved_settings(tmp_path / "a" / "b") == SETTINGS
+    assert runs.claim(tmp_path / "a" / "b", SETTINGS) is True
+
+
+def test_what_changes_no_weight_may_differ(tmp_path: Path) -> None:
+    runs.claim(tmp_path / "run", SETTINGS)
+    changed = {**SETTINGS, "trainer": {"steps": 10, "log_every": 1}, "wandb": {"mode": "disabled"}}
+    assert runs.claim(tmp_path / "run", changed) is True
+
+
+def test_other_settings_are_refused_by_name_and_nothing_is_touched(tmp_path: Path) -> None:
+    runs.claim(tmp_path / "run", SETTINGS)
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"trainer.steps was 10, not 20.*name another run"):
+        runs.claim(tmp_path / "run", {**SETTINGS, "trainer": {"steps": 20}})
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letters.txt").write_text("dear")
+    with pytest.raises(UserError, match="holds other files and no run"):
+        runs.claim(tmp_path, SETTINGS)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match="cannot write to"):
+        runs.claim(tmp_path / "run", SETTINGS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        runs.writable(tmp_path / "file" / "run")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "summary.json"
+    runs.write_json(path, {"a": 1})
+
+    def full(self: Path, *args: object, **more: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError):
+        runs.write_json(path, {"a": 2})
+    assert runs.read_json(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_figures_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    runs.write_json(tmp_path / "x.json", {"a": [float("nan"), 1.0], "b": float("inf")})
+    assert runs.read_json(tmp_path / "x.json") == {"a": [None, 1.0], "b": None}
+
+
+def test_slugs() -> None:
+    assert runs.slug_of("the capital of the state containing Dallas is") == "of-the-state-containing-dallas-is"
+    assert runs.slug_of("???") == "graph"
+    assert "/" not in runs.slug_of("../../etc/passwd")
