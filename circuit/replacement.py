@@ -206,7 +206,7 @@ class ReplacementModel:
         interventions: Sequence[Intervention],
         mode: Mode = "free",
         layers: Collection[int] | None = None,
-        past_range: bool = False,
+        past_range: bool = True,
     ) -> InterventionResult:
         """All interventions at once on one prompt. See `intervening.intervene_many`."""
         return intervene_many(self, prompt, [interventions], mode, layers, past_range)[0]
@@ -217,7 +217,7 @@ class ReplacementModel:
         groups: Sequence[Sequence[Intervention]],
         mode: Mode = "free",
         layers: Collection[int] | None = None,
-        past_range: bool = False,
+        past_range: bool = True,
         batch: int = 32,
     ) -> list[InterventionResult]:
         """Each group of interventions by itself, `batch` of them in one forward pass."""
@@ -230,7 +230,7 @@ class ReplacementModel:
         max_new_tokens: int = 20,
         mode: Mode = "free",
         layers: Collection[int] | None = None,
-        past_range: bool = False,
+        past_range: bool = True,
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Generation:
