@@ -94,7 +94,7 @@ class InterventionResult:
         """One feature's activation under the interventions; the set value where it was set."""
         position = range(len(self.tokens))[position]
         if (node := Node(layer, position, feature)) in self.fixed:
-            return self.logits.new_tensor(self.fixed[node])
+            return self.transcoder.b_dec[0].new_tensor(self.fixed[node])
         return self._encode(self.reads, layer, position)[feature]
 
     def clean_activation(self, layer: int, position: int, feature: int) -> Tensor:

@@ -201,6 +201,22 @@ def test_a_transcoder_of_some_layers(make_replacement, prompt):
         assert set(result.reads) == {0, 2}
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "llama", "gpt_neox", "olmo2", "gpt_oss"])
+def test_a_bfloat16_model_with_a_float32_transcoder(family, make_tiny, make_replacement, prompt):
+    rm = ReplacementModel(make_tiny(family, torch.bfloat16), make_replacement(family, torch.float32).transcoder)
+    run, _ = clean_run(rm, prompt)
+    close = {"atol": 0.1, "rtol": 0.1}
+    torch.testing.assert_close(rm.local_logits(run), run.logits, **close)
+    for mode in MODES:
+        same = rm.intervene(prompt, [], mode)
+        torch.testing.assert_close(same.logits, same.clean_logits, **close)
+        result = rm.intervene(prompt, [Intervention(L, P, 0, value=8.0)], mode)
+        assert result.logits.dtype == torch.bfloat16 and result.activation(L, P, 0) == 8
+        assert result.effect([(L, P, 0), (2, P, 1)]).dtype == torch.float32
+        assert not torch.equal(result.logits[P:], result.clean_logits[P:])
+    assert len(rm.generate(prompt, [Intervention(L, slice(P, None), 0, value=8.0)], 3).tokens) > len(prompt)
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
