@@ -16,6 +16,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	  || { echo "Crosslace needs Python 3.11 to 3.13; name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,sweep]'
+	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/crosslace  # for pyright, which reads no import hooks
 	@touch $@
 
 demo: $(VENV)/.ready  ## train on the bundled world and look at a circuit (10 minutes on 2 cores)
