@@ -1,0 +1,155 @@
+"""Runs under torchrun: trains small transcoders on a mesh, and the same ones whole, and holds them against each other.
+
+Every rank trains the whole one too (float64, one process) on the whole batch, so each checks its own part. Prints one
+line per case from the first rank; a failed comparison ends the process with its message.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from crosslace.train.collectives import SINGLE, Collectives
+from crosslace.train.metrics import ReconstructionMetrics
+from crosslace.train.objective import dense_pass, step_loss
+from crosslace.train.optimizers import Optimizers
+from crosslace.train.partition import is_sharded, part_of, whole_of
+from crosslace.train.settings import TrainerSettings
+from crosslace.train.sharding import ParallelSettings, processes
+from crosslace.train.sparse import sparse_pass
+from crosslace.train.state import Counters, RunningState
+from crosslace.train.step import StepParts, objective_of, step_inputs, train_step
+from crosslace.train.transcoder import Transcoder, TranscoderSettings
+
+STEPS, TOKENS, LAYERS, WIDTH, FEATURES = 20, 16, 3, 6, 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train."""
+
+    name: str
+    transcoder: dict[str, Any]
+    trainer: dict[str, Any] = field(default_factory=dict)
+    sparse: bool = False
+
+
+PENALTIES = {"lam": 0.05, "lam_schedule": "constant", "lam_preactivation": 0.01, "preactivation_over": "all"}
+CASES = [
+    Case("clt batchtopk", {"activation": "batchtopk", "k": 3}),
+    Case("clt batchtopk over all layers, aux, accumulated",
+         {"activation": "batchtopk", "k": 3, "k_scope": "all"}, {"accumulate": 2, "dead_after": TOKENS}),
+    Case("clt batchtopk, sparse, aux", {"activation": "batchtopk", "k": 3}, {"dead_after": TOKENS}, sparse=True),
+    Case("plt topk, sparse", {"activation": "topk", "k": 3, "reach": "1"}, sparse=True),
+    Case("clt jumprelu, penalties, accumulated", {"activation": "jumprelu"}, {**PENALTIES, "accumulate": 2}),
+    Case("clt jumprelu, penalties, sparse", {"activation": "jumprelu"}, PENALTIES, sparse=True),
+    Case("plt jumprelu, steered, skip, tight clip", {"activation": "jumprelu", "reach": "1", "skip": True},
+         {**PENALTIES, "target_l0": 2.0, "clip": 1e-2}),
+    Case("windowed jumprelu, quadratic target", {"activation": "jumprelu", "reach": "2"},
+         {"sparsity": "target", "target_l0": 2.0, "accumulate": 2}),
+]  # fmt: skip
+
+
+def parts_for(case: Case, comm: Collectives) -> StepParts:
+    settings = TrainerSettings(steps=STEPS, batch=TOKENS, lr=1e-2, **case.trainer)
+    shape = TranscoderSettings(features=FEATURES, **case.transcoder)
+    whole = Transcoder(shape, WIDTH, LAYERS, dtype=torch.float64)
+    transcoder = part_of(whole, comm)
+    targets = settings.per_layer("target_l0", LAYERS)
+    target = None if targets is None else torch.tensor(targets)
+    counters, state = Counters(use_aux=True), RunningState(transcoder, settings)
+    forward = sparse_pass if case.sparse else dense_pass
+    return StepParts(
+        settings, objective_of(settings, transcoder), transcoder, Optimizers(transcoder, settings), state, counters,
+        target, targets, comm, forward,
+    )  # fmt: skip
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(step)
+    x = torch.randn(TOKENS, LAYERS, WIDTH, generator=random, dtype=torch.float64)
+    return x, torch.tanh(x.flip(-1)) + 0.1 * torch.randn(x.shape, generator=random, dtype=torch.float64)
+
+
+def rows_of(x: torch.Tensor, comm: Collectives, pieces: int) -> torch.Tensor:
+    """This data rank's rows: of each micro-batch its share, so that micro-batches hold the same rows on any mesh."""
+    cut = x.unflatten(0, (pieces, comm.data_ranks, -1))
+    return cut[:, comm.data_rank].flatten(0, 1)
+
+
+def agree(name: str, mine: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9) -> None:
+    scale = expected.double().abs().max().clamp_min(1e-12)
+    worst = (mine.double() - expected.double()).abs().max() / scale
+    if not worst <= tolerance:
+        raise SystemExit(f"{name} differs by {float(worst):.2e} of its largest entry")
+
+
+def compare_gradients(case: Case, sharded: StepParts, whole: StepParts, comm: Collectives) -> None:
+    """Loss terms and every gradient of the first batch."""
+    x, y = batch(0)
+    seen = {}
+    for parts, rows in ((sharded, (rows_of(x, comm, 1), rows_of(y, comm, 1))), (whole, (x, y))):
+        inputs = step_inputs(parts)
+        result = step_loss(parts.transcoder, *rows, inputs, parts.objective, parts.comm, parts.forward)
+        result.loss.backward()
+        parts.comm.reduce_gradients([p.grad for p in parts.transcoder.parameters() if p.grad is not None])
+        seen[parts is whole] = result
+    agree(f"{case.name}: loss", comm.mean_data(seen[False].loss), seen[True].loss.detach())
+    agree(f"{case.name}: l0", comm.mean_data(seen[False].l0), seen[True].l0)
+    for name, term in seen[True].terms.items():
+        agree(f"{case.name}: {name}", comm.mean_data(seen[False].terms[name]), term)
+    for name, parameter in whole.transcoder.named_parameters():
+        if parameter.grad is not None:
+            gradient = sharded.transcoder.get_parameter(name).grad
+            assert gradient is not None
+            gathered = comm.gather_features(gradient) if is_sharded(name) else gradient
+            agree(f"{case.name}: gradient of {name}", gathered, parameter.grad)
+    for parts in (sharded, whole):
+        parts.optimizers.zero_grad()
+
+
+def compare_training(case: Case, sharded: StepParts, whole: StepParts, comm: Collectives) -> None:
+    """Weights, clip norm and running state after 20 steps; then metrics."""
+    pieces = whole.settings.accumulate
+    for step in range(STEPS):
+        x, y = batch(step)
+        train_step(whole, x, y)
+        train_step(sharded, rows_of(x, comm, pieces), rows_of(y, comm, pieces))
+    tolerance = 1e-7 if case.trainer.get("clip") == 1e-2 else 1e-9  # torch's fused Adam takes the divisor in float32
+    together = whole_of(sharded.transcoder, comm)
+    for name, parameter in whole.transcoder.named_parameters():
+        agree(f"{case.name}: {name} after training", together.get_parameter(name), parameter, tolerance)
+    mine, expected = sharded.state.read_sums(), whole.state.read_sums()
+    for name, value in expected.items():
+        agree(f"{case.name}: mean {name}", mine[name], value, 1e-6)  # running averages are float32
+    for l, density in enumerate(whole.state.density):
+        agree(f"{case.name}: density", comm.gather_features(sharded.state.density[l]), density, 1e-6)
+    compare_metrics(case, sharded, whole, comm)
+
+
+def compare_metrics(case: Case, sharded: StepParts, whole: StepParts, comm: Collectives) -> None:
+    x, y = batch(99)
+    reports = []
+    for parts, rows in ((sharded, (rows_of(x, comm, 1), rows_of(y, comm, 1))), (whole, (x, y))):
+        metrics = ReconstructionMetrics(parts.transcoder.features, WIDTH, comm=parts.comm)
+        done = dense_pass(parts.transcoder, rows[0], step_inputs(parts), parts.objective, parts.comm)
+        metrics.update(rows[1], done.y_hat, [layer.acts for layer in done.layers])
+        reports.append(metrics.compute())
+    for name, value in reports[1]["overall"].items():
+        agree(f"{case.name}: metric {name}", torch.tensor(reports[0]["overall"][name]), torch.tensor(value), 1e-7)
+
+
+def main(data: int, features: int) -> None:
+    torch.set_num_threads(1)
+    with processes(ParallelSettings(data, features)) as comm:
+        for case in CASES:
+            for compare in (compare_gradients, compare_training):
+                compare(case, parts_for(case, comm), parts_for(case, SINGLE), comm)
+            if comm.is_main:
+                print("agrees:", case.name, flush=True)
+        assert comm.broadcast({"folder": "ä", "step": 3} if comm.is_main else None) == {"folder": "ä", "step": 3}
+        assert comm.broadcast(None) is None
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

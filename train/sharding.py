@@ -1,0 +1,227 @@
+"""Many processes as one: a mesh of data ranks and feature ranks, and the collectives that training asks of it.
+
+    data rank d      reads rows d, d + n, ... of each batch; gradients are averaged over data ranks
+    feature rank f   holds features f F/m ... (f + 1) F/m of every layer: encoder, decoder, biases, thresholds and their
+                     moments; reconstructions are added over feature ranks
+
+What flows between processes in a step, for B tokens a data rank:
+    sum             [B, L, D] reconstructions over feature ranks, once, forward; nothing backward
+    top_threshold   k B n candidate values of each rank, so that batchtopk's choice is the one of the whole batch
+    reduce_gradients each parameter's gradient over data ranks, in buckets
+
+The mathematics stands in `collectives.py`; this module alone knows process groups.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ..data.errors import SettingsError, check_range
+from .collectives import SINGLE, Collectives
+
+BUCKET_BYTES = 32 * 2**20
+"""Gradients are averaged this much at a time: large enough to fill a link, small beside a dictionary."""
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """Several processes, started by `torchrun` or `accelerate launch`."""
+
+    data: int = 1
+    """Processes that read different rows."""
+
+    features: int = 1
+    """Processes that share each layer's features."""
+
+    timeout: int = 600
+    """Seconds after which a process that waits for the others gives up."""
+
+    def __post_init__(self) -> None:
+        check_range("parallel.data", self.data, low=1)
+        check_range("parallel.features", self.features, low=1)
+        check_range("parallel.timeout", self.timeout, low=1)
+
+    @property
+    def processes(self) -> int:
+        return self.data * self.features
+
+
+@contextmanager
+def processes(settings: ParallelSettings, device: torch.device | str = "cpu") -> Iterator[Collectives]:
+    """The collectives of this process in its mesh, for as long as the block runs.
+
+    torchrun and accelerate say through the environment how many processes there are; without them there is one.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != settings.processes:
+        raise SettingsError(
+            f"parallel.data={settings.data} times parallel.features={settings.features} makes {settings.processes} "
+            f"processes, and {started} were started: use torchrun --nproc-per-node={settings.processes}, or change one"
+        )
+    if started == 1:
+        yield SINGLE
+        return
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    joined_here = not dist.is_initialized()
+    if joined_here:
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
+    try:
+        mesh = init_device_mesh(kind, (settings.data, settings.features), mesh_dim_names=("data", "features"))
+        yield MeshCollectives(mesh)
+    finally:
+        if joined_here:
+            dist.destroy_process_group()
+
+
+class _SumForward(torch.autograd.Function):
+    """All-reduce forward, identity backward.
+
+    Every feature rank computes the same loss from the same sum, so the gradient of the sum is already whole on each:
+    reducing it again would make it m times too large.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class MeshCollectives:
+    """`Collectives` over a DeviceMesh (data, features). Counts the bytes that this process hands in, by method."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.device = torch.device(mesh.device_type)
+        self._data, self._features = mesh.get_group("data"), mesh.get_group("features")
+        self.data_ranks, self.feature_ranks = mesh.shape
+        self.data_rank, self.feature_rank = dist.get_rank(self._data), dist.get_rank(self._features)
+        self.sent: dict[str, int] = {}
+
+    @property
+    def is_main(self) -> bool:
+        return dist.get_rank() == 0
+
+    def _count(self, what: str, x: Tensor) -> None:
+        self.sent[what] = self.sent.get(what, 0) + x.numel() * x.element_size()
+
+    def _reduced(self, what: str, x: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """The reduction as a new tensor where `x` lies, computed where the mesh communicates."""
+        total = x.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
+        self._count(what, total)
+        dist.all_reduce(total, op=op, group=group)
+        return total.to(x.device)
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.feature_ranks == 1:
+            return x
+        self._count("sum", x)
+        result = _SumForward.apply(x, self._features)
+        assert isinstance(result, Tensor)
+        return result
+
+    def sum_shards(self, x: Tensor) -> Tensor:
+        return x.detach() if self.feature_ranks == 1 else self._reduced("sum_shards", x, self._features)
+
+    def sum_data(self, x: Tensor) -> Tensor:
+        return x.detach() if self.data_ranks == 1 else self._reduced("sum_data", x, self._data)
+
+    def mean_data(self, x: Tensor) -> Tensor:
+        return x.detach() if self.data_ranks == 1 else self.sum_data(x) / self.data_ranks
+
+    def max_all(self, x: Tensor) -> Tensor:
+        return self._reduced("max_all", x, None, dist.ReduceOp.MAX)
+
+    def reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
+        if self.data_ranks == 1:
+            return
+        for bucket in _buckets([p for p in parameters if p.numel()]):
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            self._count("reduce_gradients", flat)
+            dist.all_reduce(flat, group=self._data)
+            flat /= self.data_ranks
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def top_threshold(self, values: Tensor, count: int) -> Tensor:
+        wanted = count * self.data_ranks
+        largest = values.detach().flatten()
+        largest = largest.topk(min(wanted, largest.numel()), sorted=False).values
+        own = largest.new_full((wanted,), -torch.inf)  # equal lengths everywhere, so that no length is exchanged
+        own[: largest.numel()] = largest
+        pool = self._gathered("top_threshold", own, None, dist.get_world_size()).flatten()
+        return _smallest_kept(pool.topk(wanted).values)[..., 0]
+
+    def row_threshold(self, h_BF: Tensor, k: int) -> Tensor:
+        largest = h_BF.detach().topk(min(k, h_BF.shape[-1]), dim=-1).values
+        if self.feature_ranks == 1:
+            return largest[..., -1:]
+        own = largest.new_full((*largest.shape[:-1], k), -torch.inf)
+        own[..., : largest.shape[-1]] = largest
+        pool = torch.cat(list(self._gathered("row_threshold", own, self._features, self.feature_ranks)), dim=-1)
+        return _smallest_kept(pool.topk(k, dim=-1).values)
+
+    def _gathered(self, what: str, x: Tensor, group: Any, ranks: int) -> Tensor:
+        """[ranks, ...]: every rank's tensor."""
+        own = x.detach().to(self.device).contiguous()
+        self._count(what, own)
+        gathered = own.new_empty(ranks * own.shape[0], *own.shape[1:])
+        dist.all_gather_into_tensor(gathered, own, group=group)
+        return gathered.to(x.device).unflatten(0, (ranks, own.shape[0]))
+
+    def gather_features(self, x: Tensor, dim: int = 0) -> Tensor:
+        if self.feature_ranks == 1:
+            return x
+        return torch.cat(list(self._gathered("gather_features", x, self._features, self.feature_ranks)), dim)
+
+    def shard(self, x: Tensor) -> Tensor:
+        placements = [Replicate(), Shard(0)]
+        return DTensor.from_local(x.detach(), self.mesh, placements, run_check=False)
+
+    def barrier(self) -> None:
+        self.max_all(torch.zeros(1))
+
+    def broadcast(self, value: Any) -> Any:
+        """As JSON: nothing but plain values travels."""
+        text = torch.tensor(list(json.dumps(value).encode()) if self.is_main else [], dtype=torch.uint8)
+        length = int(self.max_all(torch.tensor(text.numel())))
+        padded = torch.zeros(length, dtype=torch.uint8)
+        padded[: text.numel()] = text
+        return json.loads(bytes(self.max_all(padded).tolist()))
+
+
+def _smallest_kept(largest: Tensor) -> Tensor:
+    """The last of the largest entries [..., 1], leaving out the -inf that stand for entries that there are not."""
+    return largest.masked_fill(largest == -torch.inf, torch.inf).amin(-1, keepdim=True)
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients of one type in groups of about BUCKET_BYTES, in order; a larger one by itself."""
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        nbytes = gradient.numel() * gradient.element_size()
+        if bucket and (size + nbytes > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += nbytes
+    if bucket:
+        yield bucket
