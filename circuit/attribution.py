@@ -101,7 +101,7 @@ class Tracer:
         self.lm, self.transcoder, self.settings = replacement.lm, replacement.transcoder, settings
         self.prompt = prompt
         self.tokens = self.lm.tokenize(prompt)
-        self.keep = replacement.keep_mask(self.tokens[None])[0]
+        self.replacement = replacement
         self.wanted = None if wanted is None else [Target.parse(one, len(self.tokens)) for one in wanted]
         self.dtype = torch.promote_types(self.transcoder.dtype, torch.float32)
         self.done = 0
@@ -117,9 +117,11 @@ class Tracer:
         lm, transcoder, settings, dtype = self.lm, self.transcoder, self.settings, self.dtype
         started = time.perf_counter()
         recording = record(lm, self.tokens)
-        features = active_features(lm, transcoder, recording, self.keep, dtype)
+        resid = {layer: x[None] for layer, x in enumerate(recording.resid)}
+        keep = self.replacement.keep_mask(self.tokens[None], resid=resid)[0]
+        features = active_features(lm, transcoder, recording, keep, dtype)
         chosen = choose_targets(lm, transcoder, recording, self.wanted, settings.max_logits, settings.logit_mass, dtype)
-        sources = find_sources(lm, transcoder, recording, features, self.keep, dtype)
+        sources = find_sources(lm, transcoder, recording, features, keep, dtype)
         of_features = feature_targets(lm, transcoder, recording, features, dtype)
         frozen = FrozenModel(lm, recording, sources, dtype)
         nodes = with_logits(sources.nodes(recording), chosen, lm)

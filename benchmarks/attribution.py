@@ -1,0 +1,184 @@
+"""Seconds and peak memory of an attribution graph with its scores and pruning, ours and circuit-tracer's.
+
+    python -m benchmarks.attribution [--json] [--case plt:32:5970 ...] [--circuit-tracer PYTHON]
+
+A case is transcoder:tokens:active-features, on a random Llama-style model (L=8, D=256, 8 heads, F=2048 a layer,
+float32) whose thresholds are set so that so many features fire. With `--circuit-tracer`, the interpreter of another
+environment that has it, the same weights and prompt go through circuit-tracer in the same run, and the largest
+difference between the two adjacency matrices is printed, relative to the largest edge. Every measurement has a process
+of its own, warmed up on the first tokens; `peak` is that process's, all its libraries included, and `added` what it
+grew by while tracing.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from crosslace.circuit.formats.circuit_tracer import export_circuit_tracer
+from crosslace.circuit.replacement import ReplacementModel
+from crosslace.data.model import LanguageModel
+from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+L, D, HEADS, F, VOCABULARY = 8, 256, 8, 2048, 512
+CASES = ("plt:32:5970", "clt:32:5682", "plt:96:8000", "clt:96:8000")
+WARM_UP = 8
+REFERENCE = Path(__file__).with_name("attribution_reference.py")
+
+
+def build(kind: str, tokens: int, active: int, folder: Path) -> None:
+    """The model, the transcoder (in our form and circuit-tracer's) and the prompt of a case."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=D,
+        intermediate_size=4 * D,
+        num_hidden_layers=L,
+        num_attention_heads=HEADS,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config).float()
+    for name, weight in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+    prompt = torch.randint(0, VOCABULARY, (tokens,))
+    settings = TranscoderSettings(features=F, reach="1" if kind == "plt" else "all", activation="jumprelu")
+    transcoder = Transcoder(settings, D, L, seed=0).requires_grad_(False)
+    replacement = ReplacementModel(LanguageModel(model), transcoder)
+    read = replacement.clean(prompt[None]).read
+    per_layer = max(1, active // L)
+    for l in range(L):
+        torch.nn.init.normal_(transcoder.W_enc[l], std=D**-0.5)
+        torch.nn.init.normal_(transcoder.W_dec[l], std=0.1 * (D * transcoder.reach_at(l)) ** -0.5)
+        h = transcoder.preactivation(read[l][0, 1:], l).flatten()
+        transcoder.log_theta[l].fill_(h.topk(per_layer + 1).values[-1].log())
+    model.save_pretrained(folder / "model")
+    transcoder.save(folder / "ours")
+    export_circuit_tracer(transcoder, folder / "theirs", model_name="random-llama")
+    save_file({"tokens": prompt}, folder / "prompt.safetensors")
+
+
+def measure(folder: Path, edges: Path | None, batch: int, max_nodes: int | None) -> dict[str, Any]:
+    """Ours, in this process."""
+    from transformers import LlamaForCausalLM
+
+    lm = LanguageModel(LlamaForCausalLM.from_pretrained(folder / "model"))
+    replacement = ReplacementModel(lm, Transcoder.load(folder / "ours"))
+    prompt = load_file(folder / "prompt.safetensors")["tokens"]
+    fields = {"batch": batch, "max_nodes": max_nodes}
+    replacement.trace(prompt[:WARM_UP], **fields).prune()
+    before = peak()
+    started = time.perf_counter()
+    graph = replacement.trace(prompt, **fields)
+    traced = time.perf_counter()
+    graph.scores()
+    graph.prune().scores()
+    seconds = time.perf_counter() - started
+    found = {
+        "features": graph.accounting["active_features"],
+        "seconds": seconds,
+        "trace_seconds": traced - started,
+        "peak": peak(),
+        "added": peak() - before,
+        "largest_violation": graph.accounting["largest_violation"],
+    }
+    if edges is not None:
+        save_file(comparable(graph), edges)
+    return found
+
+
+def comparable(graph: Any) -> dict[str, Tensor]:
+    """Edges and the nodes that circuit-tracer has too: no biases, no errors at position 0 (it sets them to zero)."""
+    nodes = graph.nodes
+    kept = ~nodes.mask("bias") & ~(nodes.mask("error") & (nodes.position == 0))
+    features = nodes.mask("feature")
+    places = torch.stack([nodes.layer[features], nodes.position[features], nodes.index[features]], 1)
+    return {"edges": graph.rows[:, kept].contiguous(), "features": places, "logits": nodes.index[nodes.mask("logit")]}
+
+
+def peak() -> float:
+    """Highest memory of this process, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def largest_difference(ours: Path, theirs: Path) -> float:
+    """Between the two matrices, over the largest edge; logits are matched by token."""
+    a, b = load_file(ours), load_file(theirs)
+    if not torch.equal(a["features"], b["features"].long()):
+        raise SystemExit("the two programs find different active features")
+    n, order = len(a["features"]), [b["logits"].tolist().index(token) for token in a["logits"].tolist()]
+    k = len(order)
+    rows = torch.cat([b["edges"][:n], b["edges"][n:][order]])[:, : b["edges"].shape[1] - k]
+    return float((a["edges"][:, : a["edges"].shape[1] - k] - rows).abs().max() / a["edges"].abs().max())
+
+
+def run_case(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Build a case, measure it in processes of their own, compare."""
+    kind, tokens, active = case.split(":")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build(kind, int(tokens), int(active), folder)
+        ours, theirs = folder / "ours.safetensors", folder / "theirs.safetensors"
+        options = ["--batch", str(arguments.batch)]
+        options += ["--max-nodes", str(arguments.max_nodes)] if arguments.max_nodes else []
+        options += ["--edges", str(ours)] if arguments.circuit_tracer else []
+        found = in_process([sys.executable, "-m", "benchmarks.attribution", "--measure", name, *options])
+        result = {"transcoder": kind, "tokens": int(tokens), **found}
+        if arguments.circuit_tracer:
+            command = [arguments.circuit_tracer, str(REFERENCE), name, str(theirs), str(arguments.reference_batch)]
+            reference = in_process(command)
+            result |= {f"reference_{key}": reference[key] for key in ("seconds", "peak", "added")}
+            result["ratio"] = reference["seconds"] / result["seconds"]
+            result["peak_ratio"] = result["peak"] / reference["peak"]
+            result["max_difference"] = largest_difference(ours, theirs)
+        return result
+
+
+def in_process(command: list[str]) -> dict[str, Any]:
+    """The JSON object that a program prints last."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--case", action="append", help="transcoder:tokens:active-features, e.g. clt:96:8000")
+    parser.add_argument("--circuit-tracer", metavar="PYTHON", help="interpreter of an environment that has it")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--reference-batch", type=int, default=512)
+    parser.add_argument("--max-nodes", type=int)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--edges", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure, arguments.edges, arguments.batch, arguments.max_nodes)))
+        return
+    for case in arguments.case or CASES:
+        result = run_case(case, arguments)
+        if arguments.json:
+            print(json.dumps(result), flush=True)
+        else:
+            shown = (
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in result.items()
+            )
+            print("  ".join(shown), flush=True)
+
+
+if __name__ == "__main__":
+    main()

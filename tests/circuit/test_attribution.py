@@ -1,0 +1,210 @@
+"""Tracing: targets, caps, edge cases and refusals. What edges are is held in test_identities.py."""
+
+import pytest
+import torch
+from crosslace.circuit.attribution import TraceSettings, trace
+from crosslace.circuit.replacement import ReplacementModel
+from crosslace.circuit.targets import Target, likely_tokens
+from crosslace.data.errors import SettingsError, UserError
+from crosslace.train.transcoder import Transcoder, TranscoderSettings
+
+PROMPT = [5, 0, 9, 3, 0, 7, 1, 12, 30, 2]
+
+
+def random_transcoder(lm, seed=0, dtype=torch.float64, **settings):
+    settings = TranscoderSettings(**({"features": 16, "activation": "jumprelu"} | settings))
+    layers = settings.layers or lm.n_layers
+    transcoder = Transcoder(settings, lm.d_model, layers, seed=None, dtype=dtype)
+    random = torch.Generator().manual_seed(seed)
+    for weight in transcoder.parameters():
+        scale = 0.3 if weight.dim() == 1 else weight.shape[-1] ** -0.5
+        weight.data.copy_(torch.randn(weight.shape, generator=random, dtype=torch.float64) * scale)
+    return transcoder.requires_grad_(False)
+
+
+@pytest.fixture
+def lm(make_tiny):
+    return make_tiny("llama")
+
+
+@pytest.fixture
+def replacement(lm):
+    return ReplacementModel(lm, random_transcoder(lm))
+
+
+@pytest.fixture
+def whole(replacement):
+    return trace(replacement, PROMPT)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_batches_change_nothing(batch, replacement, whole):
+    graph = trace(replacement, PROMPT, batch=batch)
+    assert graph.nodes.keys() == whole.nodes.keys()
+    torch.testing.assert_close(graph.rows, whole.rows, rtol=0, atol=1e-12)
+
+
+def test_a_cap_keeps_the_most_influential_and_moves_the_rest_into_errors(replacement, whole):
+    graph = trace(replacement, PROMPT, max_nodes=40, batch=5)
+    assert graph.n_features == 40 and whole.n_features > 100
+    assert graph.accounting["left_out_features"] == whole.n_features - 40
+    assert graph.accounting["active_features"] == whole.n_features
+    keys = {key: id for id, key in enumerate(whole.nodes.keys())}
+    ids = torch.tensor([keys[key] for key in graph.nodes.keys()])
+    expected = whole.subgraph(ids[ids < whole.n_features].tolist())
+    torch.testing.assert_close(graph.rows, expected.rows, rtol=0, atol=1e-12)
+    torch.testing.assert_close(graph.left_out, expected.left_out, rtol=0, atol=1e-9)
+    torch.testing.assert_close(graph.rows.sum(1), graph.nodes.activation[graph.targets], rtol=0, atol=1e-5)
+    # what was chosen while the graph was incomplete is nearly what the whole graph would choose
+    best = whole.influence()[: whole.n_features].topk(40).values.sum()
+    chosen = whole.influence()[ids[ids < whole.n_features]].sum()
+    assert chosen > 0.9 * best
+    for name, score in graph.scores().items():
+        assert score <= whole.scores()[name] + 1e-9
+
+
+def test_a_cap_within_little_memory_gives_the_same_kind_of_graph(replacement, whole):
+    graph = trace(replacement, PROMPT, max_nodes=60, batch=10, memory=60 * 260 * 8 / 2**30)
+    assert graph.n_features == 60
+    torch.testing.assert_close(graph.rows.sum(1), graph.nodes.activation[graph.targets], rtol=0, atol=1e-5)
+    assert graph.scores()["replacement_score"] <= whole.scores()["replacement_score"] + 1e-9
+
+
+def test_rows_beyond_memory_are_mapped(replacement, whole):
+    graph = trace(replacement, PROMPT, memory=0.0)
+    torch.testing.assert_close(graph.rows, whole.rows, rtol=0, atol=1e-12)
+
+
+def test_top_k_edges(replacement, whole):
+    graph = trace(replacement, PROMPT, edges="top-k", top_k=3)
+    features = graph.rows[:, : graph.n_features]
+    assert int((features != 0).sum(1).max()) == 3
+    torch.testing.assert_close(graph.rows.sum(1), whole.rows.sum(1), rtol=0, atol=1e-9)
+    strongest = whole.rows[:, : whole.n_features].abs().topk(3).values
+    torch.testing.assert_close(features.abs().topk(3).values, strongest, rtol=0, atol=1e-12)
+    assert graph.scores()["completeness"] <= whole.scores()["completeness"] + 1e-9
+
+
+def test_no_nodes_at_all(replacement):
+    graph = trace(replacement, PROMPT, max_nodes=0)
+    assert graph.n_features == 0 and graph.scores()["replacement_score"] == 0
+
+
+def test_named_targets(replacement, whole):
+    lm = replacement.lm
+    direction = torch.randn(lm.d_model, dtype=torch.float64)
+    feature = whole.nodes[whole.nodes.ids("feature")[-1]]
+    targets = [3, Target(token=3, minus=8), direction, f"L{feature.layer}:{feature.index}@{feature.position}"]
+    graph = trace(replacement, PROMPT, targets=targets)
+    assert len(graph.logits) == 4 and graph.probabilities.tolist() == [0.25] * 4
+    one, difference, vector, of_feature = graph.rows[-4:]
+    eight = trace(replacement, PROMPT, targets=[8]).rows[-1]
+    torch.testing.assert_close(one[:-4] - eight[:-1], difference[:-4], rtol=0, atol=1e-9)
+    torch.testing.assert_close(of_feature[:-4], whole.rows[feature.id][: -len(whole.logits)], rtol=0, atol=1e-9)
+    assert graph.logits[3].value == pytest.approx(feature.activation)
+    assert vector.abs().sum() > 0
+    assert graph.accounting["largest_violation"] < 1e-6
+
+
+def test_a_target_at_an_earlier_position_sees_no_later_one(replacement):
+    graph = trace(replacement, PROMPT, targets=[Target(token=0, position=4)])
+    assert graph.logits[0].position == 4 and graph.logits[0].token == 0
+    assert not graph.rows[-1, graph.nodes.position > 4].any()
+    assert graph.accounting["largest_violation"] < 1e-6
+
+
+def test_several_prompts(make_tiny, monkeypatch):
+    lm = make_tiny("llama")
+    replacement = ReplacementModel(lm, random_transcoder(lm))
+    monkeypatch.setattr(type(lm), "tokenize", lambda self, prompt: torch.tensor([len(word) for word in prompt.split()]))
+    graphs = trace(replacement, ["a bb ccc", "dd eee"])
+    assert [graph.tokens for graph in graphs] == [[1, 2, 3], [2, 3]]
+
+
+@pytest.mark.parametrize("reach", ["1", "all"])
+def test_one_token(lm, reach):
+    """Position 0 keeps the model's own output: there are no features, and the error carries everything."""
+    graph = trace(ReplacementModel(lm, random_transcoder(lm, reach=reach)), [0])
+    assert graph.n_features == 0 and graph.tokens == [0]
+    assert graph.accounting["largest_violation"] < 1e-6
+    assert graph.prune().scores()["replacement_score"] == 0
+
+
+def test_silent_at_the_last_position(lm):
+    transcoder = random_transcoder(lm)
+    replacement = ReplacementModel(lm, transcoder)
+    keep = replacement.keep_mask
+    replacement.keep_mask = lambda tokens, **named: (
+        keep(tokens, **named) | (torch.arange(tokens.shape[1]) == tokens.shape[1] - 1)
+    )
+    graph = trace(replacement, PROMPT)
+    features = graph.nodes.mask("feature")
+    assert graph.n_features > 0 and (graph.nodes.position[features] < len(PROMPT) - 1).all()
+    assert graph.accounting["largest_violation"] < 1e-6
+
+
+def test_layers_that_are_not_covered_are_errors(make_tiny):
+    lm = make_tiny("gpt_neox")
+    graph = trace(ReplacementModel(lm, random_transcoder(lm, layers=[0, 2])), PROMPT)
+    assert set(graph.nodes.layer[graph.nodes.mask("feature")].tolist()) == {0, 2}
+    assert graph.accounting["largest_violation"] < 1e-9
+
+
+def test_float32_is_close_to_float64(make_tiny, tiny_models, whole):
+    lm = tiny_models.make_tiny("llama", torch.float32)
+    graph = trace(ReplacementModel(lm, random_transcoder(lm, dtype=torch.float32)), PROMPT)
+    assert graph.rows.dtype == torch.float32
+    assert graph.nodes.keys() == whole.nodes.keys()
+    torch.testing.assert_close(graph.rows.double(), whole.rows, rtol=0, atol=1e-5)
+
+
+def test_progress_is_told(replacement):
+    told = []
+    trace(replacement, PROMPT, batch=20, progress=lambda label, done, total=None, note="": told.append((done, total)))
+    assert told[-1][0] == told[-1][1] and len(told) > 3
+
+
+def test_likely_tokens():
+    probabilities = torch.tensor([0.05, 0.6, 0.05, 0.3])
+    assert likely_tokens(probabilities, 10, 0.5).tolist() == [1]
+    assert likely_tokens(probabilities, 10, 0.8).tolist() == [1, 3]
+    assert likely_tokens(probabilities, 1, 0.99).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("targets", "sentence"),
+    [
+        ([99], "no token"),
+        (["L7:1"], "layer 7"),
+        (["L1:99"], "features 0 to 15"),
+        (["x@99"], "10 tokens"),
+        ([Target(token=1, position=10)], "outside the prompt"),
+        ([torch.ones(3)], "takes 16 numbers"),
+        (["word"], "no tokenizer"),
+        ([], "empty"),
+        ([Target()], "a token, a vector or a feature"),
+    ],
+)
+def test_targets_that_are_refused(targets, sentence, replacement):
+    with pytest.raises(UserError, match=sentence):
+        trace(replacement, PROMPT, targets=targets)
+
+
+def test_prompts_and_settings_that_are_refused(replacement):
+    with pytest.raises(UserError, match="context"):
+        trace(replacement, [1] * 65)
+    with pytest.raises(UserError, match="empty"):
+        trace(replacement, [])
+    with pytest.raises(SettingsError, match=r"trace.edges"):
+        TraceSettings(edges="some")
+    with pytest.raises(SettingsError, match=r"trace.batch"):
+        TraceSettings(batch=0)
+
+
+def test_out_of_memory_names_the_setting(replacement, monkeypatch):
+    def out_of_memory(*arguments, **named):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("crosslace.circuit.attribution.FrozenModel.edges", out_of_memory)
+    with pytest.raises(UserError, match=r"trace.batch"):
+        trace(replacement, PROMPT)
