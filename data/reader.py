@@ -44,6 +44,9 @@ class BufferPool:
             waiting.append(owner)
 
 
+_POOL = BufferPool()
+
+
 class ArrayReader:
     """One array of a store: blocks of rows into given memory, checked against their crc32c on first touch."""
 
@@ -138,7 +141,6 @@ class ShardedRows:
         if layout.dtype == "int8":
             scales = attributes["int8"]["channel_scale"]
             self.channel_scale = {site: torch.tensor(scales[site], dtype=torch.float32) for site in self.sites}
-        self._pool = BufferPool()
 
     def forget(self, first_shard: int, shards: int) -> None:
         """Check these shards again when they are next read: they are no longer the files that were checked."""
@@ -163,7 +165,7 @@ class ShardedRows:
         """[layers, rows, width] of one array."""
         array = self.arrays[name]
         run, count = array.spec.run_bytes, sum(map(len, spans))
-        raw = self._pool.take(len(places) * count * run, pin)
+        raw = _POOL.take(len(places) * count * run, pin)
         into = raw.reshape(len(places), count * run)
         row = 0
         for span in spans:

@@ -64,15 +64,21 @@ class Moments:
 class Window:
     """The rows of one window while they arrive. `batches` counts the appends that are safe, for who goes on later."""
 
-    def __init__(self, layout: StoreLayout, rows: int, channel_scale: dict[str, torch.Tensor] | None = None):
+    def __init__(
+        self,
+        layout: StoreLayout,
+        rows: int,
+        channel_scale: dict[str, torch.Tensor] | None = None,
+        spare: dict[str, np.ndarray] | None = None,
+    ):
         self.layout, self.rows = layout, rows
         self.channel_scale = channel_scale or {}
         self.moments = Moments(layout)
         self.counts: dict[str, int] = {}
         self.filled = self.batches = 0
-        self._buffers = {
-            spec.name: np.empty((rows, spec.layers * spec.width), spec.dtype) for spec in layout.arrays.values()
-        }
+        # memory that an earlier window has left is there already; fresh memory costs more than what is copied into it
+        fits = spare is not None and all(len(buffer) >= rows for buffer in spare.values())
+        self._buffers = spare if spare and fits else _empty(layout, rows)
 
     def append(
         self,
@@ -120,9 +126,14 @@ class Window:
         """What the store has to remember of this window."""
         return _pack({"filled": self.filled, "batches": self.batches, "counts": self.counts}, self.moments)
 
-    def drop(self) -> None:
-        """Forget the rows."""
-        self._buffers = {}
+    def drop(self) -> dict[str, np.ndarray] | None:
+        """Forget the rows; what comes back is memory for another window."""
+        buffers, self._buffers = self._buffers, {}
+        return buffers
+
+
+def _empty(layout: StoreLayout, rows: int) -> dict[str, np.ndarray]:
+    return {spec.name: np.empty((rows, spec.layers * spec.width), spec.dtype) for spec in layout.arrays.values()}
 
 
 class SpilledWindow(Window):
@@ -197,20 +208,21 @@ def write_shard(
     """Write the shard that holds `rows[source]`, block by block, each layer of a block with its checksum."""
     step, chunk = layout.block_rows, layout.chunk_bytes(spec)
     blocks = -(-len(source) // step)
-    at_once = max(1, _WRITE_BYTES // (spec.layers * chunk))
+    at_once = min(blocks, max(1, _WRITE_BYTES // (spec.layers * chunk)))
+    gathered = np.empty((at_once * step, rows.shape[1]), spec.dtype)
+    runs = gathered.view(np.uint8).reshape(at_once, step, spec.layers, spec.run_bytes)
+    image = np.empty((at_once, spec.layers, chunk), np.uint8)
+    body = image[..., :-CRC_BYTES].reshape(at_once, spec.layers, step, spec.run_bytes)
     with files.writing(name, sync) as out:
         for first in range(0, blocks, at_once):
             picked = source[first * step : (first + at_once) * step]
-            out_blocks = -(-len(picked) // step)
-            gathered = np.zeros((out_blocks * step, rows.shape[1]), spec.dtype)
+            held = -(-len(picked) // step)
             np.take(rows, picked, axis=0, out=gathered[: len(picked)], mode="clip")
-            runs = gathered.view(np.uint8).reshape(out_blocks, step, spec.layers, spec.run_bytes)
-            image = np.empty((out_blocks, spec.layers, chunk), np.uint8)
-            body = image[..., :-CRC_BYTES].reshape(out_blocks, spec.layers, step, spec.run_bytes)
-            np.copyto(body, runs.transpose(0, 2, 1, 3))
-            for piece in image.reshape(-1, chunk):
+            gathered[len(picked) : held * step] = 0
+            np.copyto(body[:held], runs[:held].transpose(0, 2, 1, 3))
+            for piece in image[:held].reshape(-1, chunk):
                 piece[-CRC_BYTES:] = np.frombuffer(crc32c(piece[:-CRC_BYTES]).to_bytes(CRC_BYTES, "little"), np.uint8)
-            _write_all(out, image.data.cast("B"))
+            _write_all(out, image[:held].data.cast("B"))
         _write_all(out, memoryview(layout.index(spec, blocks)))
 
 

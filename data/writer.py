@@ -62,6 +62,7 @@ class StoreWriter:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="crosslace-writer")
         self._writing: list[Future[None]] = []
         self._lock = StoreLock(self.files, process_index)
+        self._spare: list[dict[str, np.ndarray]] = []
         self._aside: tempfile.TemporaryDirectory | None = None
 
     def __enter__(self) -> "StoreWriter":
@@ -122,7 +123,7 @@ class StoreWriter:
     def window(self, split: str, window: int, rows: int) -> Window:
         """An empty window of at most `rows` rows, or one that was cut off."""
         if 2 * rows * self.layout.row_bytes <= self.memory:
-            return Window(self.layout, rows, self.channel_scale)
+            return Window(self.layout, rows, self.channel_scale, self._spare.pop() if self._spare else None)
         if isinstance(self.files, LocalFiles):
             files: Files = self.files
         else:
@@ -159,7 +160,9 @@ class StoreWriter:
                     task.result()
             with self.files.writing(_record_name(split, window)) as out:
                 out.write(content.record())
-        content.drop()
+        left = content.drop()
+        if left:
+            self._spare = [left]
 
     def wait(self) -> None:
         """Wait for the shards that are being written."""
