@@ -7,7 +7,7 @@ every later feature and logit, over all paths: the effects delta solve
 
 since a feature f whose pre-activation moves by delta_f passes on the share delta_f / a_f of its edges, and cannot fall
 below silence. The measured effect comes from a `constrained` intervention: the model frozen up to the feature's own
-layer, live after it.
+layer, live after it, where it also receives what the feature writes there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -144,20 +144,15 @@ def _one_prompt(
     logit_rows = [n + row for row, logit in enumerate(graph.logits) if logit.token >= 0]
 
     pairs: dict[str, list[list[Tensor]]] = {"to_logits": [[], [], []], "to_features": [[], [], []]}
-    for column, source in enumerate(sources):
-        node = graph.nodes[source]
-        result = rm.intervene(
-            graph.tokens,
-            [Intervention(layer=node.layer, position=node.position, feature=node.index, times=0.0)],
-            mode="constrained",
-            layers=range(node.layer + 1),
-        )
+    nodes = [graph.nodes[source] for source in sources]
+    silenced = [[Intervention(node.layer, node.position, node.index, times=0.0)] for node in nodes]
+    for column, result in enumerate(rm.intervene_many(graph.tokens, silenced, mode="constrained")):
         change_TV = (result.logits - result.clean_logits).double().cpu()
         change_TV -= change_TV.mean(-1, keepdim=True)
         measured = torch.stack([change_TV[position, token] for token, position in logit_ids])
         _add(pairs["to_logits"], predicted_RS, logit_rows, column, len(sources), measured)
 
-        later = (graph.nodes.layer[:n] > node.layer).nonzero()[:, 0].cpu()
+        later = (graph.nodes.layer[:n] > nodes[column].layer).nonzero()[:, 0].cpu()
         if len(later) == 0:
             continue
         strongest = later[predicted_RS[later, column].abs().argsort(descending=True)[: plan.targets]].tolist()
