@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from ..data.errors import SettingsError, check_choice, check_range
 from .schedules import DECAYS, RAMPS
 
-SPARSITIES = ("tanh", "l1", "l0", "target")
+SPARSITIES = ("auto", "tanh", "l1", "l0", "target")
 OPTIMIZERS = ("adam", "adamw", "muon")
 PRECISIONS = ("float32", "bf16", "fp16")
+
+# Coefficients of the penalties where none is given.
+LAM, LAM_TARGET = 1e-3, 0.1
 
 # Settings that may differ between a run and its resumption: none of them changes a weight.
 HARMLESS = ("log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "prefetch")
@@ -80,11 +83,13 @@ class TrainerSettings:
     k_share: float = 0.3
     """Share of the run over which k is annealed."""
 
-    sparsity: str = "tanh"
-    """relu, jumprelu: the penalty, tanh, l1, l0, or target (quadratic in L0 around target_l0)."""
+    sparsity: str = "auto"
+    """relu, jumprelu: the penalty, tanh, l1, l0, or target (quadratic in L0 around target_l0); auto is target for
+    jumprelu with a target_l0, and tanh otherwise."""
 
-    lam: float = 1e-3
-    """The penalty's coefficient; where target_l0 is given, its first value."""
+    lam: float | None = None
+    """The penalty's coefficient (not given, 0.1 for target and 0.001 for the others); where target_l0 steers tanh, l1
+    or l0, its first value."""
 
     lam_per_layer: list[float] | None = None
     """The same, one number a layer."""
@@ -157,7 +162,6 @@ class TrainerSettings:
             "checkpoint_every",
             "resample_every",
             "clip",
-            "lam",
             "lam_preactivation",
             "aux_weight",
         ):
@@ -174,7 +178,7 @@ class TrainerSettings:
         check_choice("trainer.lam_schedule", self.lam_schedule, RAMPS)
         check_choice("trainer.preactivation_over", self.preactivation_over, ("dead", "all"))
         check_choice("trainer.init_decoder", self.init_decoder, ("zero", "uniform"))
-        for name in ("lr", "target_l0", "k_first"):
+        for name in ("lr", "lam", "target_l0", "k_first"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise SettingsError(f"trainer.{name}={value} is too small; it takes more than 0")
@@ -188,6 +192,18 @@ class TrainerSettings:
             raise SettingsError("trainer.sparsity=target steers towards trainer.target_l0: give one")
         if self.betas is not None and len(self.betas) != 2:
             raise SettingsError(f"trainer.betas={self.betas} must be two numbers")
+
+    def penalty(self, activation: str) -> str:
+        """The sparsity penalty that `auto` stands for."""
+        if self.sparsity != "auto":
+            return self.sparsity
+        targeted = self.target_l0 is not None or self.target_l0_per_layer is not None
+        return "target" if activation == "jumprelu" and targeted else "tanh"
+
+    def coefficients(self, activation: str, n_layers: int) -> list[float]:
+        """The penalty's coefficient for each covered layer."""
+        default = LAM_TARGET if self.penalty(activation) == "target" else LAM
+        return self.per_layer("lam", n_layers) or [default] * n_layers
 
     def per_layer(self, name: str, n_layers: int) -> list[float] | None:
         """`lam` or `target_l0` for each covered layer, from its single number or its list."""

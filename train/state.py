@@ -51,7 +51,7 @@ class RunningState:
         self.dead_below = math.exp(-1) / settings.dead_after
         self.steps_to_judge = settings.dead_after / settings.batch
         self.density = [zeros(size) for size in transcoder.features]
-        lam = settings.per_layer("lam", layers) or []
+        lam = settings.coefficients(transcoder.settings.activation, layers)
         self.log_lam = torch.tensor([math.log(max(value, 1e-12)) for value in lam], device=device)
         self.l0 = zeros(layers)
         self.bad_in_row, self.bad_total = zeros(), zeros()

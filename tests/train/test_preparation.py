@@ -1,0 +1,166 @@
+"""Schedules, normalisation, initialisation, calibration, warm starts, resampling."""
+
+import pytest
+import torch
+from crosslace.data.errors import SettingsError, UserError
+from crosslace.train.calibration import calibrated_thresholds
+from crosslace.train.collectives import SINGLE
+from crosslace.train.initialisation import initialise, quantile_bias
+from crosslace.train.normalisation import Normalisation, normalisation_of
+from crosslace.train.objective import StepInputs
+from crosslace.train.optimizers import Optimizers
+from crosslace.train.resampling import resample
+from crosslace.train.schedules import annealed_k, default_lr, learning_rate, ramp
+from crosslace.train.settings import TrainerSettings
+from crosslace.train.state import RunningState
+from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.warmstart import Neurons, start_from, start_from_neurons
+
+L, D = 3, 8
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_learning_rate_rises_holds_and_falls_to_zero():
+    rates = [learning_rate(step, 100, 1.0, 0.1, 0.2) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == rates[80] == 1.0
+    assert rates[90] == pytest.approx(0.5) and rates[100] == 0.0
+    assert learning_rate(90, 100, 1.0, 0.1, 0.2, "cosine") == pytest.approx(0.5)
+    assert learning_rate(99, 100, 1.0, 0.1, 0.2, "constant") == 1.0
+    with pytest.raises(SettingsError, match="lr_schedule"):
+        learning_rate(0, 1, 1.0, 0.0, 0.0, "square")
+
+
+def test_ramps():
+    assert ramp(99, 100, 2.0) == 2.0 and ramp(49, 100, 2.0) == 1.0 and ramp(0, 100, 2.0, shape="constant") == 2.0
+    assert ramp(10, 100, 2.0, share=0.0) == 2.0
+    assert annealed_k(0, 100, 10, 50.0, 0.5) == 50 and annealed_k(25, 100, 10, 50.0, 0.5) == 30
+    assert annealed_k(50, 100, 10, 50.0, 0.5) == 10 == annealed_k(0, 100, 10, None, 0.5)
+    assert default_lr(2**14) == 2e-4
+
+
+def test_normalised_rows_have_square_d(planted):
+    store = planted.train
+    norm = normalisation_of(store.statistics, "resid", [0, 1], store.d_model)
+    batch = store.batch(0, 0, len(store))
+    for values in (norm.x(batch.x), norm.y(batch.y)):
+        assert torch.allclose(values.square().sum(-1).mean(0), torch.full((2,), float(store.d_model)), rtol=1e-4)
+    assert torch.allclose(norm.y_mean, norm.y(batch.y).mean(0), atol=1e-4)
+    one = normalisation_of(store.statistics, "resid", [1], store.d_model)
+    assert torch.equal(one.in_scale, norm.in_scale[1:])
+
+
+def test_a_layer_of_zeros_is_refused(planted):
+    statistics = planted.train.statistics
+    broken = statistics._replace(mean_square={site: v * 0 for site, v in statistics.mean_square.items()})
+    with pytest.raises(UserError, match="all zero"):
+        normalisation_of(broken, "resid", [0], 16)
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
+@pytest.mark.parametrize("features", [16, 300])
+def test_features_start_at_the_chosen_rate(activation, features):
+    transcoder = Transcoder(TranscoderSettings(features=features, activation=activation), D, L)
+    x, mean = normal(4096, L, D), normal(L, D, seed=1)
+    initialise(transcoder, x, mean, [0.02, 0.05, 0.2], "zero")
+    for l, rate in enumerate([0.02, 0.05, 0.2]):
+        fires = (transcoder.preactivation(x[:, l], l) > transcoder.theta(l)).float().mean(0)
+        assert torch.allclose(fires, torch.full_like(fires, rate), atol=1e-3)
+        assert torch.equal(transcoder.b_dec[l], mean[l]) and not transcoder.W_dec[l].any()
+    assert torch.allclose(quantile_bias(normal(100, 2), torch.zeros(2), 1.0), -normal(100, 2).min(0).values)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("scope", ["layer", "all"])
+def test_calibrated_thresholds_give_the_target(activation, scope):
+    settings = TranscoderSettings(features=50, activation=activation, k=5, k_scope=scope, theta_init=0.1)
+    transcoder = Transcoder(settings, D, L)
+    x, targets = normal(1000, L, D), [3.0, 5.0, 7.5]
+    thresholds = calibrated_thresholds(transcoder, x.split(130), 1000, targets)
+    acts = transcoder.activate(transcoder.preactivations(x), thresholds)
+    l0 = [float((a > 0).sum()) / 1000 for a in acts]
+    if activation == "batchtopk" and scope == "all":
+        assert sum(l0) == pytest.approx(sum(targets), rel=1e-3)
+    else:
+        assert l0 == pytest.approx(targets, rel=1e-3)
+    ones = torch.ones(L)
+    exported = transcoder.folded(ones, ones, thresholds).encode(x)
+    assert [float((a > 0).sum()) / 1000 for a in exported] == pytest.approx(l0, rel=2e-3)
+
+
+NORM = Normalisation(torch.tensor([2.0, 0.5, 3.0]), torch.tensor([0.1, 4.0, 1.5]), torch.zeros(L, D))
+
+
+def finished(reach: str, skip: bool = False) -> Transcoder:
+    """A finished transcoder: raw activations."""
+    transcoder = Transcoder(
+        TranscoderSettings(features=20, reach=reach, activation="jumprelu", skip=skip), D, L, seed=5
+    )
+    return transcoder.folded(*NORM[:2])
+
+
+@pytest.mark.parametrize("reach", ["1", "2"])
+@pytest.mark.parametrize("features", [20, 32])
+@pytest.mark.parametrize("skip", [False, True])
+def test_embedded_in_a_clt_it_is_exact_at_step_0(reach, features, skip):
+    source, x = finished(reach, skip), normal(40, L, D)
+    settings = TranscoderSettings(features=features, reach="all", activation="jumprelu", skip=True)
+    clt = Transcoder(settings, D, L, seed=9)
+    start_from(clt, source, NORM)
+    y = clt(x * NORM.in_scale[:, None]) / NORM.out_scale[:, None]
+    assert torch.allclose(y, source(x), atol=1e-5)
+
+
+def test_warm_starts_that_cannot_be_are_refused():
+    source = finished("1")
+    for settings, message in (
+        (TranscoderSettings(features=8), "fewer"),
+        (TranscoderSettings(features=32, read="mlp_in"), "reads"),
+    ):
+        with pytest.raises(UserError, match=message):
+            start_from(Transcoder(settings, D, L), source, NORM)
+    with pytest.raises(UserError, match="wide"):
+        start_from(Transcoder(TranscoderSettings(features=32), D + 1, L), source, NORM)
+    with pytest.raises(UserError, match="layer 7"):
+        start_from(Transcoder(TranscoderSettings(features=32), D, [7]), source, NORM)
+
+
+def test_an_mlps_own_neurons_are_an_exact_start():
+    neurons = [
+        Neurons(normal(12, D, seed=l), normal(12, seed=l + 9), normal(12, D, seed=l + 20), normal(D)) for l in range(L)
+    ]
+    transcoder = Transcoder(TranscoderSettings(features=12, activation="relu", reach="all"), D, L)
+    start_from_neurons(transcoder, neurons, NORM)
+    x = normal(30, L, D, seed=3)
+    want = torch.stack(
+        [(x[:, l] @ mlp.W_in.T + mlp.b_in).relu() @ mlp.W_out + mlp.b_out for l, mlp in enumerate(neurons)], dim=1
+    )
+    y = transcoder(x * NORM.in_scale[:, None]) / NORM.out_scale[:, None]
+    assert torch.allclose(y, want, atol=1e-4)
+
+
+def test_resampled_features_fire_again_and_start_fresh():
+    settings = TrainerSettings(dead_after=1000, batch=64)
+    transcoder = Transcoder(TranscoderSettings(features=30, activation="batchtopk", k=3), D, L)
+    optimizers, state = Optimizers(transcoder, settings), RunningState(transcoder, settings)
+    with torch.no_grad():
+        transcoder.b_enc[1][:5] = -50.0
+    for moments in optimizers.tensors().values():
+        moments.fill_(1.0)
+    dead = [torch.zeros(30, dtype=torch.bool) for _ in range(L)]
+    dead[1][:5] = True
+    x, y = normal(64, L, D), normal(64, L, D, seed=1)
+    before = {name: p.detach().clone() for name, p in transcoder.named_parameters()}
+    inputs = StepInputs([3.0] * L, torch.zeros(L), 0.0, dead)
+    resample(transcoder, optimizers, state, inputs, x, y, seed=0, rate=[0.1] * L, comm=SINGLE)
+    h = transcoder.preactivations(x)[1][:, :5]
+    assert ((h > 0).float().mean(0) > 0.04).all()
+    moments = optimizers.tensors()
+    assert not moments["exp_avg/W_enc.1"][:5].any() and moments["exp_avg/W_enc.1"][5:].all()
+    for name, parameter in transcoder.named_parameters():
+        if not name.endswith(".1") or "b_dec" in name:
+            assert torch.equal(parameter, before[name])
+        else:
+            assert torch.equal(parameter[5:], before[name][5:])

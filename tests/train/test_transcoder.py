@@ -1,0 +1,167 @@
+import json
+
+import pytest
+import torch
+from crosslace import Transcoder
+from crosslace.data.errors import SettingsError, UserError
+from crosslace.train.transcoder import TranscoderSettings
+
+L, D, B = 3, 8, 10
+
+
+def make(activation="jumprelu", reach="all", dtype=torch.float64, **options) -> Transcoder:
+    settings = TranscoderSettings(features=24, reach=reach, activation=activation, k=4, **options)
+    return Transcoder(settings, D, L, dtype=dtype, seed=1)
+
+
+def inputs() -> torch.Tensor:
+    return torch.randn(B, L, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("reach", ["1", "2", "all"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_forward_is_the_formula(reach, skip):
+    transcoder, x = make(reach=reach, skip=skip, features_per_layer=[24, 8, 16]), inputs()
+    with torch.no_grad():
+        for parameters in (transcoder.W_skip, transcoder.b_dec, transcoder.b_enc):
+            for parameter in parameters:
+                parameter.normal_()
+    width = {"1": 1, "2": 2, "all": L}[reach]
+    expected = torch.zeros(B, L, D, dtype=torch.float64)
+    for b in range(B):
+        for target in range(L):
+            total = transcoder.b_dec[target].clone()
+            if skip:
+                total = total + transcoder.W_skip[target] @ x[b, target]
+            for source in range(max(0, target - width + 1), target + 1):
+                h = transcoder.W_enc[source] @ x[b, source] + transcoder.b_enc[source]
+                a = h * (h > transcoder.theta(source))
+                total = total + a @ transcoder.W_dec[source][:, target - source]
+            expected[b, target] = total.detach()
+    assert torch.allclose(transcoder(x), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk", "batchtopk"])
+@pytest.mark.parametrize("reach", ["1", "2", "all"])
+def test_sparse_and_dense_activations_decode_alike(activation, reach):
+    transcoder, x = make(activation, reach), inputs()
+    dense, sparse = transcoder.encode(x), transcoder.encode(x, sparse=True)
+    for acts, pairs in zip(dense, sparse):
+        assert torch.equal(acts, pairs.dense(acts.shape[1]))
+        assert (pairs.indices[pairs.values == 0] == 0).all()
+    assert torch.allclose(transcoder.decode(dense), transcoder.decode(sparse), atol=1e-12)
+    for l in range(L):
+        parts = transcoder.decode_from(l, dense[l])
+        assert parts.shape == (B, transcoder.reach_at(l), D)
+        assert torch.allclose(parts, transcoder.decode_from(l, sparse[l]), atol=1e-12)
+
+
+def test_silent_features_decode_to_the_bias():
+    transcoder, x = make("relu"), inputs()
+    with torch.no_grad():
+        for bias in transcoder.b_enc:
+            bias.fill_(-1e3)
+    acts = transcoder.encode(x, sparse=True)
+    assert all(torch.equal(pairs.values, torch.zeros(B, 1, dtype=torch.float64)) for pairs in acts)
+    assert torch.equal(transcoder.decode(acts), torch.zeros(B, L, D, dtype=torch.float64))
+
+
+def test_topk_keeps_k_a_token_and_batchtopk_k_on_average():
+    x = inputs()
+    assert all((acts > 0).sum(1).max() <= 4 for acts in make("topk").encode(x))
+    assert all((acts > 0).sum() == 4 * B for acts in make("batchtopk").encode(x))
+    together = make("batchtopk", k_scope="all").encode(x)
+    assert sum(int((acts > 0).sum()) for acts in together) == 4 * B * L
+
+
+def test_one_layer_is_encoded_like_all():
+    x = inputs()
+    for activation in ("relu", "jumprelu", "topk"):
+        transcoder = make(activation)
+        for l, acts in enumerate(transcoder.encode(x)):
+            assert torch.allclose(transcoder.encode_layer(x[:, l].view(2, 5, D), l), acts.view(2, 5, -1))
+    with pytest.raises(UserError, match="fold it first"):
+        make("batchtopk").encode_layer(x[:, 0], 0)
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
+def test_folding_reads_and_writes_raw_activations(activation):
+    transcoder, x = make(activation, skip=True), inputs()
+    in_scale, out_scale = torch.tensor([2.0, 0.5, 7.0]), torch.tensor([0.25, 4.0, 11.0])
+    thresholds = transcoder.select(transcoder.preactivations(x)) if activation == "batchtopk" else None
+    if thresholds is not None:
+        thresholds = [tau * (1 - 1e-9) for tau in thresholds]
+    folded = transcoder.folded(in_scale, out_scale, thresholds)
+    raw = x / in_scale[:, None].double()
+    assert torch.allclose(folded(raw) * out_scale[:, None].double(), transcoder(x), atol=1e-10)
+    for l in range(L):
+        assert torch.allclose(folded.encode(raw)[l], transcoder.encode(x)[l], atol=1e-10)
+    assert folded.settings.activation == ("relu" if activation == "relu" else "jumprelu")
+
+
+def test_rescaling_a_feature_changes_nothing():
+    transcoder, x = make(), inputs()
+    before = transcoder(x)
+    with torch.no_grad():
+        transcoder.W_enc[0][3] /= 5
+        transcoder.b_enc[0][3] /= 5
+        transcoder.log_theta[0][3] -= torch.tensor(5.0, dtype=torch.float64).log()
+        transcoder.W_dec[0][3] *= 5
+    assert torch.allclose(transcoder(x), before, atol=1e-12)
+
+
+def test_save_and_load_round_trip(tmp_path):
+    transcoder, x = make(skip=True, dtype=torch.float32), inputs().float()
+    transcoder.save(tmp_path / "t", {"model": {"fingerprint": "abc"}})
+    loaded = Transcoder.load(tmp_path / "t")
+    assert torch.equal(loaded(x), transcoder(x))
+    assert loaded.meta["model"]["fingerprint"] == "abc"
+    assert (loaded.settings, loaded.layers) == (transcoder.settings, transcoder.layers)
+    assert Transcoder.load(tmp_path / "t", dtype=torch.bfloat16).dtype == torch.bfloat16
+    described = json.loads((tmp_path / "t" / "transcoder.json").read_text())
+    assert described["kind"] == "clt" and described["sites"] == {"read": "resid", "write": "mlp_out"}
+
+
+def test_load_says_what_is_wrong(tmp_path):
+    with pytest.raises(UserError, match="no transcoder"):
+        Transcoder.load(tmp_path)
+    make().save(tmp_path)
+    (tmp_path / "transcoder.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="damaged"):
+        Transcoder.load(tmp_path)
+    (tmp_path / "transcoder.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        Transcoder.load(tmp_path)
+
+
+def test_a_subset_of_layers_keeps_the_models_numbers():
+    transcoder = Transcoder(TranscoderSettings(features=4, reach="2", layers=[1, 4]), D, [1, 4])
+    assert transcoder.layers == [1, 4] and [transcoder.reach_at(l) for l in range(2)] == [2, 1]
+    assert transcoder.kind == "clt" and Transcoder(TranscoderSettings(features=4, reach="1"), D, L).kind == "plt"
+
+
+def test_decoder_norms_cover_the_whole_row_with_gradient():
+    transcoder = make()
+    norms = transcoder.decoder_norms(0)
+    assert torch.allclose(norms, transcoder.W_dec[0].flatten(1).norm(dim=1))
+    norms.sum().backward()
+    assert torch.allclose(transcoder.W_dec[0].grad, transcoder.W_dec[0].detach() / norms.detach()[:, None, None])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"activation": "gelu"}, "transcoder.activation"),
+        ({"k": 0}, "transcoder.k"),
+        ({"features": 0}, "transcoder.features"),
+        ({"reach": "some"}, "transcoder.reach"),
+        ({"reach": "0"}, "transcoder.reach"),
+        ({"layers": [2, 1]}, "transcoder.layers"),
+        ({"layers": [0, 1], "features_per_layer": [3]}, "transcoder.features_per_layer"),
+        ({"activation": "jumprelu", "bandwidth": 0.001}, "unit norm"),
+        ({"k_scope": "token"}, "transcoder.k_scope"),
+    ],
+)
+def test_wrong_settings_are_named(setting, message):
+    with pytest.raises(SettingsError, match=message):
+        TranscoderSettings(**setting)
