@@ -26,7 +26,7 @@ SECTIONS = {
     "store": Section("data/harvest.py", "HarvestSettings", "the cached activations", shorthand="path"),
     "transcoder": Section("train/transcoder.py", "TranscoderSettings", "the dictionary that is trained"),
     "trainer": Section("train/settings.py", "TrainerSettings", "how it is trained"),
-    "parallel": Section("launch/settings.py", "ParallelSettings", "several processes"),
+    "parallel": Section("train/sharding.py", "ParallelSettings", "several processes"),
     "eval": Section("circuit/evaluation.py", "EvalSettings", "what is measured"),
     "trace": Section("circuit/attribution.py", "TraceSettings", "the attribution graph"),
     "features": Section("circuit/features.py", "FeatureSettings", "the features' dashboards"),

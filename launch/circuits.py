@@ -6,12 +6,9 @@ the right state or it does not; over many held-out cities, that is a test of gra
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
-from torch import Tensor
 
 from ..circuit.labels import Labels
 from ..data.errors import Progress, silent
@@ -24,6 +21,10 @@ if TYPE_CHECKING:
     from ..circuit.replacement import ReplacementModel
     from ..data.world.families import Question
     from ..data.world.world import World
+
+
+MOST_PATHS = 500
+"""How many of the strongest paths are looked at for one that answers."""
 
 
 class StatePath(NamedTuple):
@@ -43,67 +44,20 @@ def city_positions(world: "World", question: "Question") -> list[int]:
     return [t for t, (left, right) in enumerate(spans) if right > start and left < start + len(city) and right > left]
 
 
-def state_path(graph: "Graph", labels: Labels, sources: Sequence[int], target: int) -> StatePath | None:
-    """The strongest path from one of the source nodes to the target through a feature named after a state."""
+def state_path(graph: "Graph", labels: Labels, positions: Collection[int], target: int) -> StatePath | None:
+    """The strongest path from a token at one of the positions to the target through a feature named after a state."""
     states = {
-        node.id: plain(labels.get(node.layer, node.index) or "")
+        node.id: plain(name)
         for node in graph.nodes
-        if node.kind == "feature" and (labels.get(node.layer, node.index) or "").startswith("state: ")
+        if node.kind == "feature" and (name := labels.get(node.layer, node.index) or "").startswith("state: ")
     }
     if not states:
         return None
-    reach, came_from = forward(graph, sources)
-    onward, goes_to = backward(graph, target)
-    best = max(states, key=lambda id: float(reach[id] * onward[id]))
-    strength = float(reach[best] * onward[best])
-    if strength == 0:
-        return None
-    nodes = [best]
-    while (before := int(came_from[nodes[0]])) >= 0:
-        nodes.insert(0, before)
-    while nodes[-1] != target:
-        nodes.append(int(goes_to[nodes[-1]]))
-    return StatePath(states[best], strength, nodes)
-
-
-def shares(graph: "Graph") -> Tensor:
-    """[R, N]: each edge's size as a share of all that its target receives."""
-    size = graph.rows.abs().double()
-    return size / (size.sum(1, keepdim=True) + graph.left_out[:, None].double()).clamp_min(1e-300)
-
-
-def forward(graph: "Graph", sources: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Per node, the strength of the best path from a source, and the node before it (-1 at a source)."""
-    part, targets = shares(graph), graph.targets
-    best = part.new_zeros(len(graph.nodes))
-    best[list(sources)] = 1.0
-    before = torch.full((len(graph.nodes),), -1)
-    for rows in by_layer(graph):
-        value, via = (part[rows] * best).max(1)
-        best[targets[rows]], before[targets[rows]] = value, via
-    return best, before
-
-
-def backward(graph: "Graph", target: int) -> tuple[Tensor, Tensor]:
-    """Per node, the strength of the best path to the target, and the node after it."""
-    part, targets = shares(graph), graph.targets
-    best = part.new_zeros(len(graph.nodes))
-    best[target] = 1.0
-    after = torch.full((len(graph.nodes),), -1)
-    for rows in reversed(by_layer(graph)):
-        through = part[rows] * best[targets[rows], None]
-        value, via = through.max(0)
-        better = value > best
-        best = torch.where(better, value, best)
-        after = torch.where(better, targets[rows][via], after)
-    return best, after
-
-
-def by_layer(graph: "Graph") -> list[Tensor]:
-    """The graph's rows, layer by layer, the logits' last."""
-    depth = graph.nodes.layer[graph.targets].clone()
-    depth[graph.n_features :] = int(graph.nodes.layer.max()) + 1
-    return [(depth == d).nonzero().squeeze(1) for d in depth.unique().tolist()]
+    for path in graph.top_paths(None, target, MOST_PATHS):
+        named = [states[id] for id in path.nodes if id in states]
+        if named and int(graph.nodes.position[path.nodes[0]]) in positions:
+            return StatePath(named[-1], path.strength, path.nodes)
+    return None
 
 
 def answer_node(graph: "Graph", token: int) -> int | None:
@@ -114,9 +68,7 @@ def answer_node(graph: "Graph", token: int) -> int | None:
 def question_path(world: "World", graph: "Graph", labels: Labels, question: "Question") -> StatePath | None:
     """The state path of a world's question."""
     target = answer_node(graph, world.answer_tokens(question)[0])
-    positions = set(city_positions(world, question))
-    sources = [id for id in graph.nodes.ids("embedding") if int(graph.nodes.position[id]) in positions]
-    return None if target is None else state_path(graph, labels, sources, target)
+    return None if target is None else state_path(graph, labels, city_positions(world, question), target)
 
 
 def traced(

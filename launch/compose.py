@@ -210,7 +210,8 @@ def tidy(verb: str, words: Sequence[str]) -> list[str]:
             and (verb != "sweep" or key == "run")
         ):
             value = _quote(value)
-        overrides.append(f"{key}={value}")
+        opened = "++" if key.startswith("launcher.options.") else ""  # the launcher's own, which Hydra checks
+        overrides.append(f"{opened}{key}={value}")
     return overrides
 
 
@@ -241,6 +242,8 @@ def refuse_unknown(verb: str, overrides: Sequence[str]) -> list[Override]:
             _check_preset(key, override)
         elif key in taken:
             raise SettingsError(f"{key}={override.value()} is not possible; set {_fields_of(verb, key)}")
+        elif key.startswith("launcher.options."):
+            continue
         elif key not in known:
             raise SettingsError(_unknown(verb, key, list(known)))
     return parsed

@@ -189,20 +189,6 @@ class SweepSettings(Common):
 
 
 @dataclass(frozen=True)
-class ParallelSettings:
-    """Several processes, started by `torchrun` or `accelerate launch`."""
-
-    data: int = 1
-    """Processes that read different rows."""
-    features: int = 1
-    """Processes that share each layer's features."""
-
-    def __post_init__(self) -> None:
-        check_range("parallel.data", self.data, low=1)
-        check_range("parallel.features", self.features, low=1)
-
-
-@dataclass(frozen=True)
 class LauncherSettings:
     """Where the runs of a sweep run."""
 

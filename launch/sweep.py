@@ -44,14 +44,14 @@ def combinations(folder: Path, words: Sequence[str]) -> list[Combination]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     fixed, choices = [], []
-    for override in OverridesParser.create().parse_overrides(list(words)):
-        if override.key_or_group == "run" or override.key_or_group.split(".")[0] in ("launcher", "eval", "jobs"):
+    for word, override in zip(words, OverridesParser.create().parse_overrides(list(words))):
+        if override.key_or_group.split(".")[0] in ("run", "launcher", "eval", "jobs"):
             continue
         if override.is_sweep_override():
             key = override.key_or_group
             choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         else:
-            fixed.append(override.input_line or "")
+            fixed.append(word)
     if not choices:
         raise SettingsError("no setting has several values; give some a list, such as trainer.target_l0=8,16,32")
     return [Combination(folder / _name(chosen), [*fixed, *chosen]) for chosen in itertools.product(*choices)]
@@ -71,11 +71,11 @@ def single_values(words: Sequence[str]) -> list[str]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     single = []
-    for override in OverridesParser.create().parse_overrides(list(words)):
+    for word, override in zip(words, OverridesParser.create().parse_overrides(list(words))):
         if override.is_sweep_override():
             single.append(f"{override.key_or_group}={next(iter(override.sweep_string_iterator()))}")
         else:
-            single.append(override.input_line or "")
+            single.append(word)
     return single
 
 
@@ -152,8 +152,8 @@ def elsewhere(job: Job, waiting: list[Combination]) -> dict[Path, str]:
             f"hydra/launcher={settings.name}",
             *options,
             f"hydra.sweep.dir={folder / 'launcher'}",
-            f"plan={folder / 'launched.json'}",
-            f"number={','.join(str(i) for i in range(len(plan)))}",
+            f"+plan={folder / 'launched.json'}",
+            f"+number={','.join(str(i) for i in range(len(plan)))}",
         ],
         check=False,
         capture_output=True,
@@ -161,6 +161,11 @@ def elsewhere(job: Job, waiting: list[Combination]) -> dict[Path, str]:
     )
     failed = {one.folder: f"see {folder / 'launcher'}" for one in waiting if not one.complete}
     if failed and launched.returncode and len(failed) == len(waiting):
-        last = (launched.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"launcher {settings.name} could not run the sweep: {last}")
+        raise UserError(f"launcher {settings.name} could not run the sweep: {_reason(launched.stderr)}")
     return failed
+
+
+def _reason(stderr: str) -> str:
+    """The line that says what was wrong: the last of a traceback, the first of Hydra's own messages."""
+    lines = [line for line in stderr.strip().splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
+    return (lines[-1 if "Traceback" in stderr else 0] if lines else "it gave no message").strip()

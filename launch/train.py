@@ -46,26 +46,32 @@ def next_commands(folder: Path) -> list[str]:
 def fit(job: Job, folder: Path) -> "TrainResult | None":
     """Train in `folder` with the job's settings; None where that was done before."""
     from ..data.store import ActivationStore
-    from ..train.trainer import train
+    from ..train.sharding import processes
+    from ..train.trainer import pick_device, train
 
     path = job.store_path
     settings = run_settings(job)
     store = ActivationStore.open(path)
     held_out = ActivationStore.open(path, split="held_out")
-    if job.is_main:
-        runs.claim(folder, settings)
-    if (folder / "transcoder" / "transcoder.json").is_file():
-        return None
-    return train(
-        job.section("trainer"),
-        job.section("transcoder"),
-        store,
-        held_out,
-        folder,
-        sinks=tracking.sinks(job.section("wandb"), folder, settings) if job.is_main else [],
-        progress=job.progress,
-        meta=masked(store),
-    )
+    device = pick_device(job.section("trainer"))
+    with processes(job.section("parallel"), device) as comm:
+        if comm.is_main:
+            runs.claim(folder, settings)
+        comm.barrier()
+        if (folder / "transcoder" / "transcoder.json").is_file():
+            return None
+        return train(
+            job.section("trainer"),
+            job.section("transcoder"),
+            store,
+            held_out,
+            folder,
+            comm=comm,
+            device=device,
+            sinks=tracking.sinks(job.section("wandb"), folder, settings) if comm.is_main else [],
+            progress=job.progress,
+            meta=masked(store),
+        )
 
 
 def run_settings(job: Job) -> dict[str, Any]:

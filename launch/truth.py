@@ -1,6 +1,8 @@
 """What the bundled world knows to be right, laid beside what features detect."""
 
 import random
+from collections import Counter
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from ..circuit.concepts import label_by_prompts
@@ -11,9 +13,9 @@ if TYPE_CHECKING:
     from ..circuit.replacement import ReplacementModel
     from ..data.world.world import World
 
-MOST_QUESTIONS = 6000
-LEFT_OUT = ("city", "name")
-"""Kinds of concept that have as many members as there are questions: no feature stands for one."""
+MOST_QUESTIONS = 4000
+LEAST_QUESTIONS = 5
+"""Concepts of fewer questions are left out: a feature cannot be told to stand for one (a city, a person's initials)."""
 
 
 def label_features(model: "ReplacementModel", world: "World", seed: int = 0, progress: Progress = silent) -> Labels:
@@ -21,16 +23,14 @@ def label_features(model: "ReplacementModel", world: "World", seed: int = 0, pro
     questions = world.questions(split="train") + world.questions(split="train", kind="fact")
     if len(questions) > MOST_QUESTIONS:
         questions = random.Random(seed).sample(questions, MOST_QUESTIONS)
-    prompts = []
-    for question in questions:
-        held = [[c for c in concepts if kind_of(c) not in LEFT_OUT] for concepts in world.labels(question)]
-        prompts.append((world.tokens(question), held))
+    held = [world.labels(question) for question in questions]
+    counts = Counter(concept for at_tokens in held for concept in set(chain(*at_tokens)))
+    common = {concept for concept, count in counts.items() if count >= LEAST_QUESTIONS}
+    prompts = [
+        (world.tokens(question), [[c for c in concepts if c in common] for concepts in at_tokens])
+        for question, at_tokens in zip(questions, held)
+    ]
     return label_by_prompts(model, prompts, progress=progress)
-
-
-def kind_of(concept: str) -> str:
-    """`state` of `state: Texas`."""
-    return concept.partition(":")[0]
 
 
 def plain(text: str) -> str:

@@ -1,0 +1,236 @@
+"""Every verb, for real, on the runs of a quick demo."""
+
+import json
+import shutil
+from pathlib import Path
+
+import crosslace
+import pytest
+import yaml
+from crosslace.launch import runs
+
+PROMPT = "the capital of the state containing Dallas is"
+
+
+@pytest.fixture
+def clt(demo: Path, tmp_path: Path) -> Path:
+    """A copy of the demo's cross-layer run, to write to."""
+    return Path(shutil.copytree(demo / "clt", tmp_path / "clt"))
+
+
+def test_the_demo_writes_its_summary(demo: Path) -> None:
+    summary = json.loads((demo / "summary.json").read_text())
+    assert list(summary) == ["world", "transcoders", "graph", "swap", "seconds"]
+    assert set(summary["world"]["families"]) == {"two_hop", "opposites", "acronyms"}
+    for kind in ("clt", "plt"):
+        assert list(summary["transcoders"][kind]) == ["nmse", "l0", "dead", "top1", "kl", "ce_recovered"]
+        assert all(isinstance(value, float) for value in summary["transcoders"][kind].values())
+    assert list(summary["graph"]) == ["prompt", "top_token", "replacement_score", "completeness", "path"]
+    assert summary["graph"]["prompt"] == PROMPT and summary["graph"]["top_token"] == "Austin"
+    assert list(summary["swap"]) == ["pairs", "success_rate", "control_success_rate"]
+    assert list(summary["seconds"]) == ["world", "cache", "train", "eval", "features", "trace", "total"]
+    assert summary["seconds"]["total"] >= sum(summary["seconds"][k] for k in ("cache", "train", "eval"))
+
+
+def test_the_demos_page_needs_nothing_else(demo: Path) -> None:
+    page = (demo / "report.html").read_text()
+    assert page.count("<svg") >= 6
+    assert "Austin" in page
+    links = [part.split('"')[0] for part in page.replace("href=", "src=").split('src="')[1:]]
+    assert all(link.startswith("#") for link in links)
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_demos_runs_are_ordinary(demo: Path) -> None:
+    for kind, reach in (("clt", "all"), ("plt", "1")):
+        settings = yaml.safe_load((demo / kind / "config.yaml").read_text())
+        assert settings["transcoder"]["reach"] == reach
+        assert settings["model"]["name"] == "world"
+        assert (demo / kind / "transcoder" / "transcoder.safetensors").is_file()
+        assert (demo / kind / "metrics.jsonl").read_text().count("\n") > 10
+    assert not list(demo.rglob("*.pkl")) and not list(demo.rglob("*.pt"))
+
+
+def test_a_second_call_does_nothing_again(demo: Path, crosslace, tmp_path: Path) -> None:
+    again = shutil.copytree(demo, tmp_path / "demo")
+    before = {path: path.stat().st_mtime_ns for path in again.rglob("*.safetensors")}
+    settings = again / "config.yaml"
+    (again / "report.html").unlink()
+    ended = crosslace("demo", "experiment=demo_quick", "wandb.mode=disabled", f"run={again}")
+    assert ended.code == 0
+    assert (again / "report.html").is_file() and settings.is_file()
+    assert before == {path: path.stat().st_mtime_ns for path in again.rglob("*.safetensors")}
+    other = crosslace("demo", "experiment=demo_quick", f"run={again}", "trainer.steps=7")
+    assert other.code == 2 and "trainer.steps was 150, not 7" in other.err
+
+
+def test_a_demo_that_is_stopped_goes_on(crosslace, tmp_path: Path, demo: Path, monkeypatch) -> None:
+    from crosslace.launch.demo import Demo
+
+    folder = shutil.copytree(demo, tmp_path / "demo")
+    for name in ("summary.json", "stages/swap.json", "stages/trace.json", "swap.json"):
+        (folder / name).unlink()
+    with monkeypatch.context() as patch:
+
+        def interrupted(self) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(Demo, "swap", interrupted)
+        ended = crosslace("demo", "experiment=demo_quick", f"run={folder}")
+        assert ended.code == 130 and "goes on from there" in ended.err
+        assert (folder / "stages" / "trace.json").is_file() and not (folder / "summary.json").exists()
+    assert crosslace("demo", "experiment=demo_quick", f"run={folder}").code == 0
+    assert json.loads((folder / "summary.json").read_text())["swap"]["pairs"] == 8
+
+
+def test_cache_then_train_then_resume(demo: Path, crosslace, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = crosslace("cache", "world=tiny", "store=stores/w", "tokens=3K", "store.held_out=300")
+    assert ended.code == 0 and "crosslace train store=stores/w" in ended.out
+    train = ["train", "store=stores/w", "run=runs/a", "transcoder.features=32", "transcoder.k=4", "trainer.batch=128"]
+    train += ["trainer.steps=20", "trainer.eval_tokens=128", "trainer.calibrate_tokens=256", "wandb.mode=disabled"]
+    ended = crosslace(*train)
+    assert ended.code == 0 and "crosslace eval run=runs/a" in ended.out
+    settings = yaml.safe_load(Path("runs/a/config.yaml").read_text())
+    assert settings["world"]["size"] == "tiny", "the run knows its store's world"
+    before = Path("runs/a/transcoder/transcoder.safetensors").stat().st_mtime_ns
+    ended = crosslace(*train)
+    assert ended.code == 0 and "trained already" in ended.out
+    assert Path("runs/a/transcoder/transcoder.safetensors").stat().st_mtime_ns == before
+    ended = crosslace(*train, "trainer.lr=0.1")
+    assert ended.code == 2 and "name another run" in ended.err
+    ended = crosslace("train", "store=stores/w", "run=runs/b", "model=gpt2")
+    assert ended.code == 2 and "holds activations of the language model world, not of" in ended.err
+    ended = crosslace("train", "store=stores/w", "run=runs/b", "transcoder.features=8", "transcoder.k=9")
+    assert ended.code == 2 and "more than the 8 features" in ended.err
+
+
+def test_eval_writes_figures_and_a_page(clt: Path, crosslace) -> None:
+    (clt / "eval.json").unlink()
+    small = ["eval.tokens=1200", "eval.calibration_tokens=1000", "eval.prompts=0", "eval.pairs=0", "eval.layers=false"]
+    ended = crosslace("eval", f"run={clt}", *small, "eval.controls=false")
+    assert ended.code == 0
+    result = json.loads((clt / "eval.json").read_text())
+    assert {"overall", "layers", "behaviour", "tokens"} <= set(result)
+    assert (clt / "report.html").is_file()
+
+
+def test_features_trace_and_labels(clt: Path, crosslace) -> None:
+    shutil.rmtree(clt / "features")
+    ended = crosslace("features", f"run={clt}", "features.tokens=1000")
+    assert ended.code == 0 and "by truth" in ended.out
+    ended = crosslace("trace", f"run={clt}", f"prompt={PROMPT}", "slug=dallas-2")
+    assert ended.code == 0
+    assert "Austin" in ended.out and "replacement_score" in ended.out
+    graph = crosslace_graph(clt / "graphs" / "dallas-2")
+    assert graph.metadata["prompt"] == PROMPT
+    assert graph.accounting["largest_violation"] < 1e-3
+    assert (clt / "graphs" / "dallas-2" / "graph.svg").read_text().startswith("<svg")
+
+
+def crosslace_graph(folder: Path):
+    return crosslace.Graph.load(folder)
+
+
+def test_steer_changes_the_answer(clt: Path, crosslace) -> None:
+    graph = crosslace_graph(clt / "graphs" / "dallas")
+    ids = graph.nodes.ids("feature", position=len(graph.tokens) - 1)
+    node = graph.nodes[max(ids, key=lambda id: float(graph.influence()[id]))]
+    entry = f"[{{layer: {node.layer}, position: {node.position}, feature: {node.index}, times: -2}}]"
+    ended = crosslace("steer", f"run={clt}", f"prompt={PROMPT}", f"set={entry}", "generate=2")
+    assert ended.code == 0
+    assert "before" in ended.out and "after" in ended.out
+    ended = crosslace("steer", f"run={clt}", f"prompt={PROMPT}", "set=[{layer: 1, position: 2:4, feature: 0, times: 0}]")
+    assert ended.code == 0
+    for wrong, said in [
+        ("[{layer: 1, feature: 0, times: 0}]", "position is missing"),
+        ("[{layer: 1, position: 1, feature: 0, times: 0, odd: 1}]", "odd is not known"),
+        ("[{layer: 1, position: 1, feature: 0}]", "give one of value, times"),
+        ("[{layer: 1, position: 1, feature: 100000, value: 1}]", "has features 0 to"),
+        ("[{layer: one, position: 1, feature: 1, value: 1}]", "takes a number"),
+        ("[]", "set is missing"),
+    ]:
+        ended = crosslace("steer", f"run={clt}", f"prompt={PROMPT}", f"set={wrong}")
+        assert ended.code == 2 and said in ended.err, wrong
+
+
+@pytest.mark.parametrize(("kind", "form"), [("clt", "circuit-tracer"), ("plt", "circuit-tracer"), ("plt", "saelens")])
+def test_export_and_import_are_inverse(kind: str, form: str, demo: Path, crosslace, tmp_path: Path) -> None:
+    import torch
+
+    ended = crosslace("export", f"run={demo / kind}", f"to={form}", f"out={tmp_path / 'out'}")
+    assert ended.code == 0, ended.err
+    again = crosslace("export", f"run={demo / kind}", f"to={form}", f"out={tmp_path / 'out'}")
+    assert again.code == 2 and "is there already" in again.err
+    ended = crosslace("import", f"path={tmp_path / 'out'}", f"format={form}", f"run={tmp_path / 'run'}")
+    assert ended.code == 0, ended.err
+    before = crosslace_transcoder(demo / kind / "transcoder")
+    after = crosslace_transcoder(tmp_path / "run" / "transcoder")
+    x = torch.randn(5, before.n_layers, before.d_model)
+    assert torch.allclose(before(x), after(x), atol=1e-5)
+
+
+def crosslace_transcoder(folder: Path):
+    return crosslace.Transcoder.load(folder)
+
+
+def test_graphs_to_neuronpedia_and_back(demo: Path, crosslace, tmp_path: Path) -> None:
+    ended = crosslace("export", f"run={demo / 'clt'}", "to=neuronpedia", f"out={tmp_path / 'np'}")
+    assert ended.code == 0, ended.err
+    path = tmp_path / "np" / "dallas.json"
+    assert json.loads(path.read_text())["metadata"]["slug"] == "dallas"
+    ended = crosslace("import", f"path={path}", "format=neuronpedia", f"run={tmp_path / 'run'}")
+    assert ended.code == 0, ended.err
+    assert crosslace_graph(tmp_path / "run" / "graphs" / "dallas").n_features > 0
+
+
+def test_an_imported_transcoder_is_traced_with_a_model_that_is_named(demo: Path, crosslace, tmp_path: Path) -> None:
+    crosslace("export", f"run={demo / 'clt'}", f"out={tmp_path / 'out'}")
+    run = tmp_path / "run"
+    ended = crosslace("import", f"path={tmp_path / 'out'}", f"run={run}", "model=world", "world=tiny", "world.steps=100")
+    assert ended.code == 0, ended.err
+    ended = crosslace("trace", f"run={run}", f"prompt={PROMPT}", "world=tiny")
+    assert ended.code == 0 and "Austin" in ended.out, ended.err
+
+
+def test_report_compares_runs(demo: Path, crosslace, tmp_path: Path) -> None:
+    ended = crosslace("report", demo / "clt", demo / "plt", f"out={tmp_path / 'page.html'}")
+    assert ended.code == 0, ended.err
+    assert "clt" in ended.out and "plt" in ended.out
+    assert (tmp_path / "page.html").is_file()
+
+
+def test_the_python_of_the_specification(demo: Path, tmp_path: Path) -> None:
+    model = crosslace.ReplacementModel.load(demo / "clt")
+    graph = model.trace(PROMPT)
+    n = len(graph.nodes)
+    assert graph.adjacency.shape == (n, n)
+    assert graph.logits and graph.scores() and graph.prune(node=0.8, edge=0.98)
+    graph.save(tmp_path / "dallas")
+    assert crosslace.Graph.load(tmp_path / "dallas").tokens == graph.tokens
+    graph.to_neuronpedia(tmp_path / "dallas.json")
+    one = crosslace.Intervention(layer=1, position=7, feature=3, times=0.0)
+    model.intervene(PROMPT, [one], mode="constrained", layers=range(0, 3))
+    store = crosslace.ActivationStore.open(demo / "store")
+    batch = store.batch(epoch=0, step=1, size=64)
+    transcoder = crosslace.Transcoder.load(demo / "clt" / "transcoder")
+    acts = transcoder.encode(batch.x)
+    assert transcoder.decode(acts).shape == batch.y.shape
+
+
+def test_view_serves_until_it_is_stopped(demo: Path) -> None:
+    import signal
+    import subprocess
+    import sys
+    import urllib.request
+
+    command = [sys.executable, "-m", "crosslace.launch", "view", f"run={demo}", "view.open=false", "view.port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        address = next(word for word in line.split() if word.startswith("http://127.0.0.1:"))
+        with urllib.request.urlopen(address, timeout=20) as answer:
+            assert answer.status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+    assert runs.read_json(demo / "summary.json")["graph"]["top_token"] == "Austin"
