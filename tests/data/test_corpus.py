@@ -119,7 +119,7 @@ def test_local_formats(kind, tmp_path, tokenizer):
     path = tmp_path / f"data.{kind}"
     match kind:
         case "parquet":
-            data.to_parquet(path)
+            data.to_parquet(str(path))
         case "jsonl":
             write_jsonl(path, [{"text": text} for text in TEXTS[:8]])
         case "txt":
@@ -130,7 +130,7 @@ def test_local_formats(kind, tmp_path, tokenizer):
         case "saved":
             data.save_to_disk(path)
         case "saved_splits":
-            DatasetDict(train=data).save_to_disk(path)
+            DatasetDict({"train": data}).save_to_disk(path)
         case "folder":
             path.mkdir()
             write_jsonl(path / "1.jsonl", [{"text": text} for text in TEXTS[:5]])
