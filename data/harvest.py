@@ -19,12 +19,12 @@ from torch import Tensor
 
 from .behind import Behind
 from .codecs import DTYPES
-from .corpus import Corpus, TokenSequence
+from .corpus import TokenSequence
 from .errors import Progress, SettingsError, UserError, check_choice, check_range, silent
 from .files import open_files
 from .layout import BLOCK_ROWS, StoreLayout
 from .model import SITES, LanguageModel
-from .plan import PlannedWindow, Sampling, batches, plan_windows
+from .plan import PlannedWindow, Sampling, Text, batches, plan_windows
 from .reader import HELD_OUT
 from .sinks import SinkRule
 from .units import format_bytes, parse_bytes, parse_count
@@ -148,7 +148,7 @@ def weigh(lm: LanguageModel, settings: HarvestSettings) -> tuple[int, int | None
 class Harvester:
     """A model, a corpus and the settings that say which of its activations are kept."""
 
-    def __init__(self, lm: LanguageModel, corpus: Corpus, settings: HarvestSettings):
+    def __init__(self, lm: LanguageModel, corpus: Text, settings: HarvestSettings):
         self.lm, self.corpus, self.settings = lm, corpus, settings
         self.layout = make_layout(lm, settings)
         self.sampling = Sampling(lm.bos, settings.fraction, settings.seed)
@@ -308,7 +308,7 @@ class Harvester:
 
 def harvest(
     lm: LanguageModel,
-    corpus: Corpus,
+    corpus: Text,
     settings: HarvestSettings,
     progress: Progress = silent,
     process_index: int = 0,

@@ -6,7 +6,7 @@ a window gets some more sequences than it needs, and what is left over at its en
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,17 @@ from torch import Tensor
 from .corpus import TokenSequence
 from .shuffle import hashed, permutation
 from .sinks import masked_by_token
+
+
+class Text(Protocol):
+    """What a harvest asks of a corpus; `corpus.Corpus` is one."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def sequences(self, split: str = "train", limit_tokens: int | None = None) -> Iterator[TokenSequence]:
+        """The same sequences in the same order every time."""
+        ...
 
 
 class Sampling(NamedTuple):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -58,7 +59,7 @@ def store(request, store_path, rows) -> ActivationStore:
 
 
 def test_is_an_ordinary_zarr_group(store_path, rows):
-    group = zarr.open_group(str(store_path), mode="r")
+    group: Any = zarr.open_group(str(store_path), mode="r")
     token = np.asarray(group["token"][:])
     for site in SITES:
         assert group[site].shape == (2700, L, D)
@@ -71,7 +72,7 @@ def test_is_an_ordinary_zarr_group(store_path, rows):
 
 def test_zarrs_reads_it(store_path, rows):
     with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
-        group = zarr.open_group(str(store_path), mode="r")
+        group: Any = zarr.open_group(str(store_path), mode="r")
         np.testing.assert_array_equal(group["mlp_out"][:], rows["mlp_out"].numpy()[np.asarray(group["token"][:])])
 
 
@@ -96,7 +97,7 @@ def test_round_trip(rows, tmp_path, dtype, place):
 
 def test_bfloat16_lies_as_its_bits(rows, tmp_path):
     make(tmp_path / "s", rows, "bfloat16")
-    group = zarr.open_group(str(tmp_path / "s"), mode="r")
+    group: Any = zarr.open_group(str(tmp_path / "s"), mode="r")
     bits = torch.from_numpy(np.asarray(group["resid"][:])).view(torch.bfloat16)
     assert torch.equal(bits, rows["resid"].bfloat16()[torch.from_numpy(np.asarray(group["token"][:])).long()])
 

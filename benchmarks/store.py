@@ -1,0 +1,279 @@
+"""How fast the store is, against the plainest thing that moves the same bytes on this machine in the same run.
+
+    python -m benchmarks.store                     # a table
+    python -m benchmarks.store --json              # one JSON object a line
+    python -m benchmarks.store --layouts           # what other block sizes would give, and other ways to read
+
+write_ratio     a sequential `np.save`-style write of the same bytes / StoreWriter (shuffle, blocks, checksums, shards);
+                both without fsync (`write_ratio`) and both with it (`write_ratio_synced`)
+read_ratio      numpy copying the same bytes out of the page cache into memory that is there / shuffled batches of 4,096
+                rows from the loader; `read_ratio_first` is the first pass, in which every checksum is checked
+harvest_share   the model's forward passes alone / the whole harvest
+
+A ratio of 1 is as fast as the plain thing; more is faster. Timings are the best of `--repeats`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from crosslace.data.layout import StoreLayout
+from crosslace.data.store import ActivationStore
+from crosslace.data.writer import StoreWriter
+
+SHAPES = [(12, 256), (12, 768)]
+SITES = ("resid", "mlp_out")
+BATCH = 4096
+PIECE_ROWS = 8192
+WINDOWS = 8  # a store of more rows than its shuffle takes at once
+
+
+def best(repeats: int, work: Callable[[], Any]) -> float:
+    seconds = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
+
+
+def pieces(n_layers: int, d_model: int) -> dict[str, np.ndarray]:
+    """Rows [PIECE_ROWS, L, D] of each site that are written again and again."""
+    random = np.random.default_rng(0)
+    shape = (PIECE_ROWS, n_layers, d_model)
+    return {site: random.standard_normal(shape, dtype=np.float32).astype(np.float16) for site in SITES}
+
+
+def write_plain(folder: Path, content: dict[str, np.ndarray], rows: int, sync: bool) -> None:
+    for site, values in content.items():
+        with open(folder / f"{site}.npy", "wb") as out:
+            header = {"descr": "<f2", "fortran_order": False, "shape": (rows, *values.shape[1:])}
+            np.lib.format.write_array_header_1_0(out, header)
+            for start in range(0, rows, PIECE_ROWS):
+                values[: rows - start].tofile(out)
+            out.flush()
+            if sync:
+                os.fsync(out.fileno())
+
+
+def write_store(
+    folder: Path, content: dict[str, np.ndarray], rows: int, layout: StoreLayout, sync: bool, moments: bool
+) -> None:
+    shutil.rmtree(folder / "store", ignore_errors=True)
+    sites = {site: torch.from_numpy(values) for site, values in content.items()}
+    where = torch.arange(PIECE_ROWS)
+    options: dict[str, Any] = {"shuffle_rows": rows // WINDOWS, "memory": 1 << 40, "sync": sync}
+    with StoreWriter(folder / "store", layout, {"seed": 0}, **options) as writer:
+        starts = range(0, rows, writer.shuffle_rows)
+        for index, start in enumerate(starts):
+            window = writer.window("train", index, min(writer.shuffle_rows, rows - start))
+            while window.filled < window.rows:
+                window.append(sites, where, where, where, moments=moments)
+            writer.write("train", index, window)
+        writer.finish({"train": len(starts)}, {})
+
+
+def drop(folder: Path) -> None:
+    for child in folder.iterdir():
+        shutil.rmtree(child) if child.is_dir() else child.unlink()
+    os.sync()
+
+
+def bench_write(
+    folder: Path, n_layers: int, d_model: int, rows: int, block_rows: int, repeats: int
+) -> dict[str, float]:
+    content = pieces(n_layers, d_model)
+    layout = StoreLayout(SITES, tuple(range(n_layers)), d_model, "float16", block_rows)
+    size = layout.row_bytes * rows
+    found: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], None]) -> None:
+        seconds = []
+        for _ in range(repeats):
+            drop(folder)
+            seconds.append(best(1, work))
+        found[name] = min(seconds)
+
+    for sync in (True, False):
+        tail = "_synced" if sync else ""
+        timed(f"plain{tail}", lambda sync=sync: write_plain(folder, content, rows, sync))
+        timed(f"store{tail}", lambda sync=sync: write_store(folder, content, rows, layout, sync, False))
+    timed("store_summed", lambda: write_store(folder, content, rows, layout, False, True))
+    return {
+        "write_ratio": found["plain"] / found["store"],
+        "write_ratio_synced": found["plain_synced"] / found["store_synced"],
+        "write_ratio_with_statistics": found["plain"] / found["store_summed"],
+        "write_gb_s": size / found["store"] / 1e9,
+        "plain_write_gb_s": size / found["plain"] / 1e9,
+    }
+
+
+def bench_read(folder: Path, n_layers: int, d_model: int, rows: int, block_rows: int, repeats: int) -> dict[str, float]:
+    content = pieces(n_layers, d_model)
+    layout = StoreLayout(SITES, tuple(range(n_layers)), d_model, "float16", block_rows)
+    drop(folder)
+    write_plain(folder, content, rows, False)
+    write_store(folder, content, rows, layout, False, False)
+    store = ActivationStore.open(folder / "store")
+    steps = store.steps_per_epoch(BATCH)
+    size = steps * BATCH * n_layers * d_model * 2 * len(SITES)
+
+    def copy_plain() -> None:
+        arrays = [np.load(folder / f"{site}.npy", mmap_mode="r") for site in SITES]
+        into = [np.zeros((BATCH, n_layers, d_model), np.float16) for _ in SITES]
+        for step in range(steps):
+            for array, target in zip(arrays, into):
+                np.copyto(target, array[step * BATCH : (step + 1) * BATCH])
+
+    def load(opened: ActivationStore, layers: list[int] | None = None) -> None:
+        with opened.loader(BATCH, steps=steps, layers=layers) as loader:
+            for _ in loader:
+                pass
+
+    plain = best(repeats, copy_plain)
+    load(store)
+    again = best(repeats, lambda: load(store))
+    first = best(repeats, lambda: load(ActivationStore.open(folder / "store")))
+    alone = best(repeats, lambda: [len(store.batch(0, step, BATCH)) for step in range(steps)])
+    one = best(repeats, lambda: [load(store, [layer]) for layer in range(0, n_layers, 4)]) * 4
+    return {
+        "read_ratio": plain / again,
+        "read_ratio_first": plain / first,
+        "read_ratio_one_thread": plain / alone,
+        "read_ratio_one_layer": plain / one,
+        "read_gb_s": size / again / 1e9,
+        "plain_read_gb_s": size / plain / 1e9,
+    }
+
+
+def bench_zarr(folder: Path, n_layers: int, d_model: int, pipeline: str) -> float:
+    """GB/s of zarr-python over the same store, blocks in random order, with one of its codec pipelines."""
+    import zarr
+
+    pipelines = {
+        "zarrs": "zarrs.ZarrsCodecPipeline",
+        "zarr-python": "zarr.core.codec_pipeline.BatchedCodecPipeline",
+    }
+    with zarr.config.set({"codec_pipeline.path": pipelines[pipeline]}):
+        group = zarr.open_group(str(folder / "store"), mode="r")
+        arrays: list[Any] = [group[site] for site in SITES]
+        starts = np.random.default_rng(0).permutation(arrays[0].shape[0] // BATCH)[:12] * BATCH
+        begun = time.perf_counter()
+        for start in starts:
+            for array in arrays:
+                array[start : start + BATCH]
+        seconds = time.perf_counter() - begun
+    return len(starts) * BATCH * n_layers * d_model * 2 * len(SITES) / seconds / 1e9
+
+
+def bench_harvest(folder: Path, n_layers: int, d_model: int, tokens: int) -> dict[str, float]:
+    """A random Llama of this shape over random text."""
+    from crosslace.data.corpus import TokenSequence
+    from crosslace.data.harvest import HarvestSettings, harvest
+    from crosslace.data.model import LanguageModel
+    from crosslace.data.plan import batches
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=d_model,
+        intermediate_size=4 * d_model,
+        num_hidden_layers=n_layers,
+        num_attention_heads=d_model // 64,
+        num_key_value_heads=d_model // 64,
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = LlamaForCausalLM(config)
+    torch.nn.Module.to(model, device)
+    lm = LanguageModel(model, None, "random")
+
+    class RandomText:
+        fingerprint = "random"
+
+        def sequences(self, split: str = "train", limit_tokens: int | None = None) -> Iterator[TokenSequence]:
+            generator = torch.Generator().manual_seed(split == "train")
+            for document in range((limit_tokens or tokens) // 256):
+                tokens_T = torch.randint(4096, (256,), generator=generator)
+                yield TokenSequence(tokens_T, torch.full((256,), document), torch.arange(256))
+
+    drop(folder)
+    settings = HarvestSettings(
+        path=str(folder / "harvest"),
+        tokens=str(tokens),
+        held_out="0",
+        dtype="float16",
+        batch_tokens=8192,
+        sample_tokens=8192,
+    )
+    begun = time.perf_counter()
+    harvest(lm, RandomText(), settings)
+    whole = time.perf_counter() - begun
+    groups = list(batches(list(enumerate(RandomText().sequences())), settings.batch_tokens, 0))
+    groups += list(batches(list(enumerate(RandomText().sequences(limit_tokens=8192))), settings.batch_tokens, 0))
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        for group in groups:
+            lm.model.base_model(input_ids=torch.stack([s.tokens for _, s in group]).to(lm.device), use_cache=False)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    forward = time.perf_counter() - begun
+    return {"harvest_share": forward / whole, "harvest_tokens_s": tokens / whole}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How fast the store is, against numpy.")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--gb", type=float, default=2.0, help="size of the store")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layouts", action="store_true", help="sweep block sizes and codec pipelines")
+    parser.add_argument("--folder", help="where to write, and remove, the files; the temporary folder if not given")
+    parser.add_argument("--parts", default="write,read,harvest")
+    options = parser.parse_args()
+    blocks = [64, 128, 256, 512, 1024] if options.layouts else [256]
+    with tempfile.TemporaryDirectory(prefix="crosslace-bench-", dir=options.folder) as name:
+        folder = Path(name)
+        for n_layers, d_model in SHAPES:
+            rows = round(options.gb * 1e9 / (n_layers * d_model * 2 * len(SITES)) / PIECE_ROWS) * PIECE_ROWS
+            for block_rows in blocks:
+                shape = n_layers, d_model, rows, block_rows, options.repeats
+                line: dict[str, Any] = {
+                    "L": n_layers,
+                    "D": d_model,
+                    "rows": rows,
+                    "dtype": "float16",
+                    "block": block_rows,
+                }
+                if "write" in options.parts:
+                    line |= bench_write(folder, *shape)
+                if "read" in options.parts:
+                    line |= bench_read(folder, *shape)
+                    if options.layouts:
+                        line |= {
+                            f"{p}_gb_s": bench_zarr(folder, n_layers, d_model, p) for p in ("zarrs", "zarr-python")
+                        }
+                if "harvest" in options.parts and not options.layouts:
+                    line |= bench_harvest(folder, n_layers, d_model, 2**26 // (d_model * n_layers // 12) // 2)
+                show(line, options.json)
+
+
+def show(line: dict[str, Any], as_json: bool) -> None:
+    line = {key: round(value, 3) if isinstance(value, float) else value for key, value in line.items()}
+    if as_json:
+        print(json.dumps(line), flush=True)
+        return
+    for key, value in line.items():
+        print(f"{key:30} {value}")
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
