@@ -64,7 +64,10 @@ def build(kind: str, tokens: int, active: int, folder: Path) -> None:
         torch.nn.init.normal_(transcoder.W_enc[l], std=D**-0.5)
         torch.nn.init.normal_(transcoder.W_dec[l], std=0.1 * (D * transcoder.reach_at(l)) ** -0.5)
         h = transcoder.preactivation(read[l][0, 1:], l).flatten()
-        transcoder.log_theta[l].fill_(h.topk(per_layer + 1).values[-1].log())
+        # the widest gap nearby: rounding must not decide who fires
+        tail = h.topk(per_layer + 10).values[-20:]
+        gap = int((tail[:-1] - tail[1:]).argmax())
+        transcoder.log_theta[l].fill_(tail[gap : gap + 2].mean().log())
     model.save_pretrained(folder / "model")
     transcoder.save(folder / "ours")
     export_circuit_tracer(transcoder, folder / "theirs", model_name="random-llama")

@@ -25,6 +25,9 @@ from transformers import LlamaForCausalLM
 class Words:
     """As much of a tokenizer as circuit-tracer asks for."""
 
+    padding_side = "right"
+    bos_token = "<bos>"
+
     def __init__(self, first: int, size: int):
         self.bos_token_id, self.all_special_ids, self.vocab_size = first, [first], size
 

@@ -149,7 +149,7 @@ class Rows:
             if len(gone):
                 move_to_errors(rows, left_out, rows[:, column_of[gone]], column_of[self.error_of[gone]])
                 self.left_out[some] = left_out
-            into[start : start + step] = rows[:, column_of[self.kept]]
+            into[start : start + len(some)] = rows[:, column_of[self.kept]]
 
     def finish(self) -> tuple[Nodes, Tensor, Tensor]:
         """Nodes, rows and left-out input of the graph: the features that have a row, and all other nodes."""

@@ -12,7 +12,7 @@ PROMPT = [5, 0, 9, 3, 0, 7, 1, 12, 30, 2]
 
 
 def random_transcoder(lm, seed=0, dtype=torch.float64, **settings):
-    settings = TranscoderSettings(**({"features": 16, "activation": "jumprelu"} | settings))
+    settings = TranscoderSettings(**({"features": 40, "activation": "jumprelu"} | settings))
     layers = settings.layers or lm.n_layers
     transcoder = Transcoder(settings, lm.d_model, layers, seed=None, dtype=dtype)
     random = torch.Generator().manual_seed(seed)
@@ -50,7 +50,8 @@ def test_a_cap_keeps_the_most_influential_and_moves_the_rest_into_errors(replace
     assert graph.accounting["left_out_features"] == whole.n_features - 40
     assert graph.accounting["active_features"] == whole.n_features
     keys = {key: id for id, key in enumerate(whole.nodes.keys())}
-    ids = torch.tensor([keys[key] for key in graph.nodes.keys()])
+    found = graph.nodes.keys()
+    ids = torch.tensor([keys[key] for key in found])
     expected = whole.subgraph(ids[ids < whole.n_features].tolist())
     torch.testing.assert_close(graph.rows, expected.rows, rtol=0, atol=1e-12)
     torch.testing.assert_close(graph.left_out, expected.left_out, rtol=0, atol=1e-9)
@@ -130,13 +131,15 @@ def test_one_token(lm, reach):
     assert graph.prune().scores()["replacement_score"] == 0
 
 
-def test_silent_at_the_last_position(lm):
+def test_silent_at_the_last_position(lm, monkeypatch):
     transcoder = random_transcoder(lm)
     replacement = ReplacementModel(lm, transcoder)
     keep = replacement.keep_mask
-    replacement.keep_mask = lambda tokens, **named: (
-        keep(tokens, **named) | (torch.arange(tokens.shape[1]) == tokens.shape[1] - 1)
-    )
+
+    def keep_last_too(tokens, **named):
+        return keep(tokens, **named) | (torch.arange(tokens.shape[1]) == tokens.shape[1] - 1)
+
+    monkeypatch.setattr(replacement, "keep_mask", keep_last_too)
     graph = trace(replacement, PROMPT)
     features = graph.nodes.mask("feature")
     assert graph.n_features > 0 and (graph.nodes.position[features] < len(PROMPT) - 1).all()
@@ -176,7 +179,7 @@ def test_likely_tokens():
     [
         ([99], "no token"),
         (["L7:1"], "layer 7"),
-        (["L1:99"], "features 0 to 15"),
+        (["L1:99"], "features 0 to 39"),
         (["x@99"], "10 tokens"),
         ([Target(token=1, position=10)], "outside the prompt"),
         ([torch.ones(3)], "takes 16 numbers"),

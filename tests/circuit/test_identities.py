@@ -205,12 +205,13 @@ def test_edges_in_closed_form(attention, make_tiny):
         copies.append(parts.W_O @ W_V @ torch.diag(parts.attn_norm.weight))
     for t, s in product(range(len(rows)), repeat=2):
         x = torch.zeros(T, lm.d_model, dtype=torch.float64)
-        for layer in range(int(f.layer[s]), int(f.layer[t])):
-            decoder = transcoder.W_dec[f.layer[s]][f.index[s], layer - f.layer[s]]
+        written, read = int(f.layer[s]), int(f.layer[t])
+        for layer in range(written, read):
+            decoder = transcoder.W_dec[written][f.index[s], layer - written]
             x[f.position[s]] += f.activation[s] * decoder
             if attention == "uniform":
                 x = x + weights @ x @ copies[layer + 1].T
-        expected[t, s] = x[f.position[t]] @ transcoder.W_enc[f.layer[t]][f.index[t]]
+        expected[t, s] = x[f.position[t]] @ transcoder.W_enc[read][f.index[t]]
     torch.testing.assert_close(rows, expected, rtol=0, atol=1e-10)
 
 

@@ -1,0 +1,79 @@
+"""Groups of features, what flows between them, and differences of graphs."""
+
+import pytest
+import torch
+from crosslace.circuit.attribution import trace
+from crosslace.circuit.replacement import ReplacementModel
+from crosslace.circuit.supernodes import average_linkage, difference, flow_between, propose_supernodes
+from crosslace.train.transcoder import Transcoder, TranscoderSettings
+
+PROMPT = [5, 0, 9, 3, 0, 7, 1]
+HALF = 8
+
+
+@pytest.fixture(scope="module")
+def replacement(make_tiny):
+    """Features i and i + HALF of a layer are twins: the same encoder and decoder."""
+    lm = make_tiny("gpt2")
+    settings = TranscoderSettings(features=2 * HALF, activation="jumprelu")
+    transcoder = Transcoder(settings, lm.d_model, lm.n_layers, seed=None, dtype=torch.float64)
+    random = torch.Generator().manual_seed(0)
+    for name, weight in transcoder.named_parameters():
+        scale = 0.3 if weight.dim() == 1 else weight.shape[-1] ** -0.5
+        weight.data.copy_(torch.randn(weight.shape, generator=random, dtype=torch.float64) * scale)
+        if not name.startswith("b_dec"):
+            weight.data[HALF:] = weight.data[:HALF]
+    return ReplacementModel(lm, transcoder.requires_grad_(False))
+
+
+@pytest.fixture(scope="module")
+def graph(replacement):
+    return trace(replacement, PROMPT)
+
+
+def test_twins_are_proposed_as_one_group(graph, replacement):
+    groups = propose_supernodes(graph, replacement.transcoder, alike=0.98)
+    assert groups
+    where = {id: name for name, ids in groups.items() for id in ids}
+    for id, name in where.items():
+        node = graph.nodes[id]
+        twin = graph.nodes.ids("feature", node.layer, node.position, (node.index + HALF) % (2 * HALF))[0]
+        assert where[twin] == name
+    assert not graph.supernodes
+    propose_supernodes(graph, alike=0.98, use=True)
+    assert graph.supernodes
+    graph.supernodes.clear()
+
+
+def test_names_come_from_labels(graph, replacement):
+    named = {(l, i): "twin" for l in range(3) for i in range(2 * HALF)}
+    graph.label_features(named)
+    groups = propose_supernodes(graph, replacement.transcoder, alike=0.98)
+    assert "twin" in groups and "twin (2)" in groups
+
+
+def test_average_linkage():
+    alike = torch.tensor([[1.0, 0.9, 0.1], [0.9, 1.0, 0.5], [0.1, 0.5, 1.0]])
+    assert sorted(map(sorted, average_linkage(alike, 0.6))) == [[0, 1], [2]]
+    assert sorted(map(sorted, average_linkage(alike, 0.2))) == [[0, 1, 2]]
+
+
+def test_flow_between_groups(graph):
+    first, logit = graph.nodes.ids("feature")[0], graph.logits[0].id
+    between = flow_between(graph, {"one": [first], "all logits": [logit.id for logit in graph.logits]})
+    rows = graph.rows[graph.n_features :, first] * graph.influences.flow[graph.n_features :]
+    assert float(between[1, 0]) == pytest.approx(float(rows.sum()))
+    assert between[0, 1] == 0 and logit
+
+
+def test_difference(graph, replacement):
+    same = difference(graph, graph)
+    assert not same.only_first and not same.only_second and not same.edges.any()
+    other = trace(replacement, [*PROMPT[:-1], 2])
+    found = difference(graph, other)
+    assert found.only_first and found.only_second
+    # causal: what stands before the last token is the same, the logits aside
+    before = graph.nodes.mask("feature") & (graph.nodes.position < len(PROMPT) - 1)
+    earlier = [row for row, (id, _) in enumerate(found.common) if before[id]]
+    assert earlier and found.edges[earlier].abs().max() < 1e-9
+    assert len(found.common) + len(found.only_second) == len(other.nodes)
