@@ -45,7 +45,7 @@ from .select import (
 )
 from .transcoder import Transcoder
 
-# Share of entries listed up to which the sparse step was faster where it was measured (docs/fast_path.md).
+# Share of entries listed up to which the sparse step is taken, estimated from the cost per entry (docs/fast_path.md).
 SPARSE_BELOW = {"cpu": 0.1, "cuda": 0.02}
 
 
