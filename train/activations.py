@@ -30,7 +30,7 @@ class SparseActs(NamedTuple):
 
 
 def to_sparse(acts_BF: Tensor) -> SparseActs:
-    """Keep the non-zero entries, padded to the busiest row and one slot at least (this reads one number back from the device)."""
+    """Keep the non-zero entries, padded to the busiest row and one slot at least (reads one number back)."""
     most = max(1, int((acts_BF > 0).sum(1).max())) if acts_BF.shape[0] else 1
     values_BK, indices_BK = acts_BF.topk(most, dim=1)
     return SparseActs(values_BK, indices_BK.where(values_BK > 0, 0))

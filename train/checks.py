@@ -40,6 +40,8 @@ def check_run(
     check_sparsity(settings, transcoder, len(layers))
     if settings.precision == "fp16" and device.type == "cpu":
         raise SettingsError("trainer.precision=fp16 needs a GPU; on a CPU it takes float32 or bf16")
+    if settings.optimizer == "muon" and comm.feature_ranks > 1:
+        raise SettingsError("trainer.optimizer=muon needs each matrix whole: use adam or adamw with parallel.features")
     pieces = settings.accumulate * comm.data_ranks
     if settings.batch % pieces:
         raise SettingsError(

@@ -80,9 +80,9 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
     if len(pieces) > 1:
         inputs = survey(parts, [x_B for x_B, _ in pieces], inputs)
 
-    # Decoder norms once a step, as leaves that collect every piece's gradient.
+    # Decoder norms once a step: the pass itself takes them, or for several pieces leaves that collect their gradient.
     norms, leaves = [], None
-    if parts.objective.needs_norms:
+    if parts.objective.needs_norms and len(pieces) > 1:
         norms = [transcoder.decoder_norms(l) for l in range(transcoder.n_layers)]
         leaves = [norm.detach().requires_grad_() for norm in norms]
 

@@ -1,0 +1,166 @@
+"""The frontier of quality against sparsity: PLT and CLT, each activation, several L0, several seeds.
+
+    python -m benchmarks.quality                       # the world, all activations, three seeds: hours on a CPU
+    python -m benchmarks.quality --quick               # one seed, two activations, fewer steps
+    python -m benchmarks.quality --json --model stdlib --activation batchtopk,jumprelu --l0 5,10,20
+
+One line a transcoder: `nmse`, `dead` and `l0` on held-out rows at the exported thresholds; `top1` and `kl` of the
+language model with all its MLPs replaced, against the clean model on held-out text (position 0 and BOS keep the
+model's own output). `parameters` counts weights: `--transcoder plt-wide` is a PLT with as many as the CLT has.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from crosslace.circuit.substitute import TranscoderOutput
+from crosslace.data.corpus import Corpus, DatasetSettings, load_corpus
+from crosslace.data.harvest import HarvestSettings, harvest
+from crosslace.data.model import LanguageModel, load_model
+from crosslace.data.stdlib import StdlibSettings, build_stdlib
+from crosslace.data.store import ActivationStore
+from crosslace.data.world.build import build_world
+from crosslace.data.world.settings import WorldSettings
+from crosslace.train.settings import TrainerSettings
+from crosslace.train.trainer import train
+from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from torch.nn.functional import kl_div
+
+ACTIVATIONS = ("batchtopk", "topk", "jumprelu", "relu")
+SEQUENCES_AT_ONCE = 64
+
+
+class Bench(NamedTuple):
+    """A model, its text, and its activations."""
+
+    name: str
+    lm: LanguageModel
+    corpus: Corpus
+    train: ActivationStore
+    held_out: ActivationStore
+
+
+def prepare(name: str, size: str, rows: str, folder: Path) -> Bench:
+    """Build the bundled model where it is missing, and cache its activations."""
+    built = build_world(WorldSettings(size=size)) if name == "world" else build_stdlib(StdlibSettings(size=size))
+    lm = load_model(str(built))
+    corpus = load_corpus(DatasetSettings(name=str(built) if name == "world" else "stdlib"), lm.tokenizer)
+    path = str(folder / "store")
+    harvest(lm, corpus, HarvestSettings(path=path, tokens=rows, held_out="16K", dtype="float32"))
+    return Bench(name, lm, corpus, ActivationStore.open(path), ActivationStore.open(path, split="held_out"))
+
+
+def features_for(kind: str, features: int, n_layers: int) -> int:
+    """plt-wide: as many weights as a CLT of `features`, whose layer l has n_layers - l decoders."""
+    if kind != "plt-wide":
+        return features
+    clt = features * (n_layers + n_layers * (n_layers + 1) / 2)
+    return round(clt / (2 * n_layers))
+
+
+@torch.no_grad()
+def behaviour(bench: Bench, transcoder: Transcoder, tokens: int) -> dict[str, float]:
+    """top1 and KL(clean || replaced) over predictions of held-out text."""
+    agree = divergence = count = 0.0
+    for tokens_BT, real_BT in batches(bench, tokens):
+        keep_BT = ~real_BT
+        keep_BT[:, 0] = True
+        clean = bench.lm(tokens_BT).log_softmax(-1)
+        with bench.lm.overwrite(TranscoderOutput(transcoder, keep_BT)):
+            replaced = bench.lm(tokens_BT).log_softmax(-1)
+        chosen = ~keep_BT
+        agree += float((clean.argmax(-1) == replaced.argmax(-1))[chosen].sum())
+        divergence += float(kl_div(replaced[chosen], clean[chosen], log_target=True, reduction="sum"))
+        count += float(chosen.sum())
+    return {"top1": agree / count, "kl": divergence / count}
+
+
+def batches(bench: Bench, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Held-out sequences side by side, and which of their positions are real."""
+    sequences = (sequence.tokens for sequence in bench.corpus.sequences("held_out", limit_tokens=tokens))
+    while group := list(itertools.islice(sequences, SEQUENCES_AT_ONCE)):
+        real = [torch.ones(len(tokens), dtype=torch.bool) for tokens in group]
+        yield (
+            torch.nn.utils.rnn.pad_sequence(group, batch_first=True),
+            torch.nn.utils.rnn.pad_sequence(real, batch_first=True),
+        )
+
+
+def measure(
+    bench: Bench, kind: str, activation: str, l0: float, seed: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Train one transcoder and evaluate it."""
+    features = features_for(kind, options.features, bench.train.n_layers)
+    shape = TranscoderSettings(features=features, reach="all" if kind == "clt" else "1", activation=activation)
+    settings = TrainerSettings(
+        steps=options.steps, batch=options.batch, seed=seed, target_l0=l0, eval_every=0, checkpoint_every=0
+    )
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as run:
+        result = train(settings, shape, bench.train, bench.held_out, run)
+        transcoder = Transcoder.load(Path(run) / "transcoder")
+    overall = result.evaluation["overall"]
+    return {
+        "model": bench.name,
+        "transcoder": kind,
+        "activation": activation,
+        "features": features,
+        "parameters": sum(parameter.numel() for parameter in transcoder.parameters()),
+        "target_l0": l0,
+        "seed": seed,
+        "steps": options.steps,
+        **{name: overall[name] for name in ("nmse", "l0", "dead", "dense")},
+        **behaviour(bench, transcoder, options.text),
+        "nmse_by_layer": [row["nmse"] for row in result.evaluation["layers"]],
+        "seconds": time.perf_counter() - begun,
+    }
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--quick", action="store_true", help="one seed, batchtopk and jumprelu, one L0, 400 steps")
+    parser.add_argument("--model", default="world", choices=("world", "stdlib"))
+    parser.add_argument("--size", default="small", help="of the bundled model")
+    parser.add_argument("--transcoder", default="plt,clt,plt-wide")
+    parser.add_argument("--activation", default=",".join(ACTIVATIONS))
+    parser.add_argument("--l0", default="5,10,20")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--features", type=int, default=768)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--rows", default="120K", help="of the store")
+    parser.add_argument("--text", type=int, default=16384, help="held-out tokens for top1 and kl")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.transcoder, options.activation, options.l0 = "plt,clt", "batchtopk,jumprelu", "10"
+        options.seeds, options.steps = 1, 400
+    return options
+
+
+def main() -> None:
+    options = parse()
+    kinds, activations = options.transcoder.split(","), options.activation.split(",")
+    levels = [float(level) for level in options.l0.split(",")]
+    if not options.json:
+        print(f"{'':9} {'activation':10} {'L0':>6} {'seed':>4} {'nmse':>7} {'dead':>6} {'top1':>6} {'kl':>7} {'s':>5}")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = prepare(options.model, options.size, options.rows, Path(folder))
+        every = [(s, l0, a, k) for s in range(options.seeds) for l0 in levels for a in activations for k in kinds]
+        for seed, l0, activation, kind in every:
+            row = measure(bench, kind, activation, l0, seed, options)
+            if options.json:
+                print(json.dumps(row), flush=True)
+                continue
+            figures = f"{row['nmse']:7.4f} {row['dead']:6.3f} {row['top1']:6.3f} {row['kl']:7.4f} {row['seconds']:5.0f}"
+            print(f"{kind:9} {activation:10} {row['l0']:6.2f} {seed:4d} {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Runs that are killed and go on end with the same bits as runs that were left alone: real processes, real signals."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).with_name("resume_worker.py")
+CASES = [
+    ({"reach": "all", "activation": "batchtopk"}, {"accumulate": 2}),
+    ({"reach": "1", "activation": "batchtopk"}, {"resample_every": 10, "optimizer": "muon"}),
+    ({"reach": "all", "activation": "jumprelu"}, {"target_l0": 3.0}),
+    (
+        {"reach": "1", "activation": "jumprelu"},
+        {"accumulate": 2, "sparsity": "tanh", "target_l0": 3.0, "sparse": "off"},
+    ),
+]
+
+
+def work(folder: Path, transcoder: dict, trainer: dict, **more) -> subprocess.CompletedProcess:
+    options = json.dumps(transcoder | {"trainer": trainer} | more)
+    return subprocess.run([sys.executable, str(WORKER), str(folder), options], capture_output=True, text=True)
+
+
+def weights(folder: Path) -> dict:
+    return load_file(folder / "transcoder" / "transcoder.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def lines(folder: Path) -> list[dict]:
+    volatile = ("tokens_per_second", "loader_stall", "memory", "seconds")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in volatile} for record in records]
+
+
+@pytest.mark.parametrize(("transcoder", "trainer"), CASES, ids=["clt-batch", "plt-batch", "clt-jump", "plt-jump"])
+def test_killed_at_random_steps_it_ends_with_the_same_bits(tmp_path, transcoder, trainer):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert work(whole, transcoder, trainer).returncode == 0
+    steps = sorted(random.Random(str(transcoder)).sample(range(1, 40), 2))
+    for step, name in zip(steps, ("SIGKILL", "SIGTERM")):
+        killed = work(broken, transcoder, trainer, kill_at=step, signal=name)
+        if name == "SIGTERM":
+            assert killed.returncode == 0 and "run the same command again" in killed.stdout
+        else:
+            assert killed.returncode == -9
+    last = work(broken, transcoder, trainer)
+    assert last.returncode == 0 and "finished" in last.stdout, last.stderr
+    assert same(weights(whole), weights(broken))
+    assert lines(whole) == lines(broken)
+
+
+def test_ctrl_c_and_a_full_disk(tmp_path):
+    transcoder, trainer = CASES[0]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert work(whole, transcoder, trainer).returncode == 0
+    stopped = work(broken, transcoder, trainer, kill_at=11, signal="SIGINT")
+    assert stopped.returncode == 0 and "stopped at step 11" in stopped.stdout
+    full = work(broken, transcoder, trainer, kill_at=20, fill_disk=True)
+    assert full.returncode == 1 and "could not be written" in full.stdout and "goes on" in full.stdout, full.stderr
+    assert not list((broken / "checkpoints").glob(".step-*"))
+    assert work(broken, transcoder, trainer).returncode == 0
+    assert same(weights(whole), weights(broken))

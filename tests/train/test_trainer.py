@@ -1,0 +1,166 @@
+"""Whole runs in one process: what they reach, write, resume from, and refuse."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from crosslace import Transcoder
+from crosslace.data.errors import SettingsError, UserError
+from crosslace.data.store import in_memory_store
+from crosslace.train.settings import TrainerSettings
+from crosslace.train.trainer import Trainer, train
+from crosslace.train.transcoder import TranscoderSettings
+
+QUICK = TrainerSettings(steps=60, batch=64, eval_every=30, checkpoint_every=20, log_every=10, dead_after=2000)
+SMALL = TranscoderSettings(features=48, k=3)
+
+
+class Sink:
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.lines, self.histograms, self.resumed, self.summary = [], {}, None, {}
+
+    def resume(self, state):
+        self.resumed = state
+
+    def log(self, step, values, histograms):
+        self.lines.append((step, values))
+        self.histograms |= histograms
+
+    def state(self):
+        return {"id": "run-7"}
+
+    def close(self, summary):
+        self.summary = summary
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "batchtopk", "topk"])
+def test_asked_for_an_l0_it_ends_there_on_held_out_rows(planted, tmp_path, activation):
+    settings = TrainerSettings(steps=250, batch=128, target_l0=4.0, dead_after=10_000, eval_every=0, checkpoint_every=0)
+    shape = TranscoderSettings(features=64, activation=activation)
+    result = train(settings, shape, planted.train, planted.held_out, tmp_path)
+    exported = Transcoder.load(tmp_path / "transcoder")
+    batch = planted.held_out.batch(0, 0, 1024)
+    acts = exported.encode(batch.x)
+    assert [float((a > 0).sum()) / 1024 for a in acts] == pytest.approx([4.0, 4.0], rel=0.05)
+    error = (exported(batch.x) - batch.y).square().sum((0, 2)) / batch.y.square().sum((0, 2))
+    assert [row["nmse"] for row in result.evaluation["layers"]] == pytest.approx(error.tolist(), rel=0.02)
+    assert result.evaluation["overall"]["nmse"] < 0.3
+
+
+def test_a_steered_penalty_moves_towards_the_target(planted, tmp_path):
+    settings = replace(QUICK, steps=300, target_l0=4.0, sparsity="tanh", lam=1e-4, eval_every=0, log_every=50)
+    train(settings, replace(SMALL, activation="relu"), planted.train, planted.held_out, tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records[-2]["l0"] == pytest.approx(4.0, rel=0.3)
+
+
+def test_what_a_run_writes(planted, tmp_path):
+    sink = Sink()
+    result = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path, sinks=[sink])
+    assert result.status == "finished" and result.step == 60
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    training = [r for r in records if "loss" in r]
+    assert [r["step"] for r in training] == [10, 20, 30, 40, 50, 60]
+    for name in ("nmse", "l0", "dead", "dense", "decoder_norm", "loss/reconstruction", "loss/auxiliary"):
+        assert {name, f"{name}/0", f"{name}/1"} <= training[-1].keys()
+    assert {"grad_norm", "lr", "tokens_per_second", "loader_stall", "memory", "bad_steps"} <= training[-1].keys()
+    assert training[-1]["tokens"] == 60 * 64
+    held_out = [r for r in records if "held_out/nmse" in r]
+    assert [r["step"] for r in held_out] == [30, 60, 60]
+    assert sink.resumed == {} and [step for step, _ in sink.lines][-1] == 60
+    assert {"density/0", "density/1"} <= sink.histograms.keys() and sink.summary["held_out/nmse"] > 0
+    for name in ("transcoder", "best"):
+        meta = Transcoder.load(tmp_path / name).meta
+        assert meta["model"]["fingerprint"] == "planted" and len(meta["normalisation"]["in_scale"]) == 2
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-40", "step-60"]
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pkl", ".metadata", ".bin")]
+
+
+def test_a_finished_run_is_not_trained_again(planted, tmp_path):
+    first = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path)
+    sink = Sink()
+    again = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path, sinks=[sink])
+    assert (again.evaluation == first.evaluation and sink.resumed == {}) or sink.resumed == {"id": "run-7"}
+
+
+def test_damaged_checkpoints_are_passed_over_with_a_warning(planted, tmp_path):
+    whole = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "whole")
+    train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-60"
+    victim = next(newest.glob("*.safetensors"))
+    content = bytearray(victim.read_bytes())
+    content[-3] ^= 1
+    victim.write_bytes(content)
+    with pytest.warns(UserWarning, match="step-60"):
+        again = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "run")
+    assert again.evaluation == whole.evaluation
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        (path / "state.json").write_text("{")
+    with pytest.warns(UserWarning, match="step-40"):
+        assert train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "run").evaluation == whole.evaluation
+
+
+def test_changed_settings_are_refused_by_name(planted, tmp_path):
+    train(QUICK, SMALL, planted.train, planted.held_out, tmp_path)
+    for settings, shape, name in (
+        (replace(QUICK, lr=1.0), SMALL, "trainer.lr was None and is 1.0"),
+        (QUICK, replace(SMALL, k=4), "transcoder.k was 3 and is 4"),
+    ):
+        with pytest.raises(SettingsError, match=name):
+            train(settings, shape, planted.train, planted.held_out, tmp_path)
+    other = in_memory_store(torch.randn(600, 2, 16), torch.randn(600, 2, 16))
+    with pytest.raises(SettingsError, match=r"store\.rows"):
+        train(QUICK, SMALL, other, planted.held_out, tmp_path)
+    train(replace(QUICK, log_every=7, keep_checkpoints=1), SMALL, planted.train, planted.held_out, tmp_path)
+
+
+def test_layers_may_be_a_subset(planted, tmp_path):
+    result = train(QUICK, replace(SMALL, layers=[1]), planted.train, planted.held_out, tmp_path)
+    assert Transcoder.load(tmp_path / "transcoder").layers == [1] and len(result.evaluation["layers"]) == 1
+
+
+def test_a_warm_start_begins_where_the_other_ended(planted, tmp_path):
+    shape = replace(SMALL, activation="jumprelu")
+    settings = replace(QUICK, target_l0=3.0)
+    plt = train(settings, replace(shape, reach="1"), planted.train, planted.held_out, tmp_path / "plt")
+    source = Transcoder.load(tmp_path / "plt" / "transcoder")
+    trainer = Trainer(
+        settings, replace(shape, features=64), planted.train, planted.held_out, tmp_path / "clt", init=source
+    )
+    warm = trainer._evaluate(1024)
+    assert warm.report["overall"]["nmse"] == pytest.approx(plt.evaluation["overall"]["nmse"], rel=0.05)
+
+
+def test_values_that_stay_bad_stop_the_run(planted, tmp_path):
+    batch = planted.train.batch(0, 0, 512)
+    y = batch.y.clone()
+    store = in_memory_store(batch.x, y)
+    y[:] = float("nan")  # its statistics were taken before
+    with pytest.raises(UserError, match=r"not finite for .* steps in a row"):
+        train(QUICK, SMALL, store, planted.held_out, tmp_path)
+
+
+def test_bad_input_is_refused_before_any_work(planted, tmp_path):
+    empty = in_memory_store(torch.randn(1, 2, 16), torch.randn(1, 2, 16))
+    narrow = in_memory_store(torch.randn(90, 2, 4), torch.randn(90, 2, 4))
+    train_store, held_out = planted
+    for settings, shape, stores, message in (
+        (replace(QUICK, batch=10_000), SMALL, planted, "trainer.batch"),
+        (QUICK, SMALL, (empty, held_out), "trainer.batch"),
+        (QUICK, SMALL, (train_store, narrow), "4 wide"),
+        (QUICK, replace(SMALL, layers=[0, 5]), planted, "layer 5"),
+        (QUICK, replace(SMALL, read="mlp_in"), planted, "transcoder.read"),
+        (QUICK, replace(SMALL, k=49), planted, "transcoder.k=49"),
+        (replace(QUICK, target_l0=60), SMALL, planted, "trainer.target_l0=60"),
+        (replace(QUICK, target_l0=2.5), replace(SMALL, activation="topk"), planted, "whole number"),
+        (replace(QUICK, sparsity="l0"), replace(SMALL, activation="relu"), planted, "relu takes"),
+        (replace(QUICK, precision="fp16", device="cpu"), SMALL, planted, "fp16 needs a GPU"),
+        (replace(QUICK, device="cuda:99"), SMALL, planted, "trainer.device"),
+        (replace(QUICK, device="toaster"), SMALL, planted, "trainer.device"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(settings, shape, stores[0], stores[1], tmp_path / "never")
+    assert not (tmp_path / "never").exists()
