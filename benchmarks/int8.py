@@ -2,9 +2,9 @@
 
     python -m benchmarks.int8 --store stores/world-float32 [--json]
 
-`--store` is a float32 store with a held-out split. Its rows are written again as float32 and as int8, with one channel of
-every layer's `resid` forty times as large; both transcoders start from the same weights, see the same batches, and are
-judged on the same float32 held-out rows. `rise` is the relative rise in NMSE.
+`--store` is a float32 store with a held-out split. Its rows are written again as float32 and as int8, with one channel
+of every layer's `resid` forty times as large; both transcoders start from the same weights, see the same batches, and
+are judged on the same float32 held-out rows. `rise` is the relative rise in NMSE.
 """
 
 import argparse
