@@ -123,7 +123,7 @@ VERBS = {
         "write a transcoder in another program's format",
         "exchange",
         "ExportSettings",
-        (),
+        SOURCES,
         ("crosslace export run=runs/clt to=circuit-tracer out=exported/clt",),
     ),
     "import": Verb(

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a defect of ours, 2 bad input or circumstances, 130 stoppe
 import errno
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except UserError as error:
-        return _end(str(error), 2, debug)
+        return _end(str(error), 2, debug, error)
     except KeyboardInterrupt:
         return _end("stopped; what was finished is kept, and the same command goes on from there", 130, debug)
     except BrokenPipeError:
@@ -65,6 +66,8 @@ def _run(words: list[str]) -> int:
 
     from .job import start
 
+    if verb == "train":
+        rest = ["plan=true" if word == "--plan" else word for word in rest]
     job = start(verb, rest)
     with job.progress:
         closing = import_module(f".{VERBS[verb].module}", __package__).run(job)
@@ -84,8 +87,22 @@ def _about_the_disk(error: OSError) -> str | None:
     return None
 
 
-def _end(sentence: str, code: int, debug: bool) -> int:
+def _end(sentence: str, code: int, debug: bool, error: BaseException | None = None) -> int:
     if debug:
         traceback.print_exc()
+    time.sleep(_patience(error))
     print(f"crosslace: {sentence}", file=sys.stderr)
     return code
+
+
+def _patience(error: BaseException | None) -> float:
+    """Seconds before a process speaks up: of several that fail together, one should.
+
+    The first has its say at once; torchrun ends the others as soon as it is gone. One that only lost its peers lets
+    the peer speak.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0.0
+    from ..train.sharding import PeerLost
+
+    return 6.0 if isinstance(error, PeerLost) else 2.0 * (os.environ.get("RANK", "0") != "0")

@@ -203,12 +203,8 @@ def tidy(verb: str, words: Sequence[str]) -> list[str]:
         kind = known[key].type if key in known else ""
         if (amount := _AMOUNT.fullmatch(value)) and kind.startswith("int"):
             value = str(round(float(amount[1]) * _UNITS[amount[2]]))
-        if (
-            kind.startswith("str")
-            and not _QUOTED.match(value)
-            and value != "null"
-            and (verb != "sweep" or key == "run")
-        ):
+        listed = verb == "sweep" and "," in value and key != "run"
+        if kind.startswith("str") and not (listed or value == "null" or _QUOTED.match(value)):
             value = _quote(value)
         opened = "++" if key.startswith("launcher.options.") else ""  # the launcher's own, which Hydra checks
         overrides.append(f"{opened}{key}={value}")

@@ -26,14 +26,18 @@ SHOWN = ("nmse", "l0", "dead", "top1", "kl", "ce_recovered")
 
 
 def run(job: Job) -> Closing:
-    """Evaluate a run."""
+    """Evaluate a run: on several processes, each measures its share of the text and of the prompts."""
+    from ..train.sharding import ParallelSettings, processes
+
     folder = Path(job.top.run)
     runs.writable(folder)
     model = open_replacement(job, folder)
     corpus = open_corpus(job, model.lm)
-    result = evaluated(model, corpus, job.section("eval"), job.progress)
+    with processes(ParallelSettings.as_started(), model.lm.device) as comm:
+        result = evaluated(model, corpus, job.section("eval"), job.progress, comm)
     result["made_with"]["settings"] = {name: job.config.values[name] for name in ("eval", "dataset", "model")}
-    write(folder, result)
+    if job.is_main:
+        write(folder, result)
     wrote = [("eval.json", "every figure"), ("report.html", "a page about the run"), ("plots", "its pictures as PNG")]
     return Closing(
         "evaluated",

@@ -7,6 +7,7 @@ from ..conf import SOURCES
 from ..data.errors import UserError
 from .job import Job
 from .runs import transcoder_folder, writable, write_yaml
+from .sources import model_settings
 from .terminal import Closing
 
 
@@ -33,7 +34,7 @@ def write_out(job: Job) -> Closing:
     else:
         from ..circuit.formats.circuit_tracer import export_circuit_tracer
 
-        post_norm, parallel = _shape(transcoder.meta)
+        post_norm, parallel = _shape(job, source, transcoder.meta)
         export_circuit_tracer(transcoder, out, post_norm=post_norm, parallel=parallel)
     return Closing(
         "exported",
@@ -42,19 +43,24 @@ def write_out(job: Job) -> Closing:
     )
 
 
-def _shape(meta: dict[str, Any]) -> tuple[bool, bool]:
+def _shape(job: Job, run: Path, meta: dict[str, Any]) -> tuple[bool, bool]:
     """What the format must know of the model: is its MLP's output normed, does its MLP stand beside the attention?"""
-    model = dict(meta.get("model") or {})
-    if not model.get("name"):
-        raise UserError("the transcoder does not say which model it is for, and circuit-tracer's format must")
     from transformers import AutoConfig
 
     from ..data.families import find_family
 
+    if (run / "config.yaml").is_file() or any(name.startswith("model") for name in job.config.given):
+        settings = model_settings(job)
+        name, revision = settings.name, settings.revision
+    else:
+        model = dict(meta.get("model") or {})
+        name, revision = model.get("name"), model.get("revision")
+    if not name:
+        raise UserError("the transcoder does not say which model it is for, and the format must: give one with model=")
     try:
-        config = AutoConfig.from_pretrained(model["name"], revision=model.get("revision"))
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"the description of {model['name']} is needed to export, and cannot be read") from error
+        raise UserError(f"the description of {name} is needed to export, and cannot be read") from error
     family = find_family(config.model_type)
     return family.post_mlp_norm is not None, bool(family.parallel(config))
 

@@ -46,6 +46,10 @@ class Job:
         return path
 
 
+READERS = ("eval", "features", "trace", "steer", "export")
+"""Verbs that read a run, whose settings are then their base."""
+
+
 def start(verb: str, words: Sequence[str]) -> Job:
     """Compose and check the settings of a command; a run's own settings are the base of what reads the run."""
     if not sys.stderr.isatty():
@@ -68,7 +72,7 @@ def start(verb: str, words: Sequence[str]) -> Job:
     else:
         config = compose_config(verb, words)
     config.top()  # what is missing is said first
-    if verb in ("eval", "features", "trace", "steer") and config.values["run"]:
+    if verb in READERS and config.values["run"]:
         folder = Path(config.values["run"])
         if not folder.is_dir():
             raise UserError(f"there is no run at {folder}; `crosslace train ... run={folder}` would make one")

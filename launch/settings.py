@@ -54,9 +54,12 @@ class TrainSettings(Common):
 
     run: str = ""
     """The folder for the run; a run that was cut off goes on when the same command is given again."""
+    plan: bool = False
+    """Say what the run would take and whether it fits, and do nothing; `--plan` is short for it."""
 
     def __post_init__(self) -> None:
-        require("run", self.run, "a folder for the run, such as runs/clt")
+        if not self.plan:
+            require("run", self.run, "a folder for the run, such as runs/clt")
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,9 @@ def test_steer_changes_the_answer(clt: Path, crosslace) -> None:
     ended = crosslace("steer", f"run={clt}", f"prompt={PROMPT}", f"set={entry}", "generate=2")
     assert ended.code == 0
     assert "before" in ended.out and "after" in ended.out
-    ended = crosslace("steer", f"run={clt}", f"prompt={PROMPT}", "set=[{layer: 1, position: 2:4, feature: 0, times: 0}]")
+    ended = crosslace(
+        "steer", f"run={clt}", f"prompt={PROMPT}", "set=[{layer: 1, position: 2:4, feature: 0, times: 0}]"
+    )
     assert ended.code == 0
     for wrong, said in [
         ("[{layer: 1, feature: 0, times: 0}]", "position is missing"),
@@ -187,7 +189,9 @@ def test_graphs_to_neuronpedia_and_back(demo: Path, crosslace, tmp_path: Path) -
 def test_an_imported_transcoder_is_traced_with_a_model_that_is_named(demo: Path, crosslace, tmp_path: Path) -> None:
     crosslace("export", f"run={demo / 'clt'}", f"out={tmp_path / 'out'}")
     run = tmp_path / "run"
-    ended = crosslace("import", f"path={tmp_path / 'out'}", f"run={run}", "model=world", "world=tiny", "world.steps=100")
+    ended = crosslace(
+        "import", f"path={tmp_path / 'out'}", f"run={run}", "model=world", "world=tiny", "world.steps=100"
+    )
     assert ended.code == 0, ended.err
     ended = crosslace("trace", f"run={run}", f"prompt={PROMPT}", "world=tiny")
     assert ended.code == 0 and "Austin" in ended.out, ended.err
@@ -210,7 +214,7 @@ def test_the_python_of_the_specification(demo: Path, tmp_path: Path) -> None:
     assert crosslace.Graph.load(tmp_path / "dallas").tokens == graph.tokens
     graph.to_neuronpedia(tmp_path / "dallas.json")
     one = crosslace.Intervention(layer=1, position=7, feature=3, times=0.0)
-    model.intervene(PROMPT, [one], mode="constrained", layers=range(0, 3))
+    model.intervene(PROMPT, [one], mode="constrained", layers=range(3))
     store = crosslace.ActivationStore.open(demo / "store")
     batch = store.batch(epoch=0, step=1, size=64)
     transcoder = crosslace.Transcoder.load(demo / "clt" / "transcoder")
