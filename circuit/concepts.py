@@ -99,7 +99,7 @@ def score_concepts(
     prompts: Sequence[tuple[str | Sequence[int], Sequence[Sequence[str]]]],
     progress: Progress = silent,
 ) -> ConceptResult:
-    """Score every feature against every concept. Each prompt comes with the concepts that hold at each of its tokens."""
+    """Score every feature against every concept. Each prompt comes with the concepts that hold at each token."""
     names = sorted({name for _, held in prompts for concepts in held for name in concepts})
     if not names:
         raise UserError("there is no concept to label features by")
