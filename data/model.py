@@ -7,7 +7,7 @@ and SPEC 4 speak of. Everything that changes the model's behaviour is a context 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
+from .bundled import cache_root
 from .errors import UserError, check_choice
 from .families import (
     KNOWN_FAMILIES,
@@ -348,8 +349,11 @@ def find_device(name: str) -> torch.device:
 
 
 def load_model(settings: ModelSettings | str | Path) -> LanguageModel:
-    """Load a model by hub name or folder; code that comes with a model is never run."""
+    """Load a model by hub name or folder, or a bundled one by its folder's name in the cache, as stores and transcoders
+    call it; code that comes with a model is never run."""
     settings = settings if isinstance(settings, ModelSettings) else ModelSettings(str(settings))
+    if (cached := cache_root() / settings.name / "config.json").is_file():
+        settings = replace(settings, name=str(cached.parent))
     source: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": False}
     device = find_device(settings.device)
     try:

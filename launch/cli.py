@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (sentence := _about_the_disk(error)) is None:
             return _end(f"{type(error).__name__}: {error} (debug=true shows where)", 1, debug)
         return _end(sentence, 2, debug)
+    except ImportError as error:
+        return _end(f"a package that this needs is not installed or cannot be loaded: {error}", 2, debug)
     except Exception as error:
         first = (str(error).strip() or "no message").splitlines()[0]
         return _end(f"this is a defect of ours, {type(error).__name__}: {first} (debug=true shows where)", 1, debug)

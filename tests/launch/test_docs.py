@@ -33,10 +33,10 @@ EVAL = [
 QUICK = {
     "demo": ["experiment=demo_quick", "wandb.mode=disabled"],
     "cache": [*WORLD, "tokens=3K", "store.held_out=300", "store.dtype=float16"],
-    "train": [*TRAIN, "parallel.data=1", "parallel.features=1"],
+    "train": [*WORLD, *TRAIN, "parallel.data=1", "parallel.features=1"],
     "eval": EVAL,
     "features": ["features.tokens=1000", "features.top=2"],
-    "sweep": [*TRAIN, *EVAL],
+    "sweep": [*WORLD, *TRAIN, *EVAL],
     "import": WORLD,
 }
 NEW = ("demo", "train", "sweep", "import")
@@ -74,7 +74,7 @@ def quick(verb: str, shown: list[str], folder: Path) -> list[str]:
     """The words of a command in its quick form."""
     if "..." in shown:
         shown = [word for word in shown if word != "..."]
-    if verb in ("train", "sweep") and not any(word.startswith("store=") for word in shown):
+    if verb in ("train", "sweep") and not any(word.startswith(("store=", "experiment=")) for word in shown):
         shown = [*shown, "store=stores/quick"]
     if verb == "sweep":  # what is varied stays, but for the values that the tiny world has no room for
         shown = [re.sub(r"^(trainer\.target_l0)=.*", r"\1=3,4", word) for word in shown]
@@ -92,7 +92,7 @@ def test_every_command_runs(document: Path, demo: Path, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     for line in commands(document):
-        words = shlex.split(line)
+        words = shlex.split(line, comments=True)
         if words[0] == "make":
             subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], check=True, capture_output=True)
             continue
@@ -105,8 +105,8 @@ def test_every_command_runs(document: Path, demo: Path, tmp_path: Path, monkeypa
         if verb not in (*NEW, "cache"):
             prepared(tmp_path, demo, named(given))
         if verb in ("train", "sweep"):
-            prepared(tmp_path, demo, {"store": named(given)["store"]})
-        if verb == "view" or several:
+            prepared(tmp_path, demo, {"store": start(verb, given).store_path})
+        if verb == "view" or several or "://" in line:
             start(verb, [word for word in given if not word.startswith("--")])
             continue
         code = main([verb, *given])

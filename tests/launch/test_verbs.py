@@ -6,6 +6,7 @@ from pathlib import Path
 
 import crosslace
 import pytest
+import torch
 import yaml
 from crosslace.launch import runs
 
@@ -158,8 +159,6 @@ def test_steer_changes_the_answer(clt: Path, crosslace) -> None:
 
 @pytest.mark.parametrize(("kind", "form"), [("clt", "circuit-tracer"), ("plt", "circuit-tracer"), ("plt", "saelens")])
 def test_export_and_import_are_inverse(kind: str, form: str, demo: Path, crosslace, tmp_path: Path) -> None:
-    import torch
-
     ended = crosslace("export", f"run={demo / kind}", f"to={form}", f"out={tmp_path / 'out'}")
     assert ended.code == 0, ended.err
     again = crosslace("export", f"run={demo / kind}", f"to={form}", f"out={tmp_path / 'out'}")
@@ -216,7 +215,7 @@ def test_the_python_of_the_specification(demo: Path, tmp_path: Path) -> None:
     one = crosslace.Intervention(layer=1, position=7, feature=3, times=0.0)
     model.intervene(PROMPT, [one], mode="constrained", layers=range(3))
     store = crosslace.ActivationStore.open(demo / "store")
-    batch = store.batch(epoch=0, step=1, size=64)
+    batch = store.batch(epoch=0, step=1, size=64).to("cpu", torch.float32)
     transcoder = crosslace.Transcoder.load(demo / "clt" / "transcoder")
     acts = transcoder.encode(batch.x)
     assert transcoder.decode(acts).shape == batch.y.shape
