@@ -137,9 +137,9 @@ def gather(
     done = 0
     for batch in _batches(sequences, max(transcoder.features)):
         tokens_ST, valid_ST = padded(batch, model.lm.device)
-        with model.lm.capture((read,), layers) as sites:
+        with model.lm.capture({"resid", read}) as sites:
             model.lm(tokens_ST)
-        counted_ST = valid_ST & ~model.keep_mask(tokens_ST)
+        counted_ST = valid_ST & ~model.keep_mask(tokens_ST, resid=sites.resid)
         number_S = torch.arange(len(texts), len(texts) + len(batch), device=model.lm.device)
         for layer in layers:
             x = getattr(sites, read)[layer].to(transcoder.dtype)

@@ -1,0 +1,142 @@
+"""circuit-tracer itself loads what we export, and finds the same graph: edge by edge, on the same model and prompt.
+
+It lives in an environment of its own. `CROSSLACE_INTEROP_PYTHON` names that environment's interpreter; where it is not
+set and `CROSSLACE_INTEROP=1` is (as in CI), one is made and circuit-tracer installed into it from the registry.
+"""
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from crosslace.circuit.formats.circuit_tracer import export_circuit_tracer
+from crosslace.circuit.replacement import ReplacementModel
+from crosslace.data.model import LanguageModel
+from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+VERSION = "0.5.0"
+L, D, F, V, T = 3, 32, 96, 50, 9
+CASES = {
+    # name: (family, reach, activation, read, skip)
+    "llama-plt": ("llama", "1", "jumprelu", "resid", False),
+    "llama-clt": ("llama", "all", "jumprelu", "resid", False),
+    "llama-clt-batchtopk": ("llama", "all", "batchtopk", "mlp_in", False),
+    "llama-plt-skip": ("llama", "1", "relu", "mlp_in", True),
+    "gpt2-plt-batchtopk": ("gpt2", "1", "batchtopk", "resid", False),
+    "gpt2-window": ("gpt2", "2", "jumprelu", "mlp_in", False),
+}
+
+
+@pytest.fixture(scope="session")
+def foreign_python(tmp_path_factory) -> str:
+    given = os.environ.get("CROSSLACE_INTEROP_PYTHON")
+    if given:
+        return given
+    if os.environ.get("CROSSLACE_INTEROP") != "1":
+        pytest.skip("set CROSSLACE_INTEROP_PYTHON, or CROSSLACE_INTEROP=1 to install circuit-tracer aside")
+    folder = tmp_path_factory.mktemp("circuit-tracer")
+    venv.create(folder, with_pip=True)
+    python = str(folder / ("Scripts" if os.name == "nt" else "bin") / Path(sys.executable).name)
+    install = [python, "-m", "pip", "install", "--quiet", f"circuit-tracer=={VERSION}"]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"circuit-tracer cannot be installed:\n{done.stderr[-2000:]}"
+    return python
+
+
+def build(folder: Path, family: str, reach: str, activation: str, read: str, skip: bool) -> None:
+    """A random model's folder, a transcoder of it, exported, and a prompt."""
+    torch.manual_seed(0)
+    ends = {"bos_token_id": None, "eos_token_id": None, "vocab_size": V}
+    if family == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=D, n_layer=L, n_head=4, n_positions=32, **ends))
+    else:
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=D,
+                num_hidden_layers=L,
+                num_attention_heads=4,
+                num_key_value_heads=2 if reach == "1" else 4,
+                intermediate_size=2 * D,
+                max_position_embeddings=32,
+                **ends,
+            )
+        )
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(folder / "model")
+    settings = TranscoderSettings(features=F, reach=reach, activation=activation, read=read, skip=skip)
+    transcoder = Transcoder(settings, D, L, seed=1)
+    with torch.no_grad():
+        for parameter in [*transcoder.W_enc, *transcoder.b_enc, *transcoder.b_dec, *transcoder.W_skip]:
+            parameter += 0.2 * torch.randn_like(parameter)
+        for log_theta in transcoder.log_theta:
+            log_theta.uniform_(-2.0, 0.5)
+    # what a finished run does: normalisation folded, choices among a batch turned into thresholds
+    thresholds = [0.5 + torch.rand(F) for _ in range(L)] if activation == "batchtopk" else None
+    raw = transcoder.folded(torch.tensor([1.0, 0.8, 1.3]), torch.tensor([2.0, 1.5, 0.7]), thresholds)
+    raw.save(folder / "ours")
+    export_circuit_tracer(raw, folder / "exported", model_name=f"random-{family}")
+    save_file({"tokens": torch.randint(0, V, (T,))}, folder / "prompt.safetensors")
+
+
+@pytest.fixture(scope="session")
+def attributed(foreign_python, tmp_path_factory) -> Path:
+    """Every case's folder, with circuit-tracer's graph in it."""
+    root = tmp_path_factory.mktemp("cases")
+    for name, options in CASES.items():
+        build(root / name, *options)
+    script = Path(__file__).with_name("foreign_attribution.py")
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        [foreign_python, str(script), *(str(root / name) for name in CASES)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+        cwd=root,
+    )
+    assert done.returncode == 0, f"circuit-tracer failed:\n{done.stderr[-4000:]}"
+    return root
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_edge_by_edge(attributed, case):
+    folder = attributed / case
+    theirs = load_file(folder / "theirs.safetensors")
+    lm = LanguageModel(AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32))
+    model = ReplacementModel(lm, Transcoder.load(folder / "ours"))
+    tokens = load_file(folder / "prompt.safetensors")["tokens"]
+    graph = model.trace(tokens, max_logits=5, logit_mass=0.8)
+    nodes = graph.nodes
+
+    features = nodes.mask("feature")
+    places = torch.stack([nodes.layer[features], nodes.position[features], nodes.index[features]], 1)
+    assert len(places) > 50
+    assert torch.equal(places, theirs["features"])
+    torch.testing.assert_close(nodes.activation[features].float(), theirs["activations"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(nodes.index[nodes.mask("logit")], theirs["logits"])
+    torch.testing.assert_close(graph.probabilities.float(), theirs["probabilities"], rtol=1e-4, atol=1e-5)
+
+    # They have no biases or position embeddings, and no error at position 0, which is the model's own output there.
+    n, rows = len(places), len(theirs["adjacency"])
+    shared = nodes.mask("feature", "error", "embedding", "logit")
+    ours = graph.adjacency[shared][:, shared]
+    assert ours.shape == (rows, rows)
+    compared = torch.ones(rows, dtype=torch.bool)
+    compared[n : n + L * T : T] = False
+    if model.transcoder.settings.skip:
+        # At position 0 their errors are taken as zero, yet the skip passes there; here the model's own output stands.
+        compared[n + L * T] = False
+    difference = (ours - theirs["adjacency"])[:, compared].abs().max()
+    largest = theirs["adjacency"].abs().max()
+    assert difference <= 1e-4 * largest, f"edges differ by {float(difference / largest):.1e} of the largest"
