@@ -1,5 +1,8 @@
 """The parts that verbs work with, opened from their settings: model, text, store, transcoder."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,11 +59,28 @@ def open_corpus(job: Job, model: "LanguageModel") -> "Corpus":
     return load_corpus(job.section("dataset"), model.tokenizer)
 
 
-def open_store(job: Job, split: str = "train") -> "ActivationStore":
-    """The cached activations that the settings name."""
+@contextmanager
+def open_stores(job: Job) -> "Iterator[tuple[ActivationStore, ActivationStore]]":
+    """The training rows and the held-out ones: cached before, or harvested while they are read."""
     from ..data.store import ActivationStore
 
-    return ActivationStore.open(job.store_path, split=split)
+    settings = job.section("store")
+    if settings.mode == "disk":
+        yield ActivationStore.open(job.store_path), ActivationStore.open(job.store_path, split="held_out")
+        return
+    from ..data.harvest import Harvester
+    from ..data.streaming import open_streaming
+
+    model = open_model(job)
+    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    harvester = Harvester(model, open_corpus(job, model), settings)
+    store, held_out = open_streaming(harvester, job.progress, rank, count)
+    try:
+        if held_out is None:
+            raise UserError("store.held_out=0 leaves nothing to evaluate on; give it some rows, such as 64K")
+        yield store, held_out
+    finally:
+        store.close()
 
 
 def open_replacement(job: Job, run: Path, force: bool = False) -> "ReplacementModel":

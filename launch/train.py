@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.errors import UserError
 from . import runs, tracking
 from .job import Job
+from .sources import open_stores
 from .terminal import Closing, table
 
 if TYPE_CHECKING:
@@ -45,16 +46,12 @@ def next_commands(folder: Path) -> list[str]:
 
 def fit(job: Job, folder: Path) -> "TrainResult | None":
     """Train in `folder` with the job's settings; None where that was done before."""
-    from ..data.store import ActivationStore
     from ..train.sharding import processes
     from ..train.trainer import pick_device, train
 
-    path = job.store_path
     settings = run_settings(job)
-    store = ActivationStore.open(path)
-    held_out = ActivationStore.open(path, split="held_out")
     device = pick_device(job.section("trainer"))
-    with processes(job.section("parallel"), device) as comm:
+    with open_stores(job) as (store, held_out), processes(job.section("parallel"), device) as comm:
         if comm.is_main:
             runs.claim(folder, settings)
         comm.barrier()

@@ -106,6 +106,17 @@ def test_cache_then_train_then_resume(demo: Path, crosslace, tmp_path: Path, mon
     assert ended.code == 2 and "more than the 8 features" in ended.err
 
 
+def test_train_on_activations_as_they_stream(crosslace, tmp_path: Path) -> None:
+    ended = crosslace(
+        *("train", "world=tiny", f"store={tmp_path / 'ring'}", "store.mode=streaming", f"run={tmp_path / 'run'}"),
+        *("store.tokens=3K", "store.held_out=300", "store.budget=50MB", "transcoder.features=32", "transcoder.k=4"),
+        *("trainer.batch=128", "trainer.steps=20", "trainer.eval_tokens=128", "trainer.calibrate_tokens=256"),
+        "wandb.mode=disabled",
+    )
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "run" / "transcoder" / "transcoder.json").is_file()
+
+
 def test_eval_writes_figures_and_a_page(clt: Path, crosslace) -> None:
     (clt / "eval.json").unlink()
     small = ["eval.tokens=1200", "eval.calibration_tokens=1000", "eval.prompts=0", "eval.pairs=0", "eval.layers=false"]
