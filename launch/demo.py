@@ -155,11 +155,12 @@ class Demo:
 
     def swap(self) -> dict[str, Any]:
         from . import swap
-        from .truth import state_features
+        from .truth import state_coded
 
         model, pairs = self.model("clt"), self.job.section("demo").pairs
-        states = state_features(self.labels("clt"))
-        swaps = swap.run_swaps(model, self.the_world(model), states, pairs, self.seed, self.job.progress)
+        world = self.the_world(model)
+        coded = state_coded(model, world, self.seed)
+        swaps = swap.run_swaps(model, world, coded, pairs, self.seed, self.job.progress)
         runs.write_json(self.folder / "swap.json", swap.records(swaps))
         return swap.summary(swaps)
 

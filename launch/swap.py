@@ -1,14 +1,15 @@
 """The swap: put the state of one city's prompt in place of another's, and see whether the answer follows.
 
-At the last position of the first prompt, the features named after its state are silenced and those named after the
-second prompt's state are set to what they are in the second prompt. Everything up to the last layer that is touched is
+At the last position of the first prompt, the features that tell states apart (`truth.state_coded`) are set to what
+they are in the second prompt, wherever the two prompts differ. Everything up to the last layer that is touched is
 frozen, the rest is live. The answer counts only if it is the other state's in full, every token the first choice.
 
-The control does the same with features drawn at random: as many in each layer, set to the same values.
+The control does the same with features drawn at random from those that do not tell states apart: as many in each layer,
+silenced and set to the same values.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def pairs_of(world: "World", count: int, seed: int, relation: str = "capital") -
 def run_swaps(
     model: "ReplacementModel",
     world: "World",
-    states: Mapping[str, Sequence[Key]],
+    coded: Collection[Key],
     count: int,
     seed: int = 0,
     progress: Progress = silent,
@@ -70,39 +71,44 @@ def run_swaps(
     pairs = pairs_of(world, count, seed)
     asked = list({q.prompt: q for pair in pairs for q in pair}.values())
     last = {q.prompt: [acts[-1] for acts in model.activations(world.tokens(q))] for q in asked}
-    named = {key for keys in states.values() for key in keys}
     draw = random.Random(seed)
     results = []
     for a, b in pairs:
-        old, new = states.get(a.facts["state"], ()), states.get(b.facts["state"], ())
-        changes = changed(model, old, new, last[b.prompt])
-        control = random_changes(model, changes, last[a.prompt], named, draw)
+        changes = changed(model, coded, last[a.prompt], last[b.prompt])
+        control = random_changes(model, changes, last[a.prompt], coded, draw)
         results.append(swap(model, world, a, b, changes, control))
         progress("swapping states", len(results), len(pairs))
     return results
 
 
-def changed(model: "ReplacementModel", old: Sequence[Key], new: Sequence[Key], other: list[Tensor]) -> dict[Key, float]:
-    """The features to set: the old state's to nothing, the new state's to their activation in the other prompt."""
+def changed(
+    model: "ReplacementModel", coded: Collection[Key], own: list[Tensor], other: list[Tensor]
+) -> dict[Key, float]:
+    """The features to set, to their activations in the other prompt."""
     number = {layer: l for l, layer in enumerate(model.transcoder.layers)}
-    return dict.fromkeys(old, 0.0) | {(layer, i): float(other[number[layer]][i]) for layer, i in new}
+    pairs = {key: (float(own[number[key[0]]][key[1]]), float(other[number[key[0]]][key[1]])) for key in sorted(coded)}
+    return {key: there for key, (here, there) in pairs.items() if here != there}
 
 
 def random_changes(
-    model: "ReplacementModel", changes: Mapping[Key, float], own: list[Tensor], named: set[Key], draw: random.Random
+    model: "ReplacementModel",
+    changes: Mapping[Key, float],
+    own: list[Tensor],
+    coded: Collection[Key],
+    draw: random.Random,
 ) -> dict[Key, float]:
-    """As many features of each layer, none named after a state: active ones for those silenced, any for those set."""
+    """As many features of each layer, none that tells states apart: active ones for those silenced, any for those set."""
     number = {layer: l for l, layer in enumerate(model.transcoder.layers)}
     found: dict[Key, float] = {}
     for (layer, _), value in changes.items():
         acts = own[number[layer]]
-        active = [i for i in acts.nonzero().flatten().tolist() if (layer, i) not in named and (layer, i) not in found]
+        active = [i for i in acts.nonzero().flatten().tolist() if (layer, i) not in coded and (layer, i) not in found]
         if value == 0.0 and active:
             found[layer, draw.choice(active)] = 0.0
             continue
-        while (key := (layer, draw.randrange(len(acts)))) in found or key in named:
-            pass
-        found[key] = value
+        free = [(layer, i) for i in range(len(acts)) if (layer, i) not in coded and (layer, i) not in found]
+        if free:
+            found[draw.choice(free)] = value
     return found
 
 

@@ -14,8 +14,10 @@ from .objective import StepLoss
 from .settings import TrainerSettings
 from .transcoder import Transcoder
 
-# How fast the penalty follows L0: log lam moves by this times log(L0 / target), a step.
+# How the penalty follows L0: log lam moves by _GAIN * log(L0 / target) a step, and _DAMPING * log(L0 / target) is added
+# to it at once, without which L0 would swing about its target.
 _GAIN = 0.02
+_DAMPING = 2.0
 _L0_MEMORY = 0.95
 
 # fp16: the loss is scaled up so that small gradients survive; halved at an overflow, doubled after many good steps.
@@ -100,6 +102,11 @@ class RunningState:
             self.sums[name] += comm.mean_data(value.to(self.l0.dtype)) * good
         self.sums["steps"] += good
         self.sums["grad_norm"] += torch.where(bad > 0, 0, grad_norm)
+
+    def steered_lam(self, target: Tensor) -> Tensor:
+        """[L]: the coefficient that steering gives now."""
+        offset = (self.l0.clamp_min(1e-3) / target).log() * (self.l0 > 0)
+        return (self.log_lam + _DAMPING * offset).exp()
 
     @torch.no_grad()
     def steer(self, target: Tensor, settling: float) -> None:

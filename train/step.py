@@ -67,7 +67,10 @@ def step_inputs(parts: StepParts) -> StepInputs:
     k = [annealed_k(step, settings.steps, target, settings.k_first, settings.k_share) for target in targets]
     rising = ramp(step, settings.steps, 1.0, settings.lam_share, settings.lam_schedule)
     # A steered coefficient is the controller's: a ramp would work against it.
-    lam = parts.state.log_lam.exp() * (1.0 if steered(parts) else rising)
+    if parts.target_l0 is not None and steered(parts):
+        lam = parts.state.steered_lam(parts.target_l0)
+    else:
+        lam = parts.state.log_lam.exp() * rising
     dead = parts.state.dead(step)
     return StepInputs(k, lam, settings.lam_preactivation, dead, parts.target_l0, use_aux=parts.counters.use_aux)
 

