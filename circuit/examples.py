@@ -23,6 +23,8 @@ class Keeper:
 
     def update(self, score_SF: Tensor, token_SF: Tensor, acts_STF: Tensor, sequence_S: Tensor) -> None:
         """`score_SF` is -inf where a sequence has no example for a feature; only features that change are touched."""
+        if self.keep == 0:
+            return
         f_M = torch.nonzero(score_SF.amax(0) > self.score.amin(1)).squeeze(1)
         if len(f_M) == 0:
             return

@@ -1,0 +1,273 @@
+"""Dashboards: every figure against a plain recount, on a random model; the files; labels."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from crosslace.circuit.concepts import ConceptCounter, label_by_prompts, score_concepts
+from crosslace.circuit.dashboards import (
+    DashboardReader,
+    DashboardWriter,
+    feature_number,
+    from_feature_number,
+)
+from crosslace.circuit.examples import BINS, Histogram
+from crosslace.circuit.features import FeatureSettings, build_features, direct_logits
+from crosslace.circuit.labels import Label, Labels, label_from_record
+from crosslace.circuit.replacement import ReplacementModel
+from crosslace.data.errors import SettingsError, UserError
+from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from jsonschema import Draft7Validator
+
+SCHEMA = Path(__file__).parents[1] / "interop" / "neuronpedia-feature-schema.json"
+F = 12
+
+
+class Texts:
+    """A corpus of given texts."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def sequences(self, split="train", limit_tokens=None):
+        class Sequence:
+            def __init__(self, tokens):
+                self.tokens = tokens
+
+        return (Sequence(text) for text in self.texts)
+
+
+@pytest.fixture(scope="module")
+def model(make_tiny) -> ReplacementModel:
+    lm = make_tiny("llama", torch.float64)
+    settings = TranscoderSettings(features=F, reach="all", activation="jumprelu", theta_init=0.4)
+    transcoder = Transcoder(settings, lm.d_model, lm.n_layers, seed=3, dtype=torch.float64)
+    with torch.no_grad():
+        transcoder.b_enc[1][5] = -1e6  # dead
+    return ReplacementModel(lm, transcoder)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 14, (40,), generator=random).tolist()
+    found = [torch.randint(3, 32, (length,), generator=random) for length in lengths]
+    return [*found, found[0].clone()]  # one text twice
+
+
+def plain_activations(model, texts):
+    """[tokens] of (text, position, acts [L][F]), one text at a time, without the first position."""
+    for number, text in enumerate(texts):
+        acts = model.activations(text)
+        for position in range(len(text)):
+            if not bool(model.keep_mask(text[None])[0, position]):
+                yield number, position, [acts_TF[position] for acts_TF in acts]
+
+
+def test_every_figure_against_a_plain_recount(model, texts, tmp_path):
+    settings = FeatureSettings(top=4, quantiles=2, per_quantile=3, before=3, after=2, logits=5)
+    folder = build_features(model, Texts(texts), tmp_path, settings)
+    unique = texts[:-1]
+    unique = [t for i, t in enumerate(unique) if not any(torch.equal(t, other) for other in unique[:i])]
+    found = list(plain_activations(model, unique))
+    reader, schema = DashboardReader(folder), Draft7Validator(json.loads(SCHEMA.read_text()))
+    for layer in range(model.lm.n_layers):
+        for feature in range(F):
+            record = reader.record(layer, feature)
+            schema.validate(record)
+            values = [(float(acts[layer][feature]), number, position) for number, position, acts in found]
+            active = [value for value, _, _ in values if value > 0]
+            assert record["index"] == feature
+            assert record["activation_frequency"] == pytest.approx(len(active) / len(values))
+            assert sum(record["histogram"]) == len(active)
+            if not active:
+                assert record["examples_quantiles"] == [] and record["top_logits"] == []
+                continue
+            assert record["act_max"] == pytest.approx(max(active), rel=1e-3)
+            assert record["act_min"] == pytest.approx(min(active), rel=1e-3)
+            best: dict[int, float] = {}
+            for value, number, _ in values:
+                best[number] = max(best.get(number, 0.0), value)
+            expected = sorted((value for value in best.values() if value > 0), reverse=True)[:4]
+            top = record["examples_quantiles"][0]["examples"]
+            peaks = [example["tokens_acts_list"][example["train_token_ind"]] for example in top]
+            assert peaks == pytest.approx(expected, rel=1e-3)
+            for group in record["examples_quantiles"]:
+                for example in group["examples"]:
+                    check_example(model, unique, layer, feature, example)
+    assert reader.record(1, 5)["activation_frequency"] == 0
+
+
+def check_example(model, texts, layer, feature, example):
+    """The window is a piece of a text, with that text's activations, at most 3 before and 2 after."""
+    at, tokens = example["train_token_ind"], [int(token) for token in example["tokens"]]
+    assert at <= 3 and len(tokens) - at - 1 <= 2 and example["tokens_acts_list"][at] > 0
+    for text in texts:
+        for start in range(len(text) - len(tokens) + 1):
+            if text[start : start + len(tokens)].tolist() == tokens:
+                acts = model.activations(text)[layer][start : start + len(tokens), feature]
+                if torch.allclose(acts, torch.tensor(example["tokens_acts_list"]).double(), rtol=1e-3, atol=1e-6):
+                    return
+    raise AssertionError("an example is no piece of any text")
+
+
+def test_the_batch_size_changes_nothing(model, texts, tmp_path, monkeypatch):
+    settings = FeatureSettings(top=4, quantiles=0, before=3, after=2)
+    first = DashboardReader(build_features(model, Texts(texts), tmp_path / "a", settings))
+    monkeypatch.setattr("crosslace.circuit.features.LARGEST_BATCH", 200)
+    second = DashboardReader(build_features(model, Texts(texts), tmp_path / "b", settings))
+    for layer in range(model.lm.n_layers):
+        for one, other in zip(first.layer(layer), second.layer(layer), strict=True):
+            assert one["activation_frequency"] == other["activation_frequency"]
+            assert one["examples_quantiles"] == other["examples_quantiles"]
+
+
+def test_direct_logits_are_the_linear_effect_on_the_logits(model):
+    """Against the model's own last norm with its denominator frozen."""
+    lm, transcoder = model.lm, model.transcoder
+    x = torch.randn(lm.d_model, dtype=torch.float64)
+    scale = lm.final_norm.denominator(x)
+    for layer in range(lm.n_layers):
+        written = transcoder.W_dec[layer][7].sum(0)
+        effect = (lm.final_norm.frozen(x + written, scale) - lm.final_norm.frozen(x, scale)) @ lm.W_U.T * scale
+        found = direct_logits(lm, transcoder, layer, torch.tensor([7]))[0]
+        torch.testing.assert_close(found, effect - effect.mean())
+
+
+def test_histograms_double_their_range_and_lose_nothing():
+    values = torch.tensor([0.5, 1.0, 3.0, 40.0, 0.1, 0.1])
+    histogram = Histogram(2, "cpu")
+    for value in values:
+        histogram.update(torch.tensor([1]), value[None])
+    assert int(histogram.counts[1].sum()) == 6 and not histogram.counts[0].any()
+    edges = torch.arange(BINS + 1) / BINS * histogram.limit[1]
+    expected = torch.histogram(values, edges).hist.long()
+    assert torch.equal(histogram.counts[1], expected)
+    low, high = histogram.quantiles([0.0, 1.0])[1].tolist()
+    assert low == pytest.approx(0.1) and high == pytest.approx(40.0)
+    assert histogram.quantiles([0.5])[0].tolist() == [0.0]
+
+
+def test_records_lie_where_the_index_says(tmp_path):
+    writer = DashboardWriter(tmp_path, 3)
+    writer.write_layer(2, [{"index": i, "text": "é" * i} for i in range(5)])
+    writer.close()
+    reader = DashboardReader(tmp_path)
+    assert reader.features == [0, 0, 5]
+    assert reader.record(2, 4) == {"index": 4, "text": "éééé"}
+    for layer, feature in ((0, 0), (3, 0), (2, 5), (2, -1)):
+        with pytest.raises(UserError, match="no dashboard"):
+            reader.record(layer, feature)
+    assert reader.unpack(tmp_path / "each") == 5
+    assert json.loads((tmp_path / "each" / f"{feature_number(2, 3)}.json").read_text())["text"] == "ééé"
+    packed = bytearray((tmp_path / "layer_2.bin").read_bytes())
+    packed[10] ^= 255
+    (tmp_path / "layer_2.bin").write_bytes(packed)
+    with pytest.raises(UserError, match="damaged at feature 0"):
+        reader.record(2, 0)
+
+
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
+    import gzip
+
+    for name in ("../secret.bin", "/etc/passwd", "..", "", 3):
+        (tmp_path / "index.json.gz").write_bytes(
+            gzip.compress(json.dumps([{"filename": name, "offsets": [0, 9]}]).encode())
+        )
+        with pytest.raises(UserError, match="damaged"):
+            DashboardReader(tmp_path)
+    with pytest.raises(UserError, match="no feature dashboards"):
+        DashboardReader(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("layer", "feature"), [(0, 0), (3, 310), (25, 2**20), (100, 3_000_000_000)])
+def test_feature_numbers_pair_and_part(layer, feature):
+    assert from_feature_number(feature_number(layer, feature)) == (layer, feature)
+
+
+# --- labels ---------------------------------------------------------------------------------------------------
+
+
+def test_labels_of_a_weaker_source_never_replace_a_stronger(tmp_path):
+    labels = Labels()
+    labels.set(1, 2, Label("on “Dal”", "tokens"))
+    labels.set(1, 2, Label("state: Texas (F1 0.97)", "truth", 0.97))
+    labels.set(1, 2, Label("on “las”", "tokens"))
+    labels.save(tmp_path)
+    read = Labels.load(tmp_path)
+    assert read.get(1, 2) == "state: Texas (F1 0.97)" and read.get(0, 0) is None
+    read.set(1, 2, Label("mine"))
+    assert read.label(1, 2) == Label("mine", "hand")
+    (tmp_path / "features" / "labels.json").write_text('{"format": "other"}')
+    with pytest.raises(UserError, match=r"labels\.json"):
+        Labels.load(tmp_path)
+
+
+def test_a_fallback_label_says_what_fires_it_or_what_it_says():
+    def record(tokens, logits):
+        examples = [{"tokens": [" a", token], "tokens_acts_list": [0.0, 2.0]} for token in tokens]
+        return {"examples_quantiles": [{"quantile_name": "", "examples": examples}], "top_logits": logits}
+
+    label = label_from_record(record([" Dal", " Dal", " Hou"], [" x"]))
+    assert label is not None and label.text == "on “Dal”, “Hou”" and label.source == "tokens"
+    label = label_from_record(record([f" t{i}" for i in range(9)], [" Austin", "\n", " Ohio"]))
+    assert label is not None and label.text.startswith("says “Austin”")
+    assert label_from_record({"examples_quantiles": [], "top_logits": []}) is None
+
+
+def test_f1_against_a_plain_count():
+    random = torch.Generator().manual_seed(0)
+    acts, holds = torch.rand(200, 5, generator=random) - 0.5, torch.rand(200, 3, generator=random) > 0.7
+    counter = ConceptCounter(5, 3)
+    for part in range(0, 200, 64):
+        counter.update(acts[part : part + 64], holds[part : part + 64])
+    scores = counter.scores()
+    for f in range(5):
+        for c in range(3):
+            fires, held = acts[:, f] > 0, holds[:, c]
+            hit = int((fires & held).sum())
+            precision, recall = hit / int(fires.sum()), hit / int(held.sum())
+            assert float(scores.f1[f, c]) == pytest.approx(2 * precision * recall / (precision + recall))
+            assert float(scores.precision[f, c]) == pytest.approx(precision)
+            assert float(scores.recall[f, c]) == pytest.approx(recall)
+
+
+def test_a_planted_detector_is_named(model, texts):
+    """Concepts that are exactly where a feature fires, everywhere or on last tokens alone, are found with F1 1."""
+    prompts = []
+    for text in texts:
+        acts = model.activations(text)
+        held = [["everywhere"] if bool(acts[0][t, 3] > 0) else [] for t in range(len(text))]
+        if bool(acts[2][-1, 4] > 0):
+            held[-1] = [*held[-1], "at the end"]
+        prompts.append((text, held))
+    result = score_concepts(model, prompts)
+    assert result.detectors("everywhere")[0] == (0, 3, 1.0)
+    assert (2, 4, 1.0) in result.detectors("at the end")
+    assert label_by_prompts(model, prompts).get(0, 3) == "everywhere (F1 1.00)"
+    with pytest.raises(UserError, match="one list a token"):
+        score_concepts(model, [(texts[0], [["x"]] * (len(texts[0]) + 1))])
+    with pytest.raises(UserError, match="no concept"):
+        score_concepts(model, [])
+
+
+# --- bad input ------------------------------------------------------------------------------------------------
+
+
+def test_bad_settings_and_texts_are_refused(model, tmp_path):
+    with pytest.raises(SettingsError, match=r"features\.top=0"):
+        FeatureSettings(top=0)
+    with pytest.raises(UserError, match=r"features\.layers names \[9\]"):
+        build_features(model, Texts([]), tmp_path, FeatureSettings(layers=[9]))
+    with pytest.raises(UserError, match="no text"):
+        build_features(model, Texts([]), tmp_path)
+
+
+def test_build_keeps_labels_and_adds_guesses(model, texts, tmp_path):
+    labels = Labels({(0, 3): Label("mine", "hand")})
+    labels.save(tmp_path)
+    build_features(model, Texts(texts), tmp_path, FeatureSettings(layers=[0]))
+    read = Labels.load(tmp_path)
+    assert read.get(0, 3) == "mine" and len(read) > 1
+    assert DashboardReader(tmp_path / "features").features == [F, 0, 0]
