@@ -9,12 +9,16 @@ from .activations import candidates
 from .collectives import SINGLE, Collectives
 from .transcoder import Transcoder
 
+# A threshold stands this much below the entry that it was found at, or rounding would say whether that one is active.
+_BELOW = 1 - 1e-5
+
 
 @torch.no_grad()
 def calibrated_thresholds(
     transcoder: Transcoder, batches: Iterable[Tensor], rows: int, target: Sequence[float], comm: Collectives = SINGLE
 ) -> list[Tensor]:
-    """Per layer [F]: thresholds at which `target[l]` features a token are active on these `rows` normalised rows.
+    """Per layer [F]: thresholds at which `target[l]` features a token are active on `rows` normalised rows, of which
+    `batches` are this rank's.
 
     topk kinds get one number a layer (one for all layers where batchtopk lets layers compete); jumprelu's own
     thresholds are all multiplied by one number a layer. The exact order statistic, from a pool of candidates.
@@ -29,11 +33,10 @@ def calibrated_thresholds(
         h = transcoder.preactivations(x)
         scores = [h_BF / theta for h_BF, theta in zip(h, own, strict=True)] if relative else h
         for g, group in enumerate(groups):
-            room = counts[g] * comm.data_ranks
-            pools[g] = candidates(torch.cat([pools[g], *(candidates(scores[l], room) for l in group)]), room)
+            pools[g] = candidates(torch.cat([pools[g], *(candidates(scores[l], counts[g]) for l in group)]), counts[g])
     thresholds: list[Tensor] = [own[0]] * transcoder.n_layers
     for g, group in enumerate(groups):
-        level = comm.top_threshold(pools[g], counts[g]).clamp_min(1e-30)
+        level = comm.top_threshold(pools[g], counts[g] / comm.data_ranks).clamp_min(1e-30) * _BELOW
         for l in group:
             thresholds[l] = own[l] * level if relative else level.expand(transcoder.features[l]).clone()
     return thresholds

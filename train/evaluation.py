@@ -37,18 +37,23 @@ class HeldOut:
         self.store, self.normalisation, self.read, self.layers, self.comm = store, normalisation, read, layers, comm
 
     def rows(self, tokens: int) -> int:
-        """How many rows each rank takes of the first `tokens`."""
-        return min(tokens, len(self.store)) // self.comm.data_ranks
+        """How many rows all ranks take together."""
+        return min(tokens, len(self.store))
 
     def pairs(self, tokens: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, y) normalised, on the device."""
+        """(x, y) normalised, on the device: the same rows in all, whatever the number of ranks."""
         rank, ranks, left = self.comm.data_rank, self.comm.data_ranks, self.rows(tokens)
         step = 0
         while left > 0:
-            batch = self.store.batch(0, step, _ROWS_AT_ONCE * ranks, self.layers, rank, ranks)
-            x, y = batch.sites[self.read][:left].to(device), batch.mlp_out[:left].to(device)
+            rows = min(left, _ROWS_AT_ONCE)
+            if rows == _ROWS_AT_ONCE:
+                batch, mine = self.store.batch(0, step, rows, self.layers, rank, ranks), slice(None)
+            else:
+                batch = self.store.batch(0, step, _ROWS_AT_ONCE, self.layers)
+                mine = slice(rank * rows // ranks, (rank + 1) * rows // ranks)
+            x, y = batch.sites[self.read][mine].to(device), batch.mlp_out[mine].to(device)
             yield self.normalisation.x(x), self.normalisation.y(y)
-            left, step = left - len(x), step + 1
+            left, step = left - rows, step + 1
 
 
 @torch.no_grad()

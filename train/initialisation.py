@@ -8,10 +8,14 @@ from .transcoder import Transcoder
 
 @torch.no_grad()
 def quantile_bias(h_NF: Tensor, theta_F: Tensor, rate: float) -> Tensor:
-    """[F]: the bias at which each feature exceeds its threshold on a share `rate` of the rows; h without its bias."""
+    """[F]: the bias at which each feature exceeds its threshold on a share `rate` of the rows; h without its bias.
+
+    The threshold falls halfway between two rows: on one, rounding would say whether that row fires.
+    """
     rows = h_NF.shape[0]
     rank = min(max(round(rate * rows), 1), rows)
-    return theta_F - h_NF.topk(rank, dim=0).values[-1]
+    largest = h_NF.topk(min(rank + 1, rows), dim=0).values
+    return theta_F - (largest[rank - 1] + largest[-1]) / 2
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .collectives import Collectives
+from .initialisation import quantile_bias
 from .objective import StepInputs, decode_whole
 from .optimizers import Optimizers
 from .state import RunningState
@@ -18,26 +19,39 @@ def resample(
     x: Tensor, y: Tensor, seed: int, rate: list[float], comm: Collectives,
 ) -> None:  # fmt: skip
     """Point each dead encoder at a token drawn in proportion to its squared error, with a zero decoder, a bias that
-    gives it the usual firing rate, and fresh moments. It counts as alive until it has had time to prove otherwise."""
+    gives it the usual firing rate, and fresh moments. It counts as alive until it has had time to prove otherwise.
+
+    One token is drawn for each feature, dead or not, of the whole batch: so it is the same one on any mesh.
+    """
     h = transcoder.preactivations(x)
     y_hat = decode_whole(transcoder, transcoder.activate(h, comm=comm), x, comm)
-    error_BL = (y - y_hat).square().sum(-1)
-    for l in range(transcoder.n_layers):
-        dead = inputs.dead[l].nonzero()[:, 0]
-        if not len(dead):
-            continue
-        generator = torch.Generator().manual_seed(hash((seed, l, comm.feature_rank)) & 0x7FFFFFFF)
-        weights = error_BL[:, l].square().cpu() + 1e-12
-        rows = torch.multinomial(weights, len(dead), replacement=True, generator=generator).to(x.device)
+    error_BL = whole_batch((y - y_hat).square().sum(-1), comm)
+    for l, size in enumerate(transcoder.features):
         alive = ~inputs.dead[l]
-        usual = transcoder.W_enc[l][alive].norm(dim=1).mean() if bool(alive.any()) else x.new_tensor(1.0)
-        directions = torch.nn.functional.normalize(x[rows, l], dim=1)
-        transcoder.W_enc[l][dead] = directions * usual * _ENCODER_SHARE
+        dead = inputs.dead[l].nonzero()[:, 0]
+        norms = torch.stack([transcoder.W_enc[l][alive].norm(dim=1).sum(), alive.sum().to(x.dtype)])
+        total, count = comm.sum_shards(norms)
+        if float(count) == size * comm.feature_ranks:
+            continue
+        generator = torch.Generator().manual_seed(hash((seed, l)) & 0x7FFFFFFF)
+        weights = error_BL[:, l].square().cpu() + 1e-12
+        drawn = torch.multinomial(weights, size * comm.feature_ranks, replacement=True, generator=generator)
+        rows = drawn.to(x.device)[comm.feature_rank * size :][:size][dead]
+        usual = total / count if float(count) else x.new_tensor(1.0)
+        x_BD = whole_batch(x[:, l], comm)
+        transcoder.W_enc[l][dead] = torch.nn.functional.normalize(x_BD[rows], dim=1) * usual * _ENCODER_SHARE
         theta = transcoder.theta(l)[dead]
-        h_new = x[:, l] @ transcoder.W_enc[l][dead].T
-        rank = max(1, round(rate[l] * len(x)))
-        transcoder.b_enc[l][dead] = theta - h_new.topk(rank, dim=0).values[-1]
+        transcoder.b_enc[l][dead] = quantile_bias(x_BD @ transcoder.W_enc[l][dead].T, theta, rate[l])
         transcoder.W_dec[l][dead] = 0
         state.density[l][dead] = rate[l]
         for name in (f"W_enc.{l}", f"b_enc.{l}", f"W_dec.{l}", f"log_theta.{l}"):
             optimizers.forget(name, dead)
+
+
+def whole_batch(x: Tensor, comm: Collectives) -> Tensor:
+    """All data ranks' rows in the order of the batch, of which each rank holds one stretch."""
+    if comm.data_ranks == 1:
+        return x
+    slots = x.new_zeros(comm.data_ranks, *x.shape)
+    slots[comm.data_rank] = x
+    return comm.sum_data(slots).flatten(0, 1)

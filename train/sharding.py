@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..data.errors import SettingsError, check_range
+from ..data.errors import SettingsError, UserError, check_range
 from .collectives import SINGLE, Collectives
 
 BUCKET_BYTES = 32 * 2**20
@@ -55,35 +56,64 @@ class ParallelSettings:
     def processes(self) -> int:
         return self.data * self.features
 
+    @classmethod
+    def as_started(cls) -> "ParallelSettings":
+        """All the processes that there are read different rows: for work that cuts no features."""
+        return cls(data=started())
+
+
+class PeerLost(UserError):
+    """Another process ended while this one waited for it: whatever went wrong, it knows and this one does not."""
+
+
+def started() -> int:
+    """How many processes torchrun or accelerate started, by the environment; one without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_device() -> torch.device:
+    """The device of this process: the GPU with its local number where there are several, else what Accelerate finds."""
+    if started() > 1 and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return PartialState().device or torch.device("cpu") if started() == 1 else torch.device("cpu")
+
 
 @contextmanager
 def processes(settings: ParallelSettings, device: torch.device | str = "cpu") -> Iterator[Collectives]:
-    """The collectives of this process in its mesh, for as long as the block runs.
-
-    torchrun and accelerate say through the environment how many processes there are; without them there is one.
-    """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != settings.processes:
+    """The collectives of this process in its mesh, for as long as the block runs."""
+    if started() != settings.processes:
         raise SettingsError(
             f"parallel.data={settings.data} times parallel.features={settings.features} makes {settings.processes} "
-            f"processes, and {started} were started: use torchrun --nproc-per-node={settings.processes}, or change one"
+            f"processes, and {started()} were started: use torchrun --nproc-per-node={settings.processes}"
         )
-    if started == 1:
+    if settings.processes == 1:
         yield SINGLE
         return
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     joined_here = not dist.is_initialized()
-    if joined_here:
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
     try:
+        if joined_here:
+            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
         mesh = init_device_mesh(kind, (settings.data, settings.features), mesh_dim_names=("data", "features"))
         yield MeshCollectives(mesh)
+    except RuntimeError as error:
+        if not _from_network(error):
+            raise
+        raise PeerLost(
+            "another process of this job ended or went silent, and this one cannot go on without it; the message of "
+            "that one says why, and the same command goes on from the newest checkpoint"
+        ) from error
     finally:
-        if joined_here:
+        if joined_here and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _from_network(error: RuntimeError) -> bool:
+    """Gloo's errors have no type of their own; they name the place in its source."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
 class _SumForward(torch.autograd.Function):
@@ -160,8 +190,8 @@ class MeshCollectives:
             for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def top_threshold(self, values: Tensor, count: int) -> Tensor:
-        wanted = count * self.data_ranks
+    def top_threshold(self, values: Tensor, count: float) -> Tensor:
+        wanted = round(count * self.data_ranks)
         largest = values.detach().flatten()
         largest = largest.topk(min(wanted, largest.numel()), sorted=False).values
         own = largest.new_full((wanted,), -torch.inf)  # equal lengths everywhere, so that no length is exchanged

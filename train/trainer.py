@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from ..data.errors import Progress, SettingsError, UserError, silent
@@ -21,15 +20,17 @@ from .checkpoint import Checkpoints
 from .checks import check_run, check_same_run, store_identity
 from .collectives import SINGLE, Collectives
 from .evaluation import Evaluation, HeldOut, evaluate
+from .export import save_whole
 from .initialisation import initialise, rows_for
 from .interruption import StopRequest
 from .normalisation import Normalisation, normalisation_of
 from .objective import Pass, StepInputs, dense_pass
 from .optimizers import Optimizers
-from .partition import part_of, whole_of
+from .partition import part_of
 from .records import Records, training_values
 from .resampling import resample
 from .settings import TrainerSettings
+from .sharding import local_device
 from .sinks import Sink
 from .sparse import Workspace, sparse_pass, use_sparse
 from .state import Counters, RunningState
@@ -302,12 +303,8 @@ class Trainer:
 
     def _export(self, name: str, evaluation: Evaluation) -> Path:
         """The transcoder on raw activations, thresholds included, as one ordinary folder."""
-        thresholds = evaluation.thresholds
-        if thresholds is not None:
-            thresholds = [self.comm.gather_features(theta) for theta in thresholds]
-        whole = whole_of(self.parts.transcoder, self.comm)
         scales: Normalisation = self.normalisation
-        folded = whole.folded(scales.in_scale, scales.out_scale, thresholds)
+        folded = self.parts.transcoder.folded(scales.in_scale, scales.out_scale, evaluation.thresholds)
         meta = {
             "normalisation": {"in_scale": scales.in_scale.tolist(), "out_scale": scales.out_scale.tolist()},
             "trained_as": {
@@ -317,11 +314,7 @@ class Trainer:
             },
             "held_out": evaluation.report["overall"] | {"tokens": evaluation.report["tokens"]},
         }
-        folder = self.folder / name
-        if self.comm.is_main:
-            folded.save(folder, meta)
-        self.comm.barrier()
-        return folder
+        return save_whole(folded, self.folder / name, meta, self.transcoder_settings, self.comm)
 
     def _interrupted(self) -> TrainResult:
         step = self.parts.counters.step
@@ -344,9 +337,9 @@ class Trainer:
 
 
 def pick_device(settings: TrainerSettings) -> torch.device:
-    """The device that Accelerate finds, unless one is named."""
+    """This process's own, unless one is named."""
     if settings.device == "auto":
-        return PartialState().device or torch.device("cpu")
+        return local_device()
     try:
         device = torch.device(settings.device)
     except RuntimeError as error:

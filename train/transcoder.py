@@ -325,6 +325,11 @@ class Transcoder(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, folder / WEIGHTS_FILE)
+        self.describe(folder / DESCRIPTION_FILE, meta)
+        return folder
+
+    def describe(self, path: Path, meta: dict[str, Any] | None = None) -> None:
+        """Write transcoder.json alone."""
         description = {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,
@@ -337,8 +342,7 @@ class Transcoder(nn.Module):
             "settings": asdict(self.settings),
             "meta": self.meta | (meta or {}),
         }
-        (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
-        return folder
+        path.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def load(
