@@ -22,10 +22,10 @@ DARK = {
 FONT = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 ROW_HEIGHT, BOX_HEIGHT, CHIP_HEIGHT = 104, 46, 30
-GAP, MARGIN, RULER = 20, 28, 74
+GAP, STACK_GAP, MARGIN, RULER = 20, 22, 28, 74
 
 
-@dataclass
+@dataclass(eq=False)
 class Box:
     """One node of the picture, or several drawn as a stack."""
 
@@ -70,12 +70,12 @@ def draw(
     everything = {box.key: box for box in [*chips, *boxes]}
     lines = [line for line in lines if line.source in everything and line.target in everything]
     head = 54 if title else 16
-    height = _place(boxes, chips, lines, len(rows), head)
+    *middles, height = _place(boxes, chips, lines, len(rows), head)
     width = max([box.x + box.width for box in everything.values()], default=300.0) + MARGIN + 14
     width = max(width, text_width(title, 17) + 2 * MARGIN)
 
     used = {line.source for line in lines}
-    parts = [_guides(rows, chips, width, head)]
+    parts = [_guides(rows, middles, chips, width)]
     parts += _curves(lines, everything)
     parts += [_chip(chip, chip.key in used) for chip in chips]
     parts += [_box(box) for box in boxes]
@@ -93,45 +93,57 @@ def draw(
 # --- placing ------------------------------------------------------------------------------------------------
 
 
-def _place(boxes: Sequence[Box], chips: list[Box], lines: Sequence[Line], n_rows: int, head: float) -> float:
-    for box in boxes:
-        box.width = max(text_width(box.title, 13.5, bold=True), text_width(box.note, 11)) + 30
-        box.y = head + (n_rows - 1 - box.row) * ROW_HEIGHT + (ROW_HEIGHT - BOX_HEIGHT) / 2
-    floor = head + n_rows * ROW_HEIGHT + 8
-    for chip in chips:
-        chip.width, chip.y = max(text_width(chip.title, 13) + 20, 30), floor
-    # A column is as wide as its fullest row; the boxes of a cell stand side by side.
-    x = float(RULER + MARGIN)
-    for chip in chips:
-        cells: dict[int, list[Box]] = {}
-        for box in boxes:
-            if box.position == chip.position:
-                cells.setdefault(box.row, []).append(box)
-        spans = {row: sum(box.width for box in cell) + GAP * (len(cell) - 1) for row, cell in cells.items()}
-        column = max([chip.width, *spans.values()])
-        chip.x = x + (column - chip.width) / 2
-        for row, cell in cells.items():
-            at = x + (column - spans[row]) / 2
-            for box in cell:
-                box.x, at = at, at + box.width + GAP
-        x += column + (GAP if cells else 8)
-    _order_cells(boxes, {box.key: box for box in [*chips, *boxes]}, lines)
-    return floor + CHIP_HEIGHT + MARGIN
-
-
-def _order_cells(boxes: Sequence[Box], everything: dict[str, Box], lines: Sequence[Line]) -> None:
-    """Inside a cell, stand in the order of what feeds each box, so that fewer curves cross."""
-    centre = {
-        box.key: _mean([_middle(everything[line.source]) for line in lines if line.target == box.key], _middle(box))
-        for box in boxes
-    }
+def _place(boxes: Sequence[Box], chips: list[Box], lines: Sequence[Line], n_rows: int, head: float) -> list[float]:
+    """Set every box's place; the middle of each row, then the height of the whole."""
     cells: dict[tuple[int, int], list[Box]] = {}
     for box in boxes:
+        box.width = max(text_width(box.title, 13.5, bold=True), text_width(box.note, 11)) + 30
         cells.setdefault((box.row, box.position), []).append(box)
-    for cell in cells.values():
-        at = min(box.x for box in cell)
-        for box in sorted(cell, key=lambda box: centre[box.key]):
-            box.x, at = at, at + box.width + GAP
+    fed = _fed_from(boxes, lines)
+    stacks = {key: _stacked(sorted(cell, key=fed.__getitem__), key[0] == n_rows - 1) for key, cell in cells.items()}
+    middles, y = [0.0] * n_rows, head
+    for row in reversed(range(n_rows)):
+        deepest = max([len(stack) for (other, _), stack in stacks.items() if other == row], default=1)
+        height = ROW_HEIGHT + (deepest - 1) * (BOX_HEIGHT + STACK_GAP)
+        middles[row] = y + height / 2
+        y += height
+    x, floor = float(RULER + MARGIN), y + 8
+    for chip in chips:
+        chip.width, chip.y = max(text_width(chip.title, 13) + 20, 30), floor
+        here = [(row, stack) for (row, position), stack in stacks.items() if position == chip.position]
+        column = max([chip.width, *(_span(line) for _, stack in here for line in stack)])
+        chip.x = x + (column - chip.width) / 2
+        for row, stack in here:
+            _place_stack(stack, x + column / 2, middles[row])
+        x += column + (GAP if here else 8)
+    return [*middles, floor + CHIP_HEIGHT + MARGIN]
+
+
+def _stacked(cell: list[Box], is_top: bool) -> list[list[Box]]:
+    """The boxes of a cell in lines of few, so that a crowded position does not push the others apart."""
+    per_line = len(cell) if is_top else 1 if len(cell) <= 3 else 2
+    return [cell[start : start + per_line] for start in range(0, len(cell), per_line)]
+
+
+def _span(line: list[Box]) -> float:
+    return sum(box.width for box in line) + GAP * (len(line) - 1)
+
+
+def _place_stack(stack: list[list[Box]], x: float, y: float) -> None:
+    step = BOX_HEIGHT + STACK_GAP
+    for number, line in enumerate(stack):
+        at = x - _span(line) / 2
+        for box in line:
+            box.x, box.y, at = at, y - BOX_HEIGHT / 2 + (number - (len(stack) - 1) / 2) * step, at + box.width + GAP
+
+
+def _fed_from(boxes: Sequence[Box], lines: Sequence[Line]) -> dict[Box, float]:
+    """From about which position each box is fed: boxes of a cell stand in this order, so that fewer curves cross."""
+    position = {box.key: float(box.position) for box in boxes}
+    position |= {line.source: float(line.source[6:]) for line in lines if line.source.startswith("token:")}
+    return {
+        box: _mean([position[line.source] for line in lines if line.target == box.key], box.position) for box in boxes
+    }
 
 
 def _middle(box: Box) -> float:
@@ -145,10 +157,9 @@ def _mean(values: list[float], otherwise: float) -> float:
 # --- drawing ------------------------------------------------------------------------------------------------
 
 
-def _guides(rows: Sequence[str], chips: list[Box], width: float, head: float) -> str:
+def _guides(rows: Sequence[str], middles: Sequence[float], chips: list[Box], width: float) -> str:
     parts = []
-    for row, name in enumerate(rows):
-        y = head + (len(rows) - 1 - row) * ROW_HEIGHT + ROW_HEIGHT / 2
+    for name, y in zip(rows, middles, strict=True):
         parts.append(f'<line class="guide" x1="{RULER}" x2="{width - MARGIN:.0f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="soft" x="{MARGIN}" y="{y + 4:.1f}" font-size="11">{_text(name)}</text>')
     if chips:

