@@ -19,6 +19,7 @@ from .transcoder import Transcoder
 _GAIN = 0.02
 _DAMPING = 2.0
 _L0_MEMORY = 0.95
+_FORGETTING = 8.0
 
 # fp16: the loss is scaled up so that small gradients survive; halved at an overflow, doubled after many good steps.
 _FIRST_LOSS_SCALE = 2.0**13
@@ -49,7 +50,9 @@ class RunningState:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        self.decay = math.exp(-settings.batch / settings.dead_after)
+        # The average forgets faster than `dead_after`: what fired on every tenth token before must fall far to count
+        # as dead, and with this memory even that takes about `dead_after` tokens.
+        self.decay = math.exp(-_FORGETTING * settings.batch / settings.dead_after)
         self.dead_below = math.exp(-1) / settings.dead_after
         self.steps_to_judge = settings.dead_after / settings.batch
         self.density = [zeros(size) for size in transcoder.features]
