@@ -1,5 +1,6 @@
 """`crosslace train`: a transcoder from a store."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ def run(job: Job) -> Closing:
     if result is None:
         return Closing(f"{folder} is trained already", next=next_commands(folder))
     if result.status != "finished":
-        raise KeyboardInterrupt
+        # Under torchrun a cluster takes its machine back, which is no failure; else a person pressed Ctrl-C.
+        return Closing(result.message, code=0 if "TORCHELASTIC_RUN_ID" in os.environ else 130)
     overall = result.evaluation["overall"]
     return Closing(
         "trained",

@@ -248,3 +248,30 @@ def test_view_serves_until_it_is_stopped(demo: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 0
     assert runs.read_json(demo / "summary.json")["graph"]["top_token"] == "Austin"
+
+
+def test_ctrl_c_stops_a_training_which_then_goes_on(demo: Path, crosslace, tmp_path: Path) -> None:
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    run = tmp_path / "run"
+    words = ["train", f"store={demo / 'store'}", f"run={run}", "transcoder.features=64", "transcoder.k=4"]
+    words += ["trainer.steps=4000", "trainer.batch=64", "trainer.log_every=10", "wandb.mode=disabled"]
+    command = [sys.executable, "-m", "crosslace.launch", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 60
+        while not (run / "metrics.jsonl").is_file() and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert process.stdout is not None
+        assert "and saved: run the same command again to go on" in process.stdout.read()
+    assert not (run / "transcoder").exists() and list((run / "checkpoints").iterdir())
+    reached = int(next((run / "checkpoints").iterdir()).name.removeprefix("step-"))
+    assert 0 < reached < 4000
+    again = crosslace(*words)
+    assert again.code == 0
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 4000

@@ -1,0 +1,188 @@
+"""Verbs on several real processes: torchrun, accelerate, two machines, a killed rank, and submitit."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from crosslace import Transcoder
+from crosslace.launch import runs
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TRAIN = [
+    "transcoder.features=32", "transcoder.k=3", "trainer.steps=40", "trainer.batch=64", "trainer.eval_tokens=128",
+    "trainer.calibrate_tokens=256", "trainer.eval_every=0", "trainer.checkpoint_every=10", "trainer.log_every=10",
+    "trainer.lr=1e-3", "wandb.mode=disabled",
+]  # fmt: skip
+EVAL = ["eval.tokens=2000", "eval.calibration_tokens=1000", "eval.prompts=3", "eval.pairs=40", "eval.layers=false"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def finished(command: Sequence[object], code: int = 0, **options) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, which must have this exit code."""
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment(), timeout=200, **options
+    )
+    assert done.returncode == code, done.stdout + done.stderr[-5000:]
+    return done
+
+
+def torchrun(count: int, *words: object, code: int = 0, more: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    command = [*TORCHRUN, "--standalone", f"--nproc-per-node={count}", *more, "-m", "crosslace.launch", *words]
+    return finished(command, code)
+
+
+def same_transcoder(one: Path, other: Path, tolerance: float = 1e-5) -> None:
+    ours, theirs = Transcoder.load(one / "transcoder"), Transcoder.load(other / "transcoder")
+    for name, parameter in ours.named_parameters():
+        expected = theirs.get_parameter(name).detach()
+        off = float((parameter.detach() - expected).abs().max() / expected.abs().max().clamp_min(1e-9))
+        assert off <= tolerance, f"{name} differs by {off:.1e}"
+
+
+@pytest.fixture(scope="module")
+def store(demo: Path) -> Path:
+    return demo / "store"
+
+
+@pytest.fixture(scope="module")
+def one(store: Path, tmp_path_factory) -> Path:
+    """The run of a single process."""
+    from crosslace.launch.cli import main
+
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    assert main(["train", f"store={store}", f"run={folder}", *TRAIN]) == 0
+    return folder
+
+
+def test_a_killed_rank_ends_the_job_and_torchrun_starts_it_again(store: Path, one: Path, tmp_path: Path) -> None:
+    """SIGKILL to one of two processes in mid-training: with --max-restarts=1 the run goes on from its checkpoint."""
+    folder = tmp_path / "killed"
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "crosslace.launch", "train",
+               f"store={store}", f"run={folder}", "parallel.data=2", *TRAIN]  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+    ) as job:
+        while not list(folder.glob("checkpoints/step-*")) and job.poll() is None:
+            time.sleep(0.05)
+        victim = next(pid for pid in children(job.pid) if int(process_environment(pid).get("RANK", "0")) == 1)
+        os.kill(victim, signal.SIGKILL)
+        out, _ = job.communicate(timeout=150)
+    assert job.returncode == 0, out[-5000:]
+    assert "SIGKILL" in out or "exitcode: -9" in out, out[-3000:]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [10, 20, 30, 40]
+    same_transcoder(folder, one)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process started (Linux)."""
+    return [
+        int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()
+    ]
+
+
+def process_environment(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return dict(pair.decode().split("=", 1) for pair in pairs if b"=" in pair)
+
+
+def test_two_machines_find_each_other_through_c10d(store: Path, one: Path, tmp_path: Path) -> None:
+    """Two torchrun agents, as on two machines, with one rendezvous on loopback; features are shared between them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path / "two"
+    command = [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=crosslace",
+               f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", "-m", "crosslace.launch", "train",
+               f"store={store}", f"run={folder}", "parallel.features=2", *TRAIN]  # fmt: skip
+    agents = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+        for _ in range(2)
+    ]
+    outputs = [agent.communicate(timeout=150)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)[-5000:]
+    assert sum("crosslace eval run=" in out for out in outputs) == 1, "only the first process speaks"
+    same_transcoder(folder, one)
+
+
+def test_a_mistake_is_one_sentence(store: Path, tmp_path: Path) -> None:
+    words = ("train", f"store={store}", f"run={tmp_path / 'r'}", *TRAIN)
+    done = torchrun(2, *words, "parallel.features=2", "transcoder.features=33", code=1)
+    said = [line for line in done.stderr.splitlines() if line.startswith("crosslace:")]
+    assert said == ["crosslace: transcoder.features=33 does not divide into parallel.features=2 equal parts"]
+    assert not (tmp_path / "r" / "transcoder").exists()
+
+
+def test_harvest_and_evaluation_are_the_same_on_two_processes(demo: Path, tmp_path: Path) -> None:
+    """`accelerate launch` for the one, torchrun for the other."""
+    cache = ["world=tiny", "tokens=4K", "store.held_out=500", "store.shuffle_rows=1000", "store.shard_rows=1024",
+             "store.block_rows=64"]  # fmt: skip
+    from crosslace.launch.cli import main
+
+    assert main(["cache", f"store={tmp_path / 'a'}", *cache]) == 0
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
+                  "--mixed_precision=no", "--dynamo_backend=no"]  # fmt: skip
+    finished([*accelerate, "-m", "crosslace.launch", "cache", f"store={tmp_path / 'b'}", *cache])
+    one, two = (files(tmp_path / name) for name in "ab")
+    assert one.keys() == two.keys() and len(one) > 8
+    assert [name for name in one if one[name] != two[name]] == []
+
+    results = []
+    for name in "ab":
+        os.symlink(demo / "clt" / "transcoder", linked := tmp_path / f"run-{name}" / "transcoder") if (
+            tmp_path / f"run-{name}"
+        ).mkdir() is None else None
+        (linked.parent / "config.yaml").write_text((demo / "clt" / "config.yaml").read_text())
+    assert main(["eval", f"run={tmp_path / 'run-a'}", *EVAL]) == 0
+    torchrun(2, "eval", f"run={tmp_path / 'run-b'}", *EVAL)
+    for name in "ab":
+        result = json.loads((tmp_path / f"run-{name}" / "eval.json").read_text())
+        result.pop("made_with")
+        results.append(result)
+    assert different(results[1], results[0]) == []
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "config.yaml"
+    }
+
+
+def different(ours, theirs, at: str = "") -> list[str]:
+    """The places where two results differ by more than rounding."""
+    if isinstance(theirs, dict):
+        return [found for key in theirs for found in different(ours[key], theirs[key], f"{at}/{key}")]
+    if isinstance(theirs, list):
+        return [
+            found for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) for found in different(a, b, f"{at}/{i}")
+        ]
+    close = ours == pytest.approx(theirs, rel=1e-4, abs=1e-5) if isinstance(theirs, float) else ours == theirs
+    return [] if close else [f"{at}: {ours} and {theirs}"]
+
+
+def test_submitit_gives_a_job_of_two_tasks_one_training(store: Path, one: Path, tmp_path: Path) -> None:
+    """The launcher's own path for several processes a job, on submitit's local executor."""
+    from crosslace.launch.cli import main
+
+    folder = tmp_path / "sweep"
+    words = ["sweep", f"run={folder}", f"store={store}", *TRAIN, "transcoder.skip=false,true", "jobs=1",
+             "launcher=submitit_local", "launcher.options.tasks_per_node=2", "parallel.data=2", "eval.tokens=1000",
+             "eval.calibration_tokens=1000", "eval.prompts=0", "eval.pairs=0", "eval.layers=false",
+             "eval.controls=false"]  # fmt: skip
+    assert main(words) == 0
+    same_transcoder(folder / "skip-false", one)
+    assert runs.saved_settings(folder / "skip-false")["parallel"]["data"] == 2
+    assert torch.isfinite(Transcoder.load(folder / "skip-false" / "transcoder").W_dec[0]).all()
