@@ -117,8 +117,15 @@ class Demo:
                 model, open_corpus(part, model.lm), part.section("eval"), part.progress.named(kind)
             )
             evaluate.write(self.folder / kind, result)
-            found[kind] = evaluate.headline(result)
+            found[kind] = evaluate.headline(result) | {"top1": self.answered(model)}
         return found
+
+    def answered(self, model: "ReplacementModel") -> float:
+        """The share of the model's answers to held-out questions that it still gives with every MLP replaced."""
+        world = self.the_world(model)
+        questions = world.questions(split="held_out")
+        known = [q for q, right in zip(questions, world.correct(model.lm, questions)) if right]
+        return sum(map(bool, world.correct(model.replaced_logits, known))) / len(known)
 
     def features(self) -> dict[str, Any]:
         from ..circuit.features import build_features

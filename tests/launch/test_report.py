@@ -1,0 +1,113 @@
+"""Pages about runs: what they compare, what they refuse, and that they are one safe file."""
+
+import copy
+import csv
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from crosslace.data.errors import UserError
+from crosslace.launch.charts import Chart, Series, page, table
+from crosslace.launch.report import evaluated_below, write_report
+
+
+@pytest.fixture(scope="module")
+def result(demo: Path) -> dict:
+    """A real evaluation, to be varied."""
+    return json.loads((demo / "clt" / "eval.json").read_text())
+
+
+def saved(folder: Path, result: dict, **figures: float) -> Path:
+    """The evaluation with other figures, as a run of its own."""
+    varied = copy.deepcopy(result)
+    for name, value in figures.items():
+        varied["overall" if name in varied["overall"] else "behaviour"][name] = value
+    folder.mkdir(parents=True)
+    (folder / "eval.json").write_text(json.dumps(varied))
+    return folder
+
+
+class Outside(HTMLParser):
+    """Finds whatever a page would fetch, and script that came from data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def read(text: str) -> Outside:
+    parser = Outside()
+    parser.feed(text)
+    return parser
+
+
+def test_a_better_run_dominates(result: dict, tmp_path: Path) -> None:
+    worse = saved(tmp_path / "worse", result, nmse=0.5, kl=9.0, ce_recovered=0.1)
+    better = saved(tmp_path / "better", result, nmse=0.01, kl=0.01, ce_recovered=0.99)
+    sparser = saved(tmp_path / "sparser", result, l0=1.0, nmse=0.9, kl=10.0, ce_recovered=0.0)
+    write_report([worse, better, sparser], tmp_path / "report.html")
+    rows = {Path(row["run"]).name: row for row in csv.DictReader((tmp_path / "report.csv").open())}
+    assert rows["worse"]["dominated_by"] == str(better)
+    assert rows["better"]["dominated_by"] == rows["sparser"]["dominated_by"] == ""
+    assert {path.name for path in (tmp_path / "plots").glob("*.png")} >= {"l0_nmse.png", "l0_kl.png"}
+
+
+def test_other_data_is_marked_and_never_dominates(result: dict, tmp_path: Path) -> None:
+    worse = saved(tmp_path / "worse", result, nmse=0.5, kl=9.0, ce_recovered=0.1)
+    elsewhere = copy.deepcopy(result)
+    elsewhere["made_with"]["dataset"] = "another text"
+    better = saved(tmp_path / "better", elsewhere, nmse=0.01, kl=0.01, ce_recovered=0.99)
+    write_report([worse, better], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "compare only runs of one letter" in text and "another text" in text
+    assert all(row["dominated_by"] == "" for row in csv.DictReader((tmp_path / "report.csv").open()))
+
+
+def test_a_page_is_one_file_and_data_is_text(result: dict, tmp_path: Path) -> None:
+    hostile = copy.deepcopy(result)
+    hostile["verdicts"] = ["<script>alert(1)</script>"]
+    hostile["graph"]["prompts"][0]["prompt"] = '"><img src=x onerror=alert(1)>'
+    saved(tmp_path / "run", hostile)
+    write_report([tmp_path / "run"], tmp_path / "run" / "report.html")
+    found = read((tmp_path / "run" / "report.html").read_text())
+    assert found.fetched == [] and found.tags.count("script") == 1 and "img" not in found.tags
+
+
+def test_every_part_of_an_evaluation_is_on_its_page(result: dict, tmp_path: Path) -> None:
+    saved(tmp_path / "run", result)
+    write_report([tmp_path / "run"], tmp_path / "run" / "report.html")
+    text = (tmp_path / "run" / "report.html").read_text()
+    for heading in ("In short", "Against controls", "Layer by layer", "Graphs", "Faithfulness", "Health", "Made with"):
+        assert f"<h2>{heading}" in text
+    for verdict in result["verdicts"]:
+        assert verdict in text
+
+
+def test_what_was_not_evaluated_is_said(tmp_path: Path, result: dict) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="was not evaluated yet"):
+        write_report([tmp_path / "run"], tmp_path / "page.html")
+    with pytest.raises(UserError, match=r"no run in .* was evaluated"):
+        evaluated_below(tmp_path)
+    old = copy.deepcopy(result)
+    del old["made_with"]
+    with pytest.raises(UserError, match=r"evaluate .* again"):
+        write_report([saved(tmp_path / "old", old)], tmp_path / "page.html")
+
+
+def test_charts_leave_out_what_cannot_be_drawn() -> None:
+    chart = Chart("t", "x", "y", [Series("a", [(1, 0.0), (2, float("nan")), (3, 5.0)])], log_y=True)
+    assert chart.svg().count("<circle") == 1
+    assert "nothing to draw" in Chart("t", "x", "y", [Series("a", [])]).svg()
+    assert "&lt;b&gt;" in Chart("<b>", "x", "y", [Series("a", [(1.0, 1.0)])]).svg()
+
+
+def test_tables_sort_by_value_not_by_its_show() -> None:
+    text = page("t", "", table(["n"], [[0.123456789], [None], ["<i>"]], sortable=True))
+    assert 'data-value="0.123456789">0.1235<' in text and "&lt;i&gt;" in text
