@@ -75,7 +75,8 @@ def test_only_launch_knows_hydra_trackers_and_the_terminal() -> None:
 
 def test_no_pickle_no_path_of_a_machine_no_open_server() -> None:
     words = [
-        "pickle" + ".",
+        "pickle" + ".load",
+        "pickle" + ".dump",
         "torch" + ".load(",
         "/" + "root/",
         "/" + "home/",
