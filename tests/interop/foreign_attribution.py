@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Run by another environment's interpreter: circuit-tracer's own attribution of each case folder, no network.
 
 PYTHON foreign_attribution.py FOLDER...
