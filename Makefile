@@ -32,7 +32,7 @@ test-slow: $(VENV)/.ready  ## the slow ones, which CI runs too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "slow and not interop"
 
 test-interop: $(VENV)/.ready  ## tests against foreign programs, each in an environment of its own
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m interop
+	CROSSLACE_INTEROP=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -m interop
 
 lint: $(VENV)/.ready  ## ruff (lint and format) and pyright on the whole tree
 	$(BIN)/ruff check $(SOURCES)

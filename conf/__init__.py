@@ -27,6 +27,7 @@ SECTIONS = {
     "transcoder": Section("train/transcoder.py", "TranscoderSettings", "the dictionary that is trained"),
     "trainer": Section("train/settings.py", "TrainerSettings", "how it is trained"),
     "parallel": Section("train/sharding.py", "ParallelSettings", "several processes"),
+    "machine": Section("train/plan.py", "MachineSettings", "the machine that --plan reckons with"),
     "eval": Section("circuit/evaluation.py", "EvalSettings", "what is measured"),
     "trace": Section("circuit/attribution.py", "TraceSettings", "the attribution graph"),
     "features": Section("circuit/features.py", "FeatureSettings", "the features' dashboards"),
@@ -81,8 +82,11 @@ VERBS = {
         "train a transcoder on a store, or on activations as they stream",
         "train",
         "TrainSettings",
-        ("store", "transcoder", "trainer", "parallel", *SOURCES, "wandb"),
-        ("crosslace train store=stores/gpt2 transcoder=clt run=runs/clt transcoder.features=24576",),
+        ("store", "transcoder", "trainer", "parallel", "machine", *SOURCES, "wandb"),
+        (
+            "crosslace train store=stores/gpt2 transcoder=clt run=runs/clt transcoder.features=24576",
+            "crosslace train --plan experiment=llama32_1b_clt parallel.features=8",
+        ),
     ),
     "eval": Verb(
         "measure a transcoder on held-out text",

@@ -30,6 +30,8 @@ def test_the_demo_writes_its_summary(demo: Path) -> None:
     assert summary["graph"]["prompt"] == PROMPT and summary["graph"]["top_token"] == "Austin"
     assert list(summary["swap"]) == ["pairs", "success_rate", "control_success_rate"]
     assert list(summary["seconds"]) == ["world", "cache", "train", "eval", "features", "trace", "total"]
+    assert summary["graph"]["path"] == ["Dallas", "state: Texas", "Austin"]
+    assert summary["swap"]["success_rate"] > summary["swap"]["control_success_rate"]
     assert summary["seconds"]["total"] >= sum(summary["seconds"][k] for k in ("cache", "train", "eval"))
 
 
@@ -62,7 +64,7 @@ def test_a_second_call_does_nothing_again(demo: Path, crosslace, tmp_path: Path)
     assert (again / "report.html").is_file() and settings.is_file()
     assert before == {path: path.stat().st_mtime_ns for path in again.rglob("*.safetensors")}
     other = crosslace("demo", "experiment=demo_quick", f"run={again}", "trainer.steps=7")
-    assert other.code == 2 and "trainer.steps was 150, not 7" in other.err
+    assert other.code == 2 and "trainer.steps was 300, not 7" in other.err
 
 
 def test_a_demo_that_is_stopped_goes_on(crosslace, tmp_path: Path, demo: Path, monkeypatch) -> None:
