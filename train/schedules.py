@@ -31,10 +31,10 @@ def ramp(step: int, steps: int, final: float, share: float = 1.0, shape: str = "
     return final * min(1.0, (step + 1) / rising)
 
 
-def annealed_k(step: int, steps: int, k: float, first: float | None, share: float) -> float:
+def annealed_k(step: int, steps: int, k: float, first: float, share: float) -> float:
     """From `first` (say, many features while they find their place) down to `k` over the first `share` of the run."""
     falling = share * steps
-    if first is None or falling <= 0 or step >= falling:
+    if falling <= 0 or step >= falling:
         return k
     return first + (k - first) * step / falling
 

@@ -50,8 +50,8 @@ class TrainerSettings:
     lr: float | None = None
     """Peak learning rate; not given, 2e-4 * sqrt(2^14 / features) times lr_scale."""
 
-    lr_scale: float = 1.0
-    """Factor on the default learning rate."""
+    lr_scale: float = 6.0
+    """Factor on the default learning rate; long runs on large models take 1 to 2."""
 
     betas: list[float] | None = None
     """Adam's two rates; 0.9 and 0.999 where not given."""
@@ -65,7 +65,7 @@ class TrainerSettings:
     lr_warmup: float = 0.02
     """Share of the run over which the learning rate rises."""
 
-    lr_decay: float = 0.2
+    lr_decay: float = 0.4
     """Share of the run over which it falls to zero, at the end."""
 
     lr_schedule: str = "linear"
@@ -78,10 +78,10 @@ class TrainerSettings:
     """The same, one number a layer."""
 
     k_first: float | None = None
-    """topk kinds: k at the start, annealed to the final k over k_share of the run."""
+    """topk kinds: k at the start; ten times the final k where not given, a quarter of the features at most."""
 
-    k_share: float = 0.3
-    """Share of the run over which k is annealed."""
+    k_share: float = 0.7
+    """topk kinds: share of the run over which k falls to its final value; 0 keeps it there from the start."""
 
     sparsity: str = "auto"
     """relu, jumprelu: the penalty, tanh, l1, l0, or target (quadratic in L0 around target_l0); auto is target for
@@ -115,17 +115,17 @@ class TrainerSettings:
     aux_k: int | None = None
     """Dead features per token and layer in the auxiliary loss; half of d_model where not given."""
 
-    dead_after: int = 100_000
+    dead_after: int = 30_000
     """Tokens without firing after which a feature counts as dead: the memory of the running density."""
 
-    resample_every: int = 0
+    resample_every: int = 50
     """Steps between resamplings of dead features towards badly reconstructed tokens; 0 turns it off."""
 
-    resample_until: float = 0.6
+    resample_until: float = 0.8
     """Share of the run after which nothing is resampled."""
 
     init_firing_rate: float | None = None
-    """Share of tokens on which each feature fires at first, set through b_enc; not given, the target L0 / features."""
+    """Share of tokens on which each feature fires at first, set through b_enc; not given, the first L0 / features."""
 
     init_decoder: str = "zero"
     """The decoder's first value: zero, or uniform."""
@@ -204,6 +204,12 @@ class TrainerSettings:
         """The penalty's coefficient for each covered layer."""
         default = LAM_TARGET if self.penalty(activation) == "target" else LAM
         return self.per_layer("lam", n_layers) or [default] * n_layers
+
+    def first_k(self, k: float, features: int) -> float:
+        """topk kinds: where the annealing of k starts, in a layer of so many features."""
+        if self.k_share == 0:
+            return k
+        return max(k, self.k_first or min(10 * k, features / 4))
 
     def per_layer(self, name: str, n_layers: int) -> list[float] | None:
         """`lam` or `target_l0` for each covered layer, from its single number or its list."""

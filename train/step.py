@@ -64,7 +64,9 @@ def step_inputs(parts: StepParts) -> StepInputs:
     """What schedules and state say for this step."""
     settings, transcoder, step = parts.settings, parts.transcoder, parts.counters.step
     targets = parts.targets or [float(transcoder.settings.k)] * transcoder.n_layers
-    k = [annealed_k(step, settings.steps, target, settings.k_first, settings.k_share) for target in targets]
+    sizes = [size * parts.comm.feature_ranks for size in transcoder.features]
+    firsts = [settings.first_k(target, size) for target, size in zip(targets, sizes, strict=True)]
+    k = [annealed_k(step, settings.steps, *pair, settings.k_share) for pair in zip(targets, firsts, strict=True)]
     rising = ramp(step, settings.steps, 1.0, settings.lam_share, settings.lam_schedule)
     # A steered coefficient is the controller's: a ramp would work against it.
     if parts.target_l0 is not None and steered(parts):

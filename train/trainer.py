@@ -26,7 +26,7 @@ from .interruption import StopRequest
 from .normalisation import Normalisation, normalisation_of
 from .objective import Pass, StepInputs, dense_pass
 from .optimizers import Optimizers
-from .partition import part_of
+from .partition import new_part, part_of
 from .records import Records, training_values
 from .resampling import resample
 from .settings import TrainerSettings
@@ -74,7 +74,9 @@ class Trainer:
         neurons: Sequence[Neurons] | None = None,
         meta: dict[str, Any] | None = None,
     ) -> None:
-        # Settings.
+        # Settings. What begins with a finished transcoder's features need not find places for them.
+        if init is not None and settings.k_first is None:
+            settings = dataclasses.replace(settings, k_share=0.0)
         self.settings, self.transcoder_settings, self.comm = settings, transcoder_settings, comm
         self.device = torch.device(device) if device is not None else pick_device(settings)
         self.folder, self.progress, self.sinks = Path(run_dir), progress, list(sinks)
@@ -191,15 +193,17 @@ class Trainer:
     # The beginning.
 
     def _new_transcoder(self, init: Transcoder | None, neurons: Sequence[Neurons] | None) -> Transcoder:
-        settings, d_model = self.transcoder_settings, self.store.d_model
-        whole = Transcoder(settings, d_model, self.layers, seed=self.settings.seed, meta=self.meta)
+        shape, d_model, seed = self.transcoder_settings, self.store.d_model, self.settings.seed
         rates = self._rates()
         sample = min(len(self.store), rows_for(min(rates)))
         batch = self.store.batch(0, 0, sample)
-        initialise(
-            whole, self.normalisation.x(batch.sites[self.read]), self.normalisation.y_mean, rates,
-            self.settings.init_decoder,
-        )  # fmt: skip
+        x, y_mean = self.normalisation.x(batch.sites[self.read]), self.normalisation.y_mean
+        if init is None and neurons is None:
+            part = new_part(shape, d_model, self.layers, seed, self.meta, self.comm)
+            initialise(part, x, y_mean, rates, self.settings.init_decoder)
+            return part.to(self.device)
+        whole = Transcoder(shape, d_model, self.layers, seed=seed, meta=self.meta)
+        initialise(whole, x, y_mean, rates, self.settings.init_decoder)
         if neurons is not None:
             start_from_neurons(whole, neurons, self.normalisation)
         if init is not None:
@@ -212,6 +216,8 @@ class Trainer:
         if self.settings.init_firing_rate is not None:
             return [self.settings.init_firing_rate] * len(sizes)
         wanted = self.targets or [float(self.transcoder_settings.k)] * len(sizes)
+        if self.transcoder_settings.activation in TOPK:
+            wanted = [self.settings.first_k(target, size) for target, size in zip(wanted, sizes, strict=True)]
         return [min(0.5, target / size) for target, size in zip(wanted, sizes, strict=True)]
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -303,6 +309,9 @@ class Trainer:
 
     def _export(self, name: str, evaluation: Evaluation) -> Path:
         """The transcoder on raw activations, thresholds included, as one ordinary folder."""
+        # A scaled copy of the weights takes the gradients' place.
+        self.parts.optimizers.zero_grad()
+        self.workspace = Workspace()
         scales: Normalisation = self.normalisation
         folded = self.parts.transcoder.folded(scales.in_scale, scales.out_scale, evaluation.thresholds)
         meta = {

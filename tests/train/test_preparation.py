@@ -37,7 +37,7 @@ def test_ramps():
     assert ramp(99, 100, 2.0) == 2.0 and ramp(49, 100, 2.0) == 1.0 and ramp(0, 100, 2.0, shape="constant") == 2.0
     assert ramp(10, 100, 2.0, share=0.0) == 2.0
     assert annealed_k(0, 100, 10, 50.0, 0.5) == 50 and annealed_k(25, 100, 10, 50.0, 0.5) == 30
-    assert annealed_k(50, 100, 10, 50.0, 0.5) == 10 == annealed_k(0, 100, 10, None, 0.5)
+    assert annealed_k(50, 100, 10, 50.0, 0.5) == 10 == annealed_k(0, 100, 10, 50.0, 0.0)
     assert default_lr(2**14) == 2e-4
 
 
