@@ -17,7 +17,7 @@ class StopRequest:
     """While open, SIGTERM and SIGINT set a flag; a second Ctrl-C is not waited for."""
 
     def __init__(self, comm: Collectives = SINGLE) -> None:
-        self.comm, self.signalled = comm, False
+        self.comm, self.signalled, self.by_person = comm, False, False
         self._before: dict[int, Any] = {}
 
     def requested(self, step: int) -> bool:
@@ -29,7 +29,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signalled = True
+        self.signalled, self.by_person = True, number == signal.SIGINT
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():

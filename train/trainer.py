@@ -53,6 +53,8 @@ class TrainResult(NamedTuple):
     evaluation: dict[str, Any]
     """The last held-out figures: overall, layers, tokens; empty if interrupted before any."""
     message: str
+    by_person: bool = False
+    """Interrupted by Ctrl-C, not by a cluster that takes its machine back."""
 
 
 class Trainer:
@@ -148,7 +150,7 @@ class Trainer:
                     self._save()
                 elif stop.requested(counters.step):
                     self._save()
-                    return self._interrupted()
+                    return self._interrupted(stop.by_person)
         return self._finish()
 
     def _due(self, every: int, before_step: bool = False) -> bool:
@@ -325,12 +327,12 @@ class Trainer:
         }
         return save_whole(folded, self.folder / name, meta, self.transcoder_settings, self.comm)
 
-    def _interrupted(self) -> TrainResult:
+    def _interrupted(self, by_person: bool) -> TrainResult:
         step = self.parts.counters.step
         report = {} if self.evaluation is None else self.evaluation.report
         self._close(report)
         message = f"stopped at step {step} of {self.settings.steps} and saved: run the same command again to go on"
-        return TrainResult("interrupted", step, self.folder, report, message)
+        return TrainResult("interrupted", step, self.folder, report, message, by_person)
 
     def _finish(self) -> TrainResult:
         evaluation = self._evaluate(max(self.settings.calibrate_tokens, self.settings.eval_tokens))

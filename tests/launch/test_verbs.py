@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import crosslace
@@ -252,12 +256,10 @@ def test_view_serves_until_it_is_stopped(demo: Path) -> None:
     assert runs.read_json(demo / "summary.json")["graph"]["top_token"] == "Austin"
 
 
-def test_ctrl_c_stops_a_training_which_then_goes_on(demo: Path, crosslace, tmp_path: Path) -> None:
-    import signal
-    import subprocess
-    import sys
-    import time
-
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_stops_a_training_which_then_goes_on(
+    demo: Path, crosslace, tmp_path: Path, number: int, code: int
+) -> None:
     run = tmp_path / "run"
     words = ["train", f"store={demo / 'store'}", f"run={run}", "transcoder.features=64", "transcoder.k=4"]
     words += ["trainer.steps=4000", "trainer.batch=64", "trainer.log_every=10", "wandb.mode=disabled"]
@@ -266,8 +268,8 @@ def test_ctrl_c_stops_a_training_which_then_goes_on(demo: Path, crosslace, tmp_p
         until = time.monotonic() + 60
         while not (run / "metrics.jsonl").is_file() and time.monotonic() < until:
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        process.send_signal(number)
+        assert process.wait(timeout=30) == code
         assert process.stdout is not None
         assert "and saved: run the same command again to go on" in process.stdout.read()
     assert not (run / "transcoder").exists() and list((run / "checkpoints").iterdir())
