@@ -97,7 +97,7 @@ def random_changes(
     coded: Collection[Key],
     draw: random.Random,
 ) -> dict[Key, float]:
-    """As many features of each layer, none that tells states apart: active ones for those silenced, any for those set."""
+    """As many features of each layer that tell no states apart: active ones for those silenced, any for those set."""
     number = {layer: l for l, layer in enumerate(model.transcoder.layers)}
     found: dict[Key, float] = {}
     for (layer, _), value in changes.items():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def relu_gpt2(make_tiny) -> LanguageModel:
 
 def self_transcoder(lm: LanguageModel) -> Transcoder:
     """Identity 5: W_enc = W_in, W_dec = W_out, reading after the norm."""
-    mlps = [parts.mlp for parts in lm.layers]
+    mlps: list[Any] = [parts.mlp for parts in lm.layers]
     settings = TranscoderSettings(features=mlps[0].c_fc.weight.shape[1], reach="1", activation="relu", read="mlp_in")
     transcoder = Transcoder(settings, lm.d_model, lm.n_layers, seed=None, dtype=torch.float64)
     with torch.no_grad():
@@ -204,7 +205,7 @@ def test_resampled_interval_covers_the_value():
     sums = torch.stack([torch.full((50,), 10.0), torch.arange(50.0)], -1).double()
     found = resampled(sums, lambda totals: totals[..., 1] / totals[..., 0])
     assert found.value == pytest.approx(2.45)
-    assert found.low is not None and found.high is not None
+    assert found.value is not None and found.low is not None and found.high is not None
     half = 1.96 * (torch.arange(50.0) / 10).std() / math.sqrt(50)
     assert found.high - found.value == pytest.approx(float(half), rel=0.15)
     assert found.value - found.low == pytest.approx(float(half), rel=0.15)

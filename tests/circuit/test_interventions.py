@@ -20,7 +20,7 @@ def active(prompt):
     def find(rm: ReplacementModel, layer: int = L, position: int = P) -> tuple[int, float]:
         value, feature = rm.activations(prompt)[rm.transcoder.layers.index(layer)][position].max(-1)
         assert value > 0
-        return feature.item(), value.item()
+        return int(feature), float(value)
 
     return find
 

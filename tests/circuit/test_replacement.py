@@ -147,7 +147,8 @@ def test_nothing_is_left_behind(make_replacement, prompt):
     rm = make_replacement("gemma3_text")
     tokens = tokens_of(rm, prompt)
     before = rm.lm(tokens)
-    rm.replaced_logits(tokens), rm.local_logits(rm.clean(tokens))
+    rm.replaced_logits(tokens)
+    rm.local_logits(rm.clean(tokens))
     rm.transcoder.W_enc[1].data = rm.transcoder.W_enc[1].data[:, :3]  # makes the next pass fail halfway
     with pytest.raises(RuntimeError):
         rm.replaced_logits(tokens)

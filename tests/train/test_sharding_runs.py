@@ -34,9 +34,20 @@ def store(planted, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("store") / "planted"
     rows = [next(split.rows_in_order(len(split))) for split in (planted.train, planted.held_out)]
     sites = {name: torch.cat([batch.sites[name] for batch in rows]) for name in ("resid", "mlp_out")}
-    numbers = [torch.cat([getattr(batch, name) for batch in rows]) for name in ("token", "position", "document")]
+    token, position, document = (
+        torch.cat([getattr(b, name) for b in rows]) for name in ("token", "position", "document")
+    )
     layout = StoreLayout(("resid", "mlp_out"), (0, 1), planted.train.d_model, "float32", 64)
-    write_store(path, sites, *numbers, layout, {"model": {"fingerprint": "planted"}}, held_out=len(planted.held_out))
+    write_store(
+        path,
+        sites,
+        token,
+        position,
+        document,
+        layout,
+        {"model": {"fingerprint": "planted"}},
+        held_out=len(planted.held_out),
+    )
     return path
 
 

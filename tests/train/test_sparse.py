@@ -58,9 +58,10 @@ def make_batch(dtype, tokens: int = 20) -> tuple[Tensor, Tensor]:
 def both(transcoder, batch, inputs, objective, **sparse_options):
     """(StepLoss, gradients) of the dense and of the sparse step."""
     outcomes = []
+    x, y = batch
     for forward in (dense_pass, functools.partial(sparse_pass, **sparse_options)):
         transcoder.zero_grad()
-        result = step_loss(transcoder, *batch, inputs, objective, forward=forward)
+        result = step_loss(transcoder, x, y, inputs, objective, forward=forward)
         result.loss.backward()
         names = [name for name, parameter in transcoder.named_parameters() if parameter.grad is not None]
         outcomes.append((result, {name: transcoder.get_parameter(name).grad.clone() for name in names}))
