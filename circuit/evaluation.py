@@ -130,7 +130,7 @@ def evaluate(
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """The measured parts of `eval.json`. Every process calls it with its share of the text and gets the same result."""
-    if not text.batches or not text.calibration:
+    if not text.sequences or not text.calibration:
         raise UserError("the held-out text is empty; give a dataset with more documents, or a larger dataset.held_out")
     calibration = calibrate(rm.lm, rm.transcoder.settings.read, text.calibration, rm.keep_mask)
     reconstruction = Reconstruction(rm, calibration, comm)
@@ -321,12 +321,11 @@ def graph_part(
         )
     }
     if settings.pairs:
-        own = [graph for graph in graphs if graph is not None]
-        plan = FaithfulnessPlan(pairs=-(-settings.pairs // comm.data_ranks), seed=settings.seed)
-        effects = measure_faithfulness(rm, own, plan, progress)
+        plan = FaithfulnessPlan(pairs=settings.pairs, seed=settings.seed)
+        effects = measure_faithfulness(rm, graphs, plan, progress, comm)
         tokens = [rm.lm.tokenize(prompt) for prompt in chosen.prompts[:GROWTH_PROMPTS]]
         result["faithfulness"] = {
-            **{kind: pairs.gathered(comm).agreement() for kind, pairs in effects.items()},
+            **{kind: pairs.agreement() for kind, pairs in effects.items()},
             "growth": perturbation_growth(rm, tokens, seed=settings.seed),
         }
     return result

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..data.errors import Progress, silent
-from ..train.collectives import Collectives
+from ..train.collectives import SINGLE, Collectives
 from .graph import Graph
 from .interventions import Intervention
 from .replacement import ReplacementModel
@@ -43,16 +43,6 @@ class Effects(NamedTuple):
     predicted: Tensor
     measured: Tensor
     control: Tensor
-
-    def gathered(self, comm: Collectives) -> "Effects":
-        """The pairs of all processes together."""
-        own = torch.stack(self)
-        longest = int(comm.max_all(torch.tensor(own.shape[1])))
-        padded = torch.zeros(comm.data_ranks, 3, longest, dtype=own.dtype)
-        padded[comm.data_rank] = torch.nan  # a slot that its process leaves empty
-        padded[comm.data_rank, :, : own.shape[1]] = own
-        together = comm.sum_data(padded).movedim(1, 0).flatten(1)
-        return Effects(*together[:, ~together[0].isnan()])
 
     def agreement(self) -> dict[str, dict[str, float | int | None]]:
         return {
@@ -111,23 +101,46 @@ class FaithfulnessPlan:
 
 @torch.no_grad()
 def measure_faithfulness(
-    rm: ReplacementModel, graphs: Sequence[Graph], plan: FaithfulnessPlan, progress: Progress = silent
+    rm: ReplacementModel,
+    graphs: Sequence[Graph | None],
+    plan: FaithfulnessPlan,
+    progress: Progress = silent,
+    comm: Collectives = SINGLE,
 ) -> dict[str, Effects]:
-    """Effects of silencing random active features, `to_logits` and `to_features`, over the graphs' prompts in turn."""
-    generator = torch.Generator().manual_seed(plan.seed)
-    found: dict[str, list[list[Tensor]]] = {"to_logits": [[], [], []], "to_features": [[], [], []]}
-    for number, graph in enumerate(graphs):
-        counts = {kind: sum(map(len, columns[0])) for kind, columns in found.items()}
-        if min(counts.values()) >= plan.pairs:
+    """Effects of silencing random active features, `to_logits` and `to_features`, over the graphs' prompts in turn.
+
+    Each process has the graphs of every `data_ranks`-th prompt. They go round by round, and what is drawn for a prompt
+    depends on its number alone, so that the pairs are the same whatever the number of processes.
+    """
+    found: dict[str, list[Tensor]] = {"to_logits": [], "to_features": []}
+    enough = lambda: min(sum(pairs.shape[1] for pairs in kept) for kept in found.values()) >= plan.pairs
+    for first in range(0, len(graphs), comm.data_ranks):
+        number = first + comm.data_rank
+        graph = graphs[number] if number < len(graphs) else None
+        own = {kind: torch.zeros(3, 0, dtype=torch.float64) for kind in found}
+        if graph is not None and graph.n_features > 1:
+            generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + number)
+            own = {kind: torch.stack(columns) for kind, columns in _one_prompt(rm, graph, plan, generator).items()}
+        rounds = {kind: each_ranks(pairs, comm) for kind, pairs in own.items()}
+        for rank in range(comm.data_ranks):
+            if not enough():
+                for kind, kept in found.items():
+                    kept.append(rounds[kind][rank])
+        if enough():
             break
-        if graph.n_features < 2:
-            continue
-        for kind, columns in _one_prompt(rm, graph, plan, generator).items():
-            for kept, column in zip(found[kind], columns):
-                kept.append(column)
         progress("faithfulness", number + 1, len(graphs))
-    empty = torch.zeros(0, dtype=torch.float64)
-    return {kind: Effects(*(torch.cat([empty, *column]) for column in columns)) for kind, columns in found.items()}
+    return {kind: Effects(*torch.cat(kept, dim=1)) for kind, kept in found.items()}
+
+
+def each_ranks(own: Tensor, comm: Collectives) -> list[Tensor]:
+    """[rows, n] of every data rank, n each rank's own, on all of them."""
+    longest = int(comm.max_all(torch.tensor(own.shape[1])))
+    padded = own.new_zeros(comm.data_ranks, own.shape[0], longest)
+    lengths = torch.zeros(comm.data_ranks, dtype=torch.int64)
+    padded[comm.data_rank, :, : own.shape[1]] = own
+    lengths[comm.data_rank] = own.shape[1]
+    together = comm.sum_data(padded)
+    return [part[:, :n] for part, n in zip(together, comm.sum_data(lengths).tolist(), strict=True)]
 
 
 def _one_prompt(

@@ -98,13 +98,11 @@ def _end(sentence: str, code: int, debug: bool, error: BaseException | None = No
 
 
 def _patience(error: BaseException | None) -> float:
-    """Seconds before a process speaks up: of several that fail together, one should.
-
-    The first has its say at once; torchrun ends the others as soon as it is gone. One that only lost its peers lets
-    the peer speak.
-    """
+    """Seconds before a process speaks up: of several that fail, one should, and torchrun ends the others with it."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0.0
-    from ..train.sharding import PeerLost
+    from ..train.sharding import FirstFailure, PeerLost
 
-    return 6.0 if isinstance(error, PeerLost) else 2.0 * (os.environ.get("RANK", "0") != "0")
+    if isinstance(error, PeerLost):
+        return 10.0
+    return 0.0 if isinstance(error, FirstFailure) or os.environ.get("RANK", "0") == "0" else 5.0

@@ -99,7 +99,8 @@ def evaluation_text(
 
     pad = model.lm.tokenizer.pad_token_id or 0
     batches, sequences = [], 0
-    for number, group in enumerate(grouped(corpus.sequences("held_out", settings.tokens), settings.batch)):
+    size = min(settings.batch, max(1, settings.tokens // comm.data_ranks))  # something for every process to do
+    for number, group in enumerate(grouped(corpus.sequences("held_out", settings.tokens), size)):
         if number % comm.data_ranks == comm.data_rank:
             batches.append(side_by_side(group, pad, sequences))
         sequences += len(group)

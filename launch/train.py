@@ -1,6 +1,5 @@
 """`crosslace train`: a transcoder from a store."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +16,17 @@ SAVED = ("model", "dataset", "world", "stdlib", "store", "transcoder", "trainer"
 
 
 def run(job: Job) -> Closing:
-    """Train a new run, or go on with one that was cut off."""
+    """Train a new run, or go on with one that was cut off; or say what that would take."""
+    if job.top.plan:
+        from .plan import run as run_plan
+
+        return run_plan(job)
     folder = Path(job.top.run)
     result = fit(job, folder)
     if result is None:
         return Closing(f"{folder} is trained already", next=next_commands(folder))
     if result.status != "finished":
-        # Under torchrun a cluster takes its machine back, which is no failure; else a person pressed Ctrl-C.
-        return Closing(result.message, code=0 if "TORCHELASTIC_RUN_ID" in os.environ else 130)
+        return Closing(result.message, code=130 if result.by_person else 0)  # SIGTERM is no failure
     overall = result.evaluation["overall"]
     return Closing(
         "trained",

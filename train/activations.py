@@ -103,11 +103,8 @@ def topk_threshold(h_BF: Tensor, k: int, comm: Collectives = SINGLE) -> Tensor:
 
 
 def batchtopk_threshold(h: list[Tensor], count: int, comm: Collectives = SINGLE) -> Tensor:
-    """[]: the count-th largest of all entries, over all shards and ranks; 0 where fewer are positive.
-
-    `count` belongs to these entries alone: the collective multiplies it by the number of data ranks.
-    """
-    parts = [candidates(h_BF, count * comm.data_ranks) for h_BF in h]
+    """[]: the count-th largest of all entries, over all shards and data ranks; 0 where fewer are positive."""
+    parts = [candidates(h_BF, count) for h_BF in h]
     return comm.top_threshold(torch.cat(parts), count).clamp_min(0)
 
 

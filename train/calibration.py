@@ -36,7 +36,7 @@ def calibrated_thresholds(
             pools[g] = candidates(torch.cat([pools[g], *(candidates(scores[l], counts[g]) for l in group)]), counts[g])
     thresholds: list[Tensor] = [own[0]] * transcoder.n_layers
     for g, group in enumerate(groups):
-        level = comm.top_threshold(pools[g], counts[g] / comm.data_ranks).clamp_min(1e-30) * _BELOW
+        level = comm.top_threshold(pools[g], counts[g]).clamp_min(1e-30) * _BELOW
         for l in group:
             thresholds[l] = own[l] * level if relative else level.expand(transcoder.features[l]).clone()
     return thresholds

@@ -49,10 +49,10 @@ class Collectives(Protocol):
         """Replace each gradient by its mean over data ranks, in place."""
         ...
 
-    def top_threshold(self, values: Tensor, count: float) -> Tensor:
-        """The (count * data_ranks)-th largest over all ranks' `values`: []. Fewer than that: the smallest of them.
+    def top_threshold(self, values: Tensor, count: int) -> Tensor:
+        """The count-th largest over all ranks' `values`: []. Fewer than that: the smallest of them.
 
-        Each rank gives at least its `count * data_ranks` largest entries, or all it has.
+        Each rank gives at least its `count` largest entries, or all it has.
         """
         ...
 
@@ -102,8 +102,8 @@ class SingleProcess:
     def reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
         return None
 
-    def top_threshold(self, values: Tensor, count: float) -> Tensor:
-        return values.topk(min(round(count), values.numel())).values[-1]
+    def top_threshold(self, values: Tensor, count: int) -> Tensor:
+        return values.topk(min(count, values.numel())).values[-1]
 
     def row_threshold(self, h_BF: Tensor, k: int) -> Tensor:
         return h_BF.topk(min(k, h_BF.shape[-1]), dim=-1).values[..., -1:]

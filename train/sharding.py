@@ -34,6 +34,12 @@ BUCKET_BYTES = 32 * 2**20
 """Gradients are averaged this much at a time: large enough to fill a link, small beside a dictionary."""
 
 
+_LOST = (
+    "another process of this job ended or went silent, and this one cannot go on without it; the message of that one "
+    "says why, and the same command goes on from the newest checkpoint"
+)
+
+
 @dataclass(frozen=True)
 class ParallelSettings:
     """Several processes, started by `torchrun` or `accelerate launch`."""
@@ -62,8 +68,12 @@ class ParallelSettings:
         return cls(data=started())
 
 
+class FirstFailure(UserError):
+    """The mistake that ended a job of several processes, on the process that met it first: this one tells the user."""
+
+
 class PeerLost(UserError):
-    """Another process ended while this one waited for it: whatever went wrong, it knows and this one does not."""
+    """Another process ended before this one: whatever went wrong, it knows."""
 
 
 def started() -> int:
@@ -99,16 +109,23 @@ def processes(settings: ParallelSettings, device: torch.device | str = "cpu") ->
             dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
         mesh = init_device_mesh(kind, (settings.data, settings.features), mesh_dim_names=("data", "features"))
         yield MeshCollectives(mesh)
+    except UserError as error:
+        raise (FirstFailure(str(error)) if _first_to_fail() else PeerLost(_LOST)) from error
     except RuntimeError as error:
         if not _from_network(error):
             raise
-        raise PeerLost(
-            "another process of this job ended or went silent, and this one cannot go on without it; the message of "
-            "that one says why, and the same command goes on from the newest checkpoint"
-        ) from error
+        raise PeerLost(_LOST) from error
     finally:
         if joined_here and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _first_to_fail() -> bool:
+    """Whether no other process has failed before; where nobody can be asked any more, one has."""
+    try:
+        return dist.is_initialized() and dist.distributed_c10d._get_default_store().add("crosslace/failed", 1) == 1
+    except RuntimeError:
+        return False
 
 
 def _from_network(error: RuntimeError) -> bool:
@@ -183,6 +200,11 @@ class MeshCollectives:
         if self.data_ranks == 1:
             return
         for bucket in _buckets([p for p in parameters if p.numel()]):
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                self._count("reduce_gradients", bucket[0])  # large: no copy
+                dist.all_reduce(bucket[0], group=self._data)
+                bucket[0] /= self.data_ranks
+                continue
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
             self._count("reduce_gradients", flat)
             dist.all_reduce(flat, group=self._data)
@@ -190,14 +212,13 @@ class MeshCollectives:
             for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def top_threshold(self, values: Tensor, count: float) -> Tensor:
-        wanted = round(count * self.data_ranks)
+    def top_threshold(self, values: Tensor, count: int) -> Tensor:
         largest = values.detach().flatten()
-        largest = largest.topk(min(wanted, largest.numel()), sorted=False).values
-        own = largest.new_full((wanted,), -torch.inf)  # equal lengths everywhere, so that no length is exchanged
+        largest = largest.topk(min(count, largest.numel()), sorted=False).values
+        own = largest.new_full((count,), -torch.inf)  # equal lengths everywhere, so that no length is exchanged
         own[: largest.numel()] = largest
         pool = self._gathered("top_threshold", own, None, dist.get_world_size()).flatten()
-        return _smallest_kept(pool.topk(wanted).values)[..., 0]
+        return _smallest_kept(pool.topk(count).values)[..., 0]
 
     def row_threshold(self, h_BF: Tensor, k: int) -> Tensor:
         largest = h_BF.detach().topk(min(k, h_BF.shape[-1]), dim=-1).values

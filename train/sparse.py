@@ -245,11 +245,11 @@ def _choose(
         return choose_above(h_BF, at_least(threshold, h_BF))
     if rule.activation == "topk":
         return choose_topk(h_BF, round(k), comm)
-    count = max(1, round(k * h_BF.shape[0]))
-    largest = choose_largest(h_BF, count * comm.data_ranks)
+    count = max(1, round(k * h_BF.shape[0] * comm.data_ranks))
+    largest = choose_largest(h_BF, count)
     if rule.k_scope == "all":
         return largest
-    values = largest_values(largest, count * comm.data_ranks, h_BF.numel())
+    values = largest_values(largest, count, h_BF.numel())
     return keep_above(largest, comm.top_threshold(values, count).clamp_min(0))
 
 
@@ -285,10 +285,9 @@ def sparse_pass(
         sums.append(h_BF.sum(0) if objective.preactivation else None)
         del h_BF
     if over_all:
-        count = max(1, round(k[0] * tokens))
+        count = max(1, round(k[0] * tokens * comm.data_ranks))
         sizes = [tokens * n for n in transcoder.features]
-        most = count * comm.data_ranks
-        values = [largest_values(chosen, most, n) for chosen, n in zip(main, sizes, strict=True)]
+        values = [largest_values(chosen, count, n) for chosen, n in zip(main, sizes, strict=True)]
         tau = comm.top_threshold(torch.cat(values), count).clamp_min(0)
         main = [keep_above(chosen, tau) for chosen in main]
 

@@ -130,7 +130,7 @@ def survey(parts: StepParts, x_pieces: list[Tensor], inputs: StepInputs) -> Step
     if not whole_k and parts.objective.sparsity != "target":
         return inputs
     rows, layers = sum(x.shape[0] for x in x_pieces), range(transcoder.n_layers)
-    room = [max(1, round(k * rows)) * comm.data_ranks for k in inputs.k]
+    room = [max(1, round(k * rows * comm.data_ranks)) for k in inputs.k]
     if settings.k_scope == "all":
         room = [sum(room)] * len(room)
     pools: list[list[Tensor]] = [[] for _ in layers]

@@ -34,6 +34,9 @@ WEIGHTS_FILE, DESCRIPTION_FILE = "transcoder.safetensors", "transcoder.json"
 # Below this, a bandwidth belongs to activations of unit norm, not to E|x|^2 = D.
 _LEAST_BANDWIDTH = 0.05
 
+# Random numbers in memory at once, when a large transcoder is begun.
+_DRAWN_AT_ONCE = 1 << 24
+
 Acts = Sequence[Tensor | SparseActs]
 
 
@@ -177,16 +180,24 @@ class Transcoder(nn.Module):
         return self.b_dec[0].dtype
 
     @torch.no_grad()
-    def reset_parameters(self, seed: int = 0) -> None:
-        """Encoder U(+-1/sqrt F), decoder U(+-1/sqrt(L D)), biases zero, thresholds theta_init; drawn on the CPU."""
+    def reset_parameters(self, seed: int = 0, rank: int = 0, ranks: int = 1) -> None:
+        """Encoder U(+-1/sqrt F), decoder U(+-1/sqrt(L D)), biases zero, thresholds theta_init; drawn on the CPU.
+
+        Where this is one of several parts of a transcoder, the part of the numbers that the whole would have.
+        """
         generator = torch.Generator().manual_seed(seed)
 
         def uniform(parameter: Tensor, bound: float) -> None:
-            noise = torch.rand(parameter.shape, generator=generator)
-            parameter.copy_((2 * noise - 1) * bound)
+            own, row = len(parameter), parameter[0].numel()
+            for begin in range(0, own * ranks, step := max(1, _DRAWN_AT_ONCE // row)):
+                end = min(begin + step, own * ranks)
+                noise = (2 * torch.rand((end - begin, *parameter.shape[1:]), generator=generator) - 1) * bound
+                first, last = max(begin, rank * own), min(end, (rank + 1) * own)
+                if first < last:
+                    parameter[first - rank * own : last - rank * own] = noise[first - begin : last - begin]
 
         for l, size in enumerate(self.features):
-            uniform(self.W_enc[l], 1 / math.sqrt(size))
+            uniform(self.W_enc[l], 1 / math.sqrt(size * ranks))
             uniform(self.W_dec[l], 1 / math.sqrt(self.n_layers * self.d_model))
         for log_theta in self.log_theta:
             log_theta.fill_(math.log(self.settings.theta_init))
@@ -230,7 +241,7 @@ class Transcoder(nn.Module):
     def select(self, h: list[Tensor], comm: Collectives = SINGLE, k: float | None = None) -> list[Tensor]:
         """The thresholds by which topk ([B, 1] a layer) or batchtopk ([] a layer) choose among these tokens."""
         k = self.settings.k if k is None else k
-        rows = h[0].shape[0]
+        rows = h[0].shape[0] * comm.data_ranks
         if self.settings.activation == "topk":
             return [topk_threshold(h_BF, round(k), comm) for h_BF in h]
         if self.settings.k_scope == "layer":

@@ -1,0 +1,297 @@
+"""What a training run takes, worked out before anything is allocated: memory of each rank, bytes moved, time.
+
+Every tensor that training holds is counted by its shape. The phases of a run hold different ones, and a rank needs room
+for the largest:
+
+    start        weights, moments, the rows and pre-activations that set the first biases
+    step         weights, gradients, moments, activations, batches, communication buffers
+    evaluation   weights, gradients, moments, dense activations of a piece of held-out rows
+    checkpoint   weights, gradients, moments; in host memory twice the weights and moments, as they are and as a file
+    export       weights, moments, the weights once more, scaled to raw activations
+
+On a CPU all of it is one memory; with a GPU the start, the checkpoint's copies and the batches that wait are in the
+host's.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..data.errors import check_choice, check_range
+from ..data.units import parse_bytes
+from .settings import TrainerSettings
+from .sharding import BUCKET_BYTES, ParallelSettings
+from .transcoder import TranscoderSettings
+
+FLOAT, INDEX = 4, 8
+LIBRARIES = {"cpu": 130e6, "cuda": 1.2e9}
+"""What PyTorch and its libraries take by themselves; measured on a CPU, CUDA's context and workspaces otherwise."""
+ENTRY_BYTES = 76
+"""The sparse step keeps so much of each active entry: rows and features in two orders, values, their gradients."""
+WAITING = 2
+"""Batches in hand besides those that are read ahead."""
+EVALUATED_AT_ONCE = 2048
+MOST_RANKS = 4096
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """The machine that `crosslace train --plan` reckons with, a rank: an H100 by default."""
+
+    device: str = "cuda"
+    """cuda, or cpu: where the host's memory is all there is."""
+
+    memory: str = "80GB"
+    """Memory of a device."""
+
+    host_memory: str = "256GB"
+    """Memory of the host that a rank may take."""
+
+    tflops: float = 200.0
+    """Arithmetic that is reached, in 10^12 operations a second: about 200 in bf16 on an H100, 25 in float32."""
+
+    memory_bandwidth: str = "2TB"
+    """Bytes a second between the device and its memory."""
+
+    link: str = "200GB"
+    """Bytes a second between two ranks: NVLink 200GB and more, Ethernet 1GB to 10GB."""
+
+    store: str = "2GB"
+    """Bytes a second that a rank reads from the store."""
+
+    def __post_init__(self) -> None:
+        check_choice("machine.device", self.device, ("cpu", "cuda"))
+        check_range("machine.tflops", self.tflops, low=1e-6)
+        for name in ("memory", "host_memory", "memory_bandwidth", "link", "store"):
+            check_range(f"machine.{name}", parse_bytes(getattr(self, name), f"machine.{name}"), low=1)
+
+
+class Shape(NamedTuple):
+    """What is trained on."""
+
+    n_layers: int
+    """Covered layers."""
+    d_model: int
+    rows: int
+    """Rows of the store."""
+    itemsize: float = 2
+    """Bytes of a stored number."""
+
+
+class Part(NamedTuple):
+    """One entry of a rank's memory in a step."""
+
+    name: str
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on paper; all figures of memory and traffic are one rank's."""
+
+    parameters: int
+    """Of the whole transcoder."""
+    rank_parameters: int
+    parts: list[Part]
+    """The step's memory on the device."""
+    phases: dict[str, float]
+    """Device memory by phase."""
+    host: dict[str, float]
+    """Host memory by phase; on a CPU it is in `phases`."""
+    sent: dict[str, float]
+    """Bytes that a rank hands to each collective in a step (an all-reduce moves about twice as many over the wire)."""
+    instead: float
+    """Bytes that active values and indices would take in place of the reconstructions."""
+    store: float
+    seconds: dict[str, float]
+    """A step's arithmetic, memory traffic, communication, and reading (which goes on beside them)."""
+
+    @property
+    def device_peak(self) -> float:
+        return max(self.phases.values())
+
+    @property
+    def host_peak(self) -> float:
+        return max(self.host.values(), default=0.0)
+
+    @property
+    def step_seconds(self) -> float:
+        busy = sum(value for name, value in self.seconds.items() if name != "reading")
+        return max(busy, self.seconds["reading"])
+
+    def fits(self, machine: MachineSettings) -> bool:
+        return self.device_peak <= parse_bytes(machine.memory) and self.host_peak <= parse_bytes(machine.host_memory)
+
+
+def make_plan(
+    shape: Shape,
+    transcoder: TranscoderSettings,
+    trainer: TrainerSettings,
+    parallel: ParallelSettings,
+    machine: MachineSettings,
+) -> Plan:
+    """Count everything."""
+    L, D = shape.n_layers, shape.d_model
+    sizes, reach = transcoder.sizes(L), transcoder.reach_of(L)
+    reaches = [min(reach, L - l) for l in range(L)]
+    m, on_cpu = parallel.features, machine.device == "cpu"
+    thresholds = 1 if transcoder.activation == "jumprelu" else 0
+    cut = [F * (D + 1 + thresholds + r * D) for F, r in zip(sizes, reaches, strict=True)]
+    shared = L * (D + (D * D if transcoder.skip else 0))
+    whole, own = sum(cut) + shared, sum(cut) // m + shared
+    W, F = own * FLOAT, max(sizes) // m
+
+    rows = -(-trainer.batch // parallel.data)
+    piece = -(-rows // trainer.accumulate)
+    active = _active(transcoder, trainer, L)
+    sparse = _is_sparse(transcoder, trainer, active, L, sum(sizes), machine.device)
+    written = piece * L * D * FLOAT
+    activations = _activations(transcoder, trainer, sizes, m, piece, active, sparse) + 5 * written
+    normalised = 2 * rows * L * D * FLOAT
+    waiting = (trainer.prefetch + WAITING) * 2 * rows * L * D * shape.itemsize
+    auxiliary = _auxiliary(transcoder, trainer, sizes, m, piece, D, sparse)
+    buffers = _buffers(parallel, cut, written, active, rows)
+    sample = _first_rows(shape, [size // m for size in sizes], active / m)
+
+    libraries = LIBRARIES[machine.device]
+    kept = libraries + (sample.kept + waiting if on_cpu else 0)
+    parts = [
+        Part("weights", W), Part("gradients", W), Part("moments", 2 * W), Part("activations", activations),
+        Part("auxiliary loss", auxiliary), Part("batches", normalised + (waiting if on_cpu else 0)),
+        Part("communication", buffers), Part("libraries and kept rows", kept - (waiting if on_cpu else 0)),
+    ]  # fmt: skip
+    evaluated = 2.3 * EVALUATED_AT_ONCE * sum(sizes) // m * FLOAT
+    scratch = piece * F * FLOAT if sparse else 0.0
+    phases = {
+        "step": sum(part.bytes for part in parts),
+        "evaluation": 4 * W + kept + scratch + evaluated,
+        "export": 4 * W + kept,
+    }
+    start = sample.peak
+    checkpoint = 6 * W
+    host: dict[str, float] = {}
+    if on_cpu:
+        phases |= {"start": 3 * W + libraries + start, "checkpoint": 4 * W + kept + scratch + normalised + checkpoint}
+    else:
+        host = {"start": W + start, "training": sample.kept + waiting, "checkpoint": sample.kept + waiting + checkpoint}
+
+    pieces, sent = trainer.accumulate, {}
+    if m > 1:
+        sent["reconstructions"] = float(written * pieces) * (2 if auxiliary else 1)
+    if transcoder.activation == "batchtopk" and parallel.processes > 1:
+        sent["thresholds"] = active * trainer.batch * L * FLOAT
+    if parallel.data > 1:
+        sent["gradients"] = float(W)
+    instead = rows * active * L * (FLOAT + INDEX) / m
+    store = shape.rows * L * D * 2 * shape.itemsize
+    seconds = _seconds(sizes, reaches, D, m, rows, active, sparse, W, sent, machine)
+    seconds["reading"] = 2 * rows * L * D * shape.itemsize / parse_bytes(machine.store)
+    return Plan(whole, own, parts, phases, host, sent, instead, store, seconds)
+
+
+def what_fits(
+    shape: Shape,
+    transcoder: TranscoderSettings,
+    trainer: TrainerSettings,
+    parallel: ParallelSettings,
+    machine: MachineSettings,
+) -> str | None:
+    """The first of: more pieces a step, more feature ranks, both; as settings to type. None where nothing helps."""
+    sizes = transcoder.sizes(shape.n_layers)
+    ranks = parallel.features
+    while ranks <= MOST_RANKS:
+        if all(size % ranks == 0 for size in sizes):
+            for accumulate in (trainer.accumulate * 2**i for i in range(5)):
+                if trainer.batch % (accumulate * parallel.data):
+                    break
+                pieces = replace(trainer, accumulate=accumulate)
+                mesh = replace(parallel, features=ranks)
+                if make_plan(shape, transcoder, pieces, mesh, machine).fits(machine):
+                    words = (
+                        [f"parallel.features={ranks} ({mesh.processes} processes)"] if ranks > parallel.features else []
+                    )
+                    words += [f"trainer.accumulate={accumulate}"] if accumulate > trainer.accumulate else []
+                    return " with ".join(words)
+        ranks *= 2
+    return None
+
+
+class _FirstRows(NamedTuple):
+    peak: float
+    kept: float
+    """Their buffers stay in the loader's pool."""
+
+
+def _first_rows(shape: Shape, sizes: list[int], active: float) -> _FirstRows:
+    """The rows by which the first biases are set (`initialisation.rows_for`), and one layer's pre-activations."""
+    rate = min(0.5, active / max(sizes))
+    rows = min(shape.rows, int(min(max(32 / rate, 4096), 65536)))
+    kept = 2 * rows * shape.n_layers * shape.d_model * shape.itemsize
+    read = rows * shape.n_layers * shape.d_model * FLOAT
+    return _FirstRows(kept + read + rows * max(sizes) * FLOAT, kept)
+
+
+def _active(transcoder: TranscoderSettings, trainer: TrainerSettings, n_layers: int) -> float:
+    """Active features a token and layer."""
+    targets = trainer.per_layer("target_l0", n_layers) or [float(transcoder.k)]
+    return max([*targets, trainer.k_first or 0.0])
+
+
+def _is_sparse(
+    transcoder: TranscoderSettings, trainer: TrainerSettings, active: float, layers: int, features: int, device: str
+) -> bool:
+    """jumprelu and relu begin with many entries near their thresholds: `auto` takes the dense step there."""
+    from .sparse import use_sparse
+
+    auto = transcoder.activation in ("topk", "batchtopk") and use_sparse("auto", active * layers / features, device)
+    return auto if trainer.sparse == "auto" else trainer.sparse == "on"
+
+
+def _activations(
+    transcoder: TranscoderSettings, trainer: TrainerSettings, sizes: list[int], m: int, piece: int, active: float,
+    sparse: bool,
+) -> float:  # fmt: skip
+    """What lies between the rows and the losses. Dense: h, a and what each term keeps, [B, F] each, of every layer."""
+    if sparse:
+        return piece * max(sizes) // m * FLOAT + piece * active * len(sizes) * ENTRY_BYTES / m
+    copies = {"topk": 2.0, "batchtopk": 2.0, "relu": 3.0, "jumprelu": 3.0}[transcoder.activation]
+    if transcoder.activation in ("relu", "jumprelu") and trainer.penalty(transcoder.activation) != "target":
+        copies += 0.7
+    return (copies + 1.6 / len(sizes)) * piece * sum(sizes) // m * FLOAT
+
+
+def _auxiliary(
+    transcoder: TranscoderSettings, trainer: TrainerSettings, sizes: list[int], m: int, piece: int, D: int, sparse: bool
+) -> float:
+    """topk kinds, once features are dead."""
+    if transcoder.activation not in ("topk", "batchtopk") or not trainer.aux_weight:
+        return 0.0
+    if not sparse:
+        return 1.3 * piece * sum(sizes) // m * FLOAT + 3 * piece * len(sizes) * D * FLOAT
+    entries = min(trainer.aux_k or max(1, D // 2), max(sizes))
+    return piece * entries * len(sizes) * ENTRY_BYTES / m + 3 * piece * len(sizes) * D * FLOAT
+
+
+def _buffers(parallel: ParallelSettings, cut: list[int], written: float, active: float, rows: int) -> float:
+    """Copies that collectives work on."""
+    sums = written if parallel.features > 1 else 0
+    bucket = min(BUCKET_BYTES, max(cut) * FLOAT) if parallel.data > 1 else 0
+    pool = active * rows * parallel.data * FLOAT * (parallel.processes + 1) if parallel.processes > 1 else 0
+    return sums + bucket + pool
+
+
+def _seconds(
+    sizes: list[int], reaches: list[int], D: int, m: int, rows: int, active: float, sparse: bool, W: float,
+    sent: dict[str, float], machine: MachineSettings,
+) -> dict[str, float]:  # fmt: skip
+    encoder = sum(2 * rows * D * F / m for F in sizes)
+    decoder = sum(2 * rows * D * F * r / m for F, r in zip(sizes, reaches, strict=True))
+    operations = encoder if sparse else 2 * encoder + 3 * decoder
+    touched = 7 * W  # Adam reads four tensors and writes three
+    if sparse:
+        touched += 2 * W + 3 * sum(rows * active * (1 + r) * D * FLOAT / m for r in reaches)
+    moved = sum(2 * value for value in sent.values())
+    return {
+        "arithmetic": operations / (machine.tflops * 1e12),
+        "memory": touched / parse_bytes(machine.memory_bandwidth),
+        "communication": moved / parse_bytes(machine.link),
+    }
