@@ -120,6 +120,13 @@ class Lines:
         """Nothing is kept open."""
 
 
+class Unseen(Lines):
+    """Of several processes, one reports."""
+
+    def _print(self, text: str) -> None:
+        """Nobody is told."""
+
+
 class Watched:
     """A progress for as long as the `with` block runs: bars where someone looks, lines where a file does."""
 
@@ -160,6 +167,8 @@ class Closing:
         """Print it."""
         console = output()
         for table in self.tables:
+            console.print(Text(str(table.title), style="bold"))  # as a title it would be wrapped to the table's width
+            table.title = None
             console.print(table)
         lines = [Text(note) for note in self.notes]
         if self.wrote:

@@ -124,6 +124,7 @@ def test_a_mistake_is_one_sentence(store: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "r" / "transcoder").exists()
 
 
+@pytest.mark.slow
 def test_harvest_and_evaluation_are_the_same_on_two_processes(demo: Path, tmp_path: Path) -> None:
     """`accelerate launch` for the one, torchrun for the other."""
     cache = ["world=tiny", "tokens=4K", "store.held_out=500", "store.shuffle_rows=1000", "store.shard_rows=1024",
@@ -140,10 +141,9 @@ def test_harvest_and_evaluation_are_the_same_on_two_processes(demo: Path, tmp_pa
 
     results = []
     for name in "ab":
-        os.symlink(demo / "clt" / "transcoder", linked := tmp_path / f"run-{name}" / "transcoder") if (
-            tmp_path / f"run-{name}"
-        ).mkdir() is None else None
-        (linked.parent / "config.yaml").write_text((demo / "clt" / "config.yaml").read_text())
+        (tmp_path / f"run-{name}").mkdir()
+        (tmp_path / f"run-{name}" / "transcoder").symlink_to(demo / "clt" / "transcoder")
+        (tmp_path / f"run-{name}" / "config.yaml").write_text((demo / "clt" / "config.yaml").read_text())
     assert main(["eval", f"run={tmp_path / 'run-a'}", *EVAL]) == 0
     torchrun(2, "eval", f"run={tmp_path / 'run-b'}", *EVAL)
     for name in "ab":
@@ -173,13 +173,14 @@ def different(ours, theirs, at: str = "") -> list[str]:
     return [] if close else [f"{at}: {ours} and {theirs}"]
 
 
+@pytest.mark.slow
 def test_submitit_gives_a_job_of_two_tasks_one_training(store: Path, one: Path, tmp_path: Path) -> None:
     """The launcher's own path for several processes a job, on submitit's local executor."""
     from crosslace.launch.cli import main
 
     folder = tmp_path / "sweep"
     words = ["sweep", f"run={folder}", f"store={store}", *TRAIN, "transcoder.skip=false,true", "jobs=1",
-             "launcher=submitit_local", "launcher.options.tasks_per_node=2", "parallel.data=2", "eval.tokens=1000",
+             "launcher=submitit_local", "launcher.options.tasks_per_node=2", "parallel.data=2", "eval.tokens=2000",
              "eval.calibration_tokens=1000", "eval.prompts=0", "eval.pairs=0", "eval.layers=false",
              "eval.controls=false"]  # fmt: skip
     assert main(words) == 0
