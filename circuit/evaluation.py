@@ -321,7 +321,8 @@ def graph_part(
         )
     }
     if settings.pairs:
-        plan = FaithfulnessPlan(pairs=settings.pairs, seed=settings.seed)
+        each = -(-settings.pairs // len(chosen.prompts))  # a sure prompt has one logit: a pair a feature
+        plan = FaithfulnessPlan(settings.pairs, per_prompt=max(16, each + each // 4), seed=settings.seed)
         effects = measure_faithfulness(rm, graphs, plan, progress, comm)
         tokens = [rm.lm.tokenize(prompt) for prompt in chosen.prompts[:GROWTH_PROMPTS]]
         result["faithfulness"] = {
