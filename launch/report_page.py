@@ -281,7 +281,7 @@ def _training_charts(log: Sequence[Mapping[str, Any]]) -> Charts:
         ]
         return Chart(title, "step", y, [one for one in series if one.points], log_y=log_y)
 
-    losses = sorted({key for row in log for key in row if key.startswith("loss/")})
+    losses = sorted({key for row in log for key in row if key.startswith("loss/") and key.count("/") == 1})
     found = {
         "loss": course("Loss terms", "loss", {key: key.removeprefix("loss/") for key in losses}, log_y=True),
         "training_nmse": course(
