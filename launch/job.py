@@ -3,14 +3,14 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..data.errors import UserError
 from . import runs
 from .compose import Config, compose_config, tidy
-from .terminal import Watched
+from .terminal import Unseen, Watched
 
 
 @dataclass
@@ -78,4 +78,5 @@ def start(verb: str, words: Sequence[str]) -> Job:
             raise UserError(f"there is no run at {folder}; `crosslace train ... run={folder}` would make one")
         config.base_on(runs.saved_settings(folder))
     config.check()
-    return Job(verb, config, list(words))
+    job = Job(verb, config, list(words))
+    return job if job.is_main else replace(job, progress=Watched(Unseen()))

@@ -233,9 +233,9 @@ class MeshCollectives:
         """[ranks, ...]: every rank's tensor."""
         own = x.detach().to(self.device).contiguous()
         self._count(what, own)
-        gathered = own.new_empty(ranks * own.shape[0], *own.shape[1:])
-        dist.all_gather_into_tensor(gathered, own, group=group)
-        return gathered.to(x.device).unflatten(0, (ranks, own.shape[0]))
+        gathered = own.new_empty(ranks, *own.shape)
+        dist.all_gather(list(gathered), own, group=group)
+        return gathered.to(x.device)
 
     def gather_features(self, x: Tensor, dim: int = 0) -> Tensor:
         if self.feature_ranks == 1:

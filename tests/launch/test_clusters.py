@@ -25,7 +25,8 @@ EVAL = ["eval.tokens=2000", "eval.calibration_tokens=1000", "eval.prompts=3", "e
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Without the second, a restarted job may read the dead processes' addresses from the agents' store.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def finished(command: Sequence[object], code: int = 0, **options) -> subprocess.CompletedProcess[str]:
@@ -184,6 +185,7 @@ def test_submitit_gives_a_job_of_two_tasks_one_training(store: Path, one: Path, 
              "eval.calibration_tokens=1000", "eval.prompts=0", "eval.pairs=0", "eval.layers=false",
              "eval.controls=false"]  # fmt: skip
     assert main(words) == 0
+    assert json.loads((folder / "skip-false" / "eval.json").read_text())["overall"]["l0"] > 0
     same_transcoder(folder / "skip-false", one)
     assert runs.saved_settings(folder / "skip-false")["parallel"]["data"] == 2
     assert torch.isfinite(Transcoder.load(folder / "skip-false" / "transcoder").W_dec[0]).all()

@@ -1,0 +1,193 @@
+"""How training scales from one process to two, and whether the plan foretells bytes and memory.
+
+    python -m benchmarks.scaling                   # a table
+    python -m benchmarks.scaling --json            # one JSON object a line
+    python -m benchmarks.scaling --memory          # peak memory of three whole runs against the plan
+
+efficiency      seconds of a step on one process / (processes x seconds on a mesh), the same batch in all; a thread each
+sent, planned   bytes that a rank hands to collectives in a step, counted where they are sent, and by `train.plan`
+peak, planned   memory of a run of three steps, checkpoint and export included, beyond what its process had before
+
+With GPUs, as many as there are take part, and the meshes are of that many.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from crosslace.data.layout import StoreLayout
+from crosslace.data.store import ActivationStore
+from crosslace.data.writer import write_store
+from crosslace.train.collectives import Collectives
+from crosslace.train.optimizers import Optimizers
+from crosslace.train.partition import new_part
+from crosslace.train.plan import MachineSettings, Shape, make_plan
+from crosslace.train.settings import TrainerSettings
+from crosslace.train.sharding import MeshCollectives, ParallelSettings, local_device, processes
+from crosslace.train.sparse import sparse_pass
+from crosslace.train.state import Counters, RunningState
+from crosslace.train.step import StepParts, objective_of, train_step
+from crosslace.train.trainer import Trainer
+from crosslace.train.transcoder import TranscoderSettings
+
+STEPS, WARM = 6, 2
+SIZES = {
+    "clt": (Shape(6, 256, 10**6, 4), TranscoderSettings(features=4096, k=16), 2048),
+    "plt": (Shape(6, 256, 10**6, 4), TranscoderSettings(features=8192, k=16, reach="1"), 2048),
+}
+MEMORY = {
+    "clt batchtopk 6 x 256 x 8192": (6, 256, TranscoderSettings(features=8192), 1024),
+    "clt batchtopk 8 x 384 x 8192": (8, 384, TranscoderSettings(features=8192), 1024),
+    "plt jumprelu 4 x 512 x 16384": (
+        4,
+        512,
+        TranscoderSettings(features=16384, activation="jumprelu", reach="1"),
+        2048,
+    ),
+}
+NAMES = {"reconstructions": "sum", "thresholds": "top_threshold", "gradients": "reduce_gradients"}
+
+
+def step_parts(shape: Shape, transcoder: TranscoderSettings, trainer: TrainerSettings, comm: Collectives) -> StepParts:
+    part = new_part(transcoder, shape.d_model, list(range(shape.n_layers)), 0, {}, comm).to(local_device())
+    return StepParts(
+        trainer, objective_of(trainer, part), part, Optimizers(part, trainer), RunningState(part, trainer), Counters(),
+        None, None, comm, sparse_pass,
+    )  # fmt: skip
+
+
+def measure_steps(size: str, mesh: tuple[int, int]) -> None:
+    """In each process: seconds of a step and bytes sent, printed by the first."""
+    shape, transcoder, batch = SIZES[size]
+    trainer = TrainerSettings(batch=batch, steps=100, lr_warmup=0.0)
+    with processes(ParallelSettings(*mesh), local_device()) as comm:
+        parts = step_parts(shape, transcoder, trainer, comm)
+        parts.counters.use_aux = False
+        random = torch.Generator().manual_seed(comm.data_rank)
+        x = torch.randn(batch // comm.data_ranks, shape.n_layers, shape.d_model, generator=random).to(local_device())
+        seconds = []
+        for number in range(STEPS + WARM):
+            comm.barrier()
+            begun = time.perf_counter()
+            train_step(parts, x, x.flip(-1))
+            comm.barrier()
+            seconds.append(time.perf_counter() - begun)
+            if number == WARM - 1 and isinstance(comm, MeshCollectives):
+                comm.sent.clear()
+        sent = {name: size / STEPS for name, size in getattr(comm, "sent", {}).items()}
+        if comm.is_main:
+            print(json.dumps({"seconds": sorted(seconds[WARM:])[STEPS // 2], "sent": sent}))
+
+
+def measure_memory(size: str) -> None:
+    """Print how far the memory of this process rises in a run."""
+    _, _, transcoder, batch = MEMORY[size]
+    store, run = Path(os.environ["SCALING_STORE"]), tempfile.mkdtemp()
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    rows, held_out = (ActivationStore.open(store, split=split) for split in ("train", "held_out"))
+    Trainer(short_run(batch), transcoder, rows, held_out, run, device="cpu").run()
+    print(json.dumps({"peak": status("VmHWM") - before}))
+
+
+def status(field: str) -> int:
+    """A field of this process's memory, in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def short_run(batch: int) -> TrainerSettings:
+    return TrainerSettings(
+        steps=3, batch=batch, eval_every=0, checkpoint_every=0, eval_tokens=1024, calibrate_tokens=1024, device="cpu"
+    )
+
+
+def child(words: list[str], count: int = 1, **environment: str) -> dict[str, Any]:
+    """This program again, in processes of their own with a thread each; what it printed last."""
+    launcher = [] if count == 1 else ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "benchmarks.scaling", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def scaling(count: int) -> list[dict[str, Any]]:
+    """One line a size and mesh."""
+    lines = []
+    for size, (shape, transcoder, batch) in SIZES.items():
+        one = child(["--steps-of", size, "1", "1"])["seconds"]
+        for mesh in ((count, 1), (1, count)):
+            found = child(["--steps-of", size, *map(str, mesh)], count)
+            machine = MachineSettings(device="cuda" if torch.cuda.is_available() else "cpu")
+            trainer = TrainerSettings(batch=batch, aux_weight=0.0)
+            plan = make_plan(shape, transcoder, trainer, ParallelSettings(*mesh), machine)
+            sent = {name: found["sent"].get(method, 0.0) for name, method in NAMES.items()}
+            lines.append(
+                {
+                    "transcoder": size, "L": shape.n_layers, "D": shape.d_model, "F": transcoder.features, "B": batch,
+                    "data": mesh[0], "features": mesh[1], "one_s": one, "mesh_s": found["seconds"],
+                    "efficiency": one / (count * found["seconds"]),
+                    **{f"sent_{name}": value for name, value in sent.items() if value},
+                    **{f"planned_{name}": value for name, value in plan.sent.items()},
+                    "sent_in_all": sum(found["sent"].values()),
+                }
+            )  # fmt: skip
+    return lines
+
+
+def memory() -> list[dict[str, Any]]:
+    """One line a size."""
+    lines = []
+    for size, (layers, width, transcoder, batch) in MEMORY.items():
+        with tempfile.TemporaryDirectory() as folder:
+            rows = write_random(Path(folder) / "store", layers, width)
+            found = child(["--memory-of", size], SCALING_STORE=f"{folder}/store", MALLOC_MMAP_THRESHOLD_="65536")
+        shape = Shape(layers, width, rows, itemsize=4)
+        plan = make_plan(shape, transcoder, short_run(batch), ParallelSettings(), MachineSettings(device="cpu"))
+        largest = max(plan.phases, key=lambda phase: plan.phases[phase])
+        ratio = plan.device_peak / found["peak"]
+        lines.append({"size": size, "peak": found["peak"], "planned": plan.device_peak, "ratio": ratio, "in": largest})
+    return lines
+
+
+def write_random(path: Path, layers: int, width: int, rows: int = 4096, held_out: int = 1024) -> int:
+    random = torch.Generator().manual_seed(0)
+    sites = {name: torch.randn(rows + held_out, layers, width, generator=random) for name in ("resid", "mlp_out")}
+    number = torch.zeros(rows + held_out, dtype=torch.int32)
+    layout = StoreLayout(("resid", "mlp_out"), tuple(range(layers)), width, "float32", 64)
+    write_store(path, sites, token=number, position=number, document=number, layout=layout, held_out=held_out)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--steps-of", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.steps_of:
+        measure_steps(asked.steps_of[0], (int(asked.steps_of[1]), int(asked.steps_of[2])))
+    elif asked.memory_of:
+        measure_memory(asked.memory_of)
+    else:
+        lines = memory() if asked.memory else scaling(max(2, torch.cuda.device_count()))
+        for line in lines:
+            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
+            print(json.dumps(line) if asked.json else shown)
+
+
+if __name__ == "__main__":
+    main()
