@@ -185,7 +185,7 @@ def test_submitit_gives_a_job_of_two_tasks_one_training(store: Path, one: Path, 
              "eval.calibration_tokens=1000", "eval.prompts=0", "eval.pairs=0", "eval.layers=false",
              "eval.controls=false"]  # fmt: skip
     assert main(words) == 0
-    assert json.loads((folder / "skip-false" / "eval.json").read_text())["overall"]["l0"] > 0
-    same_transcoder(folder / "skip-false", one)
-    assert runs.saved_settings(folder / "skip-false")["parallel"]["data"] == 2
-    assert torch.isfinite(Transcoder.load(folder / "skip-false" / "transcoder").W_dec[0]).all()
+    assert json.loads((folder / "skip-False" / "eval.json").read_text())["overall"]["l0"] > 0
+    same_transcoder(folder / "skip-False", one)
+    assert runs.saved_settings(folder / "skip-False")["parallel"]["data"] == 2
+    assert torch.isfinite(Transcoder.load(folder / "skip-False" / "transcoder").W_dec[0]).all()

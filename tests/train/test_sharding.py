@@ -21,8 +21,10 @@ def torchrun(count: int, *words: object, check: bool = True) -> subprocess.Compl
     return done
 
 
-@pytest.mark.parametrize(("data", "features"), [(1, 2), (2, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(1, 4, marks=pytest.mark.slow),
-                                                pytest.param(4, 1, marks=pytest.mark.slow)])  # fmt: skip
+SLOW = [pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((2, 1), (1, 4), (4, 1))]
+
+
+@pytest.mark.parametrize(("data", "features"), [(1, 2), (2, 2), *SLOW])
 def test_a_mesh_trains_as_one_process(data: int, features: int):
     """Loss, gradients, clip norm, weights after 20 steps, densities and metrics; PLT, CLT and windowed; every case."""
     done = torchrun(data * features, WORKER, data, features)
