@@ -142,7 +142,7 @@ def make_plan(
 
     rows = -(-trainer.batch // parallel.data)
     piece = -(-rows // trainer.accumulate)
-    active = _active(transcoder, trainer, L)
+    final, active = _active(transcoder, trainer, L)
     sparse = _is_sparse(transcoder, trainer, active, L, sum(sizes), machine.device)
     written = piece * L * D * FLOAT
     activations = _activations(transcoder, trainer, sizes, m, piece, active, sparse) + 5 * written
@@ -150,7 +150,7 @@ def make_plan(
     waiting = (trainer.prefetch + WAITING) * 2 * rows * L * D * shape.itemsize
     auxiliary = _auxiliary(transcoder, trainer, sizes, m, piece, D, sparse)
     buffers = _buffers(parallel, cut, written, active, rows)
-    sample = _first_rows(shape, [size // m for size in sizes], active / m)
+    sample = _first_rows(shape, [size // m for size in sizes], final / m)
 
     libraries = LIBRARIES[machine.device]
     kept = libraries + (sample.kept + waiting if on_cpu else 0)
@@ -230,10 +230,12 @@ def _first_rows(shape: Shape, sizes: list[int], active: float) -> _FirstRows:
     return _FirstRows(kept + read + rows * max(sizes) * FLOAT, kept)
 
 
-def _active(transcoder: TranscoderSettings, trainer: TrainerSettings, n_layers: int) -> float:
-    """Active features a token and layer."""
-    targets = trainer.per_layer("target_l0", n_layers) or [float(transcoder.k)]
-    return max([*targets, trainer.k_first or 0.0])
+def _active(transcoder: TranscoderSettings, trainer: TrainerSettings, n_layers: int) -> tuple[float, float]:
+    """Active features a token and layer: in the end, and at most (topk kinds begin with more)."""
+    target = max(trainer.per_layer("target_l0", n_layers) or [float(transcoder.k)])
+    if transcoder.activation not in ("topk", "batchtopk"):
+        return target, target
+    return target, max(target, trainer.first_k(target, max(transcoder.sizes(n_layers))))
 
 
 def _is_sparse(
