@@ -68,8 +68,6 @@ def _run(words: list[str]) -> int:
 
     from .job import start
 
-    if verb == "train":
-        rest = ["plan=true" if word == "--plan" else word for word in rest]
     job = start(verb, rest)
     with job.progress:
         closing = import_module(f".{VERBS[verb].module}", __package__).run(job)

@@ -56,6 +56,8 @@ def start(verb: str, words: Sequence[str]) -> Job:
         # Read by Hugging Face's libraries when they are imported: no bars in a log file.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if verb == "train":
+        words = ["plan=true" if word == "--plan" else word for word in words]
     if verb == "report":
         plain = [word for word in words if "=" not in word]
         words = [word for word in words if "=" in word]
