@@ -8,6 +8,7 @@ import torch
 from crosslace import Transcoder
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.store import in_memory_store
+from crosslace.train.collectives import SingleProcess
 from crosslace.train.settings import TrainerSettings
 from crosslace.train.trainer import Trainer, train
 from crosslace.train.transcoder import TranscoderSettings
@@ -164,4 +165,8 @@ def test_bad_input_is_refused_before_any_work(planted, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             train(settings, shape, stores[0], stores[1], tmp_path / "never")
+    sharded = SingleProcess()
+    sharded.feature_ranks = 2
+    with pytest.raises(UserError, match="muon needs whole matrices"):
+        train(replace(QUICK, optimizer="muon"), SMALL, train_store, held_out, tmp_path / "never", comm=sharded)
     assert not (tmp_path / "never").exists()
