@@ -42,8 +42,6 @@ def check_run(
         raise SettingsError("trainer.precision=fp16 needs a GPU; on a CPU it takes float32 or bf16")
     if settings.optimizer == "muon" and comm.feature_ranks > 1:
         raise SettingsError("trainer.optimizer=muon needs each matrix whole: use adam or adamw with parallel.features")
-    if settings.optimizer == "muon" and comm.feature_ranks > 1:
-        raise SettingsError("trainer.optimizer=muon needs whole matrices: with parallel.features>1 take adam or adamw")
     pieces = settings.accumulate * comm.data_ranks
     if settings.batch % pieces:
         raise SettingsError(

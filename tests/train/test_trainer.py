@@ -167,6 +167,6 @@ def test_bad_input_is_refused_before_any_work(planted, tmp_path):
             train(settings, shape, stores[0], stores[1], tmp_path / "never")
     sharded = SingleProcess()
     sharded.feature_ranks = 2
-    with pytest.raises(UserError, match="muon needs whole matrices"):
+    with pytest.raises(UserError, match="muon needs each matrix whole"):
         train(replace(QUICK, optimizer="muon"), SMALL, train_store, held_out, tmp_path / "never", comm=sharded)
     assert not (tmp_path / "never").exists()
