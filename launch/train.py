@@ -11,8 +11,9 @@ from .terminal import Closing, table
 
 if TYPE_CHECKING:
     from ..train.trainer import TrainResult
+    from ..train.transcoder import Transcoder
 
-SAVED = ("model", "dataset", "world", "stdlib", "store", "transcoder", "trainer", "parallel", "wandb")
+SAVED = ("init", "model", "dataset", "world", "stdlib", "store", "transcoder", "trainer", "parallel", "wandb")
 
 
 def run(job: Job) -> Closing:
@@ -71,8 +72,22 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
             device=device,
             sinks=tracking.sinks(job.section("wandb"), folder, settings) if comm.is_main else [],
             progress=job.progress,
+            init=first_features(job.config.values.get("init"), store),
             meta=masked(store),
         )
+
+
+def first_features(folder: str | None, store: Any) -> "Transcoder | None":
+    """The transcoder that a training begins with, which must be of the store's model."""
+    from ..train.transcoder import Transcoder
+
+    if folder is None:
+        return None
+    source = Transcoder.load(runs.transcoder_folder(Path(folder)))
+    made_of, needed = (meta.get("model", {}).get("fingerprint") for meta in (source.meta, store.attributes))
+    if made_of != needed:
+        raise UserError(f"init={folder} was trained on model {made_of}, and the store is of {needed}; take another")
+    return source
 
 
 def run_settings(job: Job) -> dict[str, Any]:

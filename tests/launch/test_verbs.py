@@ -12,6 +12,7 @@ import crosslace
 import pytest
 import torch
 import yaml
+from crosslace import Transcoder
 from crosslace.launch import runs
 
 PROMPT = "the capital of the state containing Dallas is"
@@ -254,6 +255,18 @@ def test_view_serves_until_it_is_stopped(demo: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 0
     assert runs.read_json(demo / "summary.json")["graph"]["top_token"] == "Austin"
+
+
+def test_training_begins_with_a_finished_run(demo: Path, crosslace, tmp_path: Path) -> None:
+    words = ["train", f"store={demo / 'store'}", "transcoder=clt", "transcoder.features=200", "trainer.steps=3"]
+    words += ["transcoder.activation=jumprelu", "trainer.target_l0=8", "trainer.lr=1e-9", "wandb.mode=disabled"]
+    assert crosslace(*words, f"run={tmp_path / 'warm'}", f"init={demo / 'plt'}").code == 0
+    warm = Transcoder.load(tmp_path / "warm" / "transcoder")
+    source = Transcoder.load(demo / "plt" / "transcoder")
+    torch.testing.assert_close(warm.W_dec[0][:192, 0], source.W_dec[0][:, 0], rtol=1e-3, atol=1e-4)
+    assert warm.W_dec[0][:192, 1:].detach().abs().max() < 1e-4  # it does not reach further yet
+    refused = crosslace(*words, f"run={tmp_path / 'warm'}")
+    assert refused.code == 2 and "init was" in refused.err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
