@@ -3,9 +3,11 @@
 import re
 import shutil
 import threading
+import time
 import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -352,13 +354,22 @@ def test_the_keyboard_and_the_search(page):
     assert page.locator(".node.near").count() > 0 and page.locator(".node.faded").count() > 0
 
 
+def wait_until(holds: Callable[[], bool], seconds: float = 10) -> None:
+    """Ask until it holds."""
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, "it did not come about in time"
+        time.sleep(0.05)
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_picture_and_the_feature_page_in_light_and_dark(page, scheme):
     page.emulate_media(color_scheme=scheme)
     page.goto("/#/graph?run=demo/clt&slug=dallas")
     page.get_by_role("tab", name="In short").click()
-    page.wait_for_function("document.querySelector('.picture')?.naturalWidth > 100")
+    # asked again from here: the page's policy forbids the polling that Playwright does inside it
+    wait_until(lambda: page.evaluate("document.querySelector('.picture')?.naturalWidth ?? 0") > 100)
     page.goto("/#/feature?run=demo/clt&layer=1&feature=3")
     page.wait_for_selector(".example")
     brightness = page.evaluate(
@@ -367,7 +378,7 @@ def test_the_picture_and_the_feature_page_in_light_and_dark(page, scheme):
     assert (brightness > 600) == (scheme == "light")
     page.get_by_label("layer").fill("2")
     page.get_by_label("layer").press("Enter")
-    page.wait_for_function("location.hash.includes('layer=2')")
+    wait_until(lambda: "layer=2" in page.url)
 
 
 @pytest.mark.browser
