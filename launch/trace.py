@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def run(job: Job) -> Closing:
     """Trace, label, save, draw."""
     from ..circuit.labels import Labels
+    from ..circuit.paths import strongest_paths_text, summary_text
     from ..circuit.viewer.picture import render_graph_svg
 
     top, run_folder = job.top, Path(job.top.run)
@@ -33,8 +34,8 @@ def run(job: Job) -> Closing:
     write_text(folder / "graph.svg", render_graph_svg(graph, labels))
     return Closing(
         "traced",
-        tables=[logits_table(graph), scores_table(graph)],
-        notes=[path_in_words(graph)],
+        tables=[logits_table(graph)],
+        notes=[strongest_paths_text(graph), summary_text(graph)],
         wrote=[(str(folder), "graph.safetensors, graph.json and graph.svg, a picture")],
         next=[
             f"crosslace view run={run_folder}",
@@ -60,29 +61,3 @@ def logits_table(graph: "Graph"):
     """The next tokens that the graph explains."""
     rows = [(logit.label, logit.probability) for logit in graph.logits[:5]]
     return table("next token", ("token", "probability"), rows)
-
-
-def scores_table(graph: "Graph"):
-    """How much of the model the graph explains."""
-    accounting = graph.accounting
-    counts = [("features", int(graph.n_features)), ("active features left out", accounting.get("left_out_features", 0))]
-    return table("graph", ("", "value"), [*graph.scores().items(), *counts])
-
-
-def path_in_words(graph: "Graph") -> str:
-    """The strongest path from a token to the most probable next one."""
-    target = max(graph.logits, key=lambda logit: logit.probability)
-    paths = graph.top_paths(None, target.id, 1)
-    if not paths:
-        return "no path of features leads from the prompt to the answer"
-    return "strongest path: " + " -> ".join(step_name(graph, id) for id in paths[0].nodes)
-
-
-def step_name(graph: "Graph", id: int) -> str:
-    """A node of a path, for reading."""
-    node = graph.nodes[id]
-    if node.kind == "feature":
-        return plain(node.label) if node.label else f"layer {node.layer} feature {node.index}"
-    if node.kind == "embedding":
-        return repr(graph.token_strings[node.position].strip())
-    return repr(node.label.strip()) if node.label else node.kind
