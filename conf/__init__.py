@@ -41,7 +41,7 @@ SECTIONS = {
 SOURCES = ("model", "dataset", "world", "stdlib")
 """The sections that say which model and which text."""
 
-ALIASES = {"tokens": "store.tokens"}
+ALIASES = {"tokens": "store.tokens", "from": "format"}
 """Short names of settings, wherever the verb takes the setting."""
 
 
@@ -135,7 +135,7 @@ VERBS = {
         "exchange",
         "ImportSettings",
         SOURCES,
-        ("crosslace import path=exported/clt run=runs/imported",),
+        ("crosslace import from=circuit-tracer path=exported/clt run=runs/imported",),
     ),
     "sweep": Verb(
         "train and measure every combination of settings",

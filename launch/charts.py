@@ -226,12 +226,14 @@ class _Axis:
             factors = (1,) if high - low > 3 else (1, 2, 5)
             places = [f * 10.0**p for p in range(low, high + 1) for f in factors]
             inside = [v for v in places if self.low <= math.log10(v) <= self.high]
-            return [(v, f"{v:g}") for v in inside]
-        rough = (self.high - self.low) / 5
+            if len(inside) > 1:
+                return [(v, f"{v:g}") for v in inside]
+        bottom, top = (10**self.low, 10**self.high) if self.log else (self.low, self.high)  # a short stretch is linear
+        rough = (top - bottom) / 5
         size = 10 ** math.floor(math.log10(rough))
         step = next(size * f for f in (1, 2, 5, 10) if size * f >= rough)
-        first = math.ceil(self.low / step - 1e-9)
-        return [(i * step, f"{i * step:.6g}") for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        first = math.ceil(bottom / step - 1e-9)
+        return [(i * step, f"{i * step:.6g}") for i in range(first, math.floor(top / step + 1e-9) + 1)]
 
 
 def _legend(names: Sequence[tuple[int, str]]) -> list[str]:

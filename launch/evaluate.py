@@ -66,10 +66,11 @@ def evaluated(
     text = evaluation_text(model, corpus, settings, comm)
     result = evaluate(model, text, settings, comm, progress)
     transcoder = model.transcoder
+    trained_as = transcoder.meta.get("trained_as", {}).get("activation", transcoder.settings.activation)
     result["made_with"] = {
         "crosslace": __version__,
         "torch": torch.__version__,
-        "kind": f"{transcoder.kind} {transcoder.meta.get('activation', transcoder.settings.activation)}",
+        "kind": f"{transcoder.kind} {trained_as}",
         "transcoder": asdict(transcoder.settings),
         "model": model.lm.fingerprint,
         "model_name": model.lm.name,

@@ -39,7 +39,7 @@ def write_out(job: Job) -> Closing:
     return Closing(
         "exported",
         wrote=[(str(out), f"the transcoder as a {top.to} folder")],
-        next=[f"crosslace import path={out} format={top.to} run=runs/imported"],
+        next=[f"crosslace import path={out} from={top.to} run=runs/imported"],
     )
 
 
@@ -80,7 +80,7 @@ def _write_graphs(source: Path, out: Path) -> Closing:
     return Closing(
         "exported",
         wrote=[(str(out / f"{folder.name}.json"), "a graph that Neuronpedia reads") for folder in folders],
-        next=[f"crosslace import path={out / f'{folders[0].name}.json'} format=neuronpedia run=runs/imported"],
+        next=[f"crosslace import path={out / f'{folders[0].name}.json'} from=neuronpedia run=runs/imported"],
     )
 
 

@@ -170,7 +170,7 @@ class ImportSettings(Common):
     path: str = ""
     """The folder (or file) to read."""
     format: str = "circuit-tracer"
-    """Its format: circuit-tracer, saelens, or neuronpedia (one graph)."""
+    """Its format: circuit-tracer, saelens, or neuronpedia (one graph); `from=` is short for it."""
     run: str = ""
     """The run to make of it."""
 

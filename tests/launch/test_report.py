@@ -107,6 +107,8 @@ def test_what_was_not_evaluated_is_said(tmp_path: Path, result: dict) -> None:
 def test_charts_leave_out_what_cannot_be_drawn() -> None:
     chart = Chart("t", "x", "y", [Series("a", [(1, 0.0), (2, float("nan")), (3, 5.0)])], log_y=True)
     assert chart.svg().count("<circle") == 1
+    narrow = Chart("t", "x", "y", [Series("a", [(1.0, 0.0117), (2.0, 0.0168)])], log_y=True)
+    assert ">0.012<" in narrow.svg()  # an axis has numbers, however short
     assert "nothing to draw" in Chart("t", "x", "y", [Series("a", [])]).svg()
     assert "&lt;b&gt;" in Chart("<b>", "x", "y", [Series("a", [(1.0, 1.0)])]).svg()
 

@@ -182,7 +182,7 @@ def test_export_and_import_are_inverse(kind: str, form: str, demo: Path, crossla
     assert ended.code == 0, ended.err
     again = crosslace("export", f"run={demo / kind}", f"to={form}", f"out={tmp_path / 'out'}")
     assert again.code == 2 and "is there already" in again.err
-    ended = crosslace("import", f"path={tmp_path / 'out'}", f"format={form}", f"run={tmp_path / 'run'}")
+    ended = crosslace("import", f"path={tmp_path / 'out'}", f"from={form}", f"run={tmp_path / 'run'}")
     assert ended.code == 0, ended.err
     before = crosslace_transcoder(demo / kind / "transcoder")
     after = crosslace_transcoder(tmp_path / "run" / "transcoder")
