@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -100,13 +99,13 @@ def process_environment(pid: int) -> dict[str, str]:
 
 def test_two_machines_find_each_other_through_c10d(store: Path, one: Path, tmp_path: Path) -> None:
     """Two torchrun agents, as on two machines, with one rendezvous on loopback; features are shared between them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # The rendezvous' store lives here: in one of the agents, it would go when that one is done, and trip the other.
+    meeting = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     folder = tmp_path / "two"
     command = [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=crosslace",
-               f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", "-m", "crosslace.launch", "train",
-               f"store={store}", f"run={folder}", "parallel.features=2", *TRAIN]  # fmt: skip
+               f"--rdzv-endpoint=127.0.0.1:{meeting.port}", "--rdzv-conf=is_host=0", "--local-addr=127.0.0.1",
+               "-m", "crosslace.launch", "train", f"store={store}", f"run={folder}", "parallel.features=2",
+               *TRAIN]  # fmt: skip
     agents = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
         for _ in range(2)
