@@ -124,7 +124,7 @@ def neuron_condition(lm: LanguageModel, l0_by_layer: Mapping[int, float]) -> Con
         for layer, down in downs.items():
             assert down is not None
             strength_F = down_norms(down)
-            hook = _strongest_only(strength_F, max(1, round(l0_by_layer[layer])), keep_BT)
+            hook = _strongest_only(strength_F, l0_by_layer[layer], keep_BT)
             stack.callback(down.register_forward_pre_hook(hook).remove)
         return stack
 
@@ -138,12 +138,16 @@ def down_norms(down: nn.Module) -> Tensor:
     return weight.norm(dim=0 if isinstance(down, nn.Linear) else 1)
 
 
-def _strongest_only(strength_F: Tensor, k: int, keep_BT: Tensor) -> Callable[..., tuple[Tensor]]:
+def _strongest_only(strength_F: Tensor, k: float, keep_BT: Tensor) -> Callable[..., tuple[Tensor]]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         neurons_BTF = args[0]
-        weight = (neurons_BTF * strength_F).abs()
-        least = weight.topk(min(k, weight.shape[-1]), dim=-1).values[..., -1:]
-        chosen = (weight >= least) | keep_BT[..., None]
+        chosen = strongest(neurons_BTF, strength_F, k) | keep_BT[..., None]
         return (neurons_BTF * chosen,)
 
     return hook
+
+
+def strongest(neurons: Tensor, strength_F: Tensor, k: float) -> Tensor:
+    """Which neurons [..., F] are among the k strongest of their token."""
+    weight = (neurons * strength_F).abs()
+    return weight >= weight.topk(min(max(1, round(k)), weight.shape[-1]), dim=-1).values[..., -1:]

@@ -34,6 +34,7 @@ from .controls import (
     calibrate,
     down_norms,
     neuron_condition,
+    strongest,
     untrained,
 )
 from .faithfulness import FaithfulnessPlan, measure_faithfulness
@@ -227,9 +228,7 @@ def strongest_neurons(lm: LanguageModel, layer: int, neurons_NF: Tensor, l0: flo
     parts = lm.layers[layer]
     down = parts.mlp_down
     assert down is not None
-    weight = (neurons_NF * down_norms(down)).abs()
-    least = weight.topk(min(max(1, round(l0)), weight.shape[-1]), dim=-1).values[..., -1:]
-    y_ND = down(neurons_NF * (weight >= least))
+    y_ND = down(neurons_NF * strongest(neurons_NF, down_norms(down), l0))
     return y_ND if parts.post_mlp_norm is None else parts.post_mlp_norm.module(y_ND)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from ..circuit.graph_scores import COLUMNS
 from ..circuit.health import DENSITY_EDGES
 from .charts import Chart, Series, grid, notice, page, table
 
@@ -150,16 +151,7 @@ def _layers(result: Mapping[str, Any]) -> str:
 
 
 def _graphs(graph: Mapping[str, Any]) -> str:
-    columns = (
-        "replacement_score",
-        "completeness",
-        "completeness_ct",
-        "path_length",
-        "nodes",
-        "edges",
-        "left_out_features",
-        "largest_violation",
-    )
+    columns = COLUMNS
     mean = [["mean", *(graph[name] for name in columns)]]
     interval = [["95% interval", *(_interval(graph, name) for name in columns)]]
     prompts = [[row["prompt"], *(row[name] for name in columns)] for row in graph["prompts"]]
