@@ -1,4 +1,4 @@
-"""Thresholds that give a chosen L0 on held-out rows: what topk kinds export, and jumprelu's last correction."""
+"""Thresholds that give a chosen L0 on held-out rows: what topk kinds export, and the last correction of the others."""
 
 from collections.abc import Iterable, Sequence
 
@@ -21,10 +21,12 @@ def calibrated_thresholds(
     `batches` are this rank's.
 
     topk kinds get one number a layer (one for all layers where batchtopk lets layers compete); jumprelu's own
-    thresholds are all multiplied by one number a layer. The exact order statistic, from a pool of candidates.
+    thresholds are all multiplied by one number a layer; relu gets one number a layer, perhaps negative, by which its
+    biases are to be lowered. The exact order statistic, from a pool of candidates.
     """
     own = [transcoder.theta(l) for l in range(transcoder.n_layers)]
     relative = transcoder.settings.activation == "jumprelu"
+    shifts = transcoder.settings.activation == "relu"
     together = transcoder.settings.activation == "batchtopk" and transcoder.settings.k_scope == "all"
     groups = [list(range(transcoder.n_layers))] if together else [[l] for l in range(transcoder.n_layers)]
     counts = [max(1, round(sum(target[l] for l in group) * rows)) for group in groups]
@@ -36,7 +38,8 @@ def calibrated_thresholds(
             pools[g] = candidates(torch.cat([pools[g], *(candidates(scores[l], counts[g]) for l in group)]), counts[g])
     thresholds: list[Tensor] = [own[0]] * transcoder.n_layers
     for g, group in enumerate(groups):
-        level = comm.top_threshold(pools[g], counts[g]).clamp_min(1e-30) * _BELOW
+        level = comm.top_threshold(pools[g], counts[g])
+        level = level - (1 - _BELOW) * level.abs() if shifts else level.clamp_min(1e-30) * _BELOW
         for l in group:
             thresholds[l] = own[l] * level if relative else level.expand(transcoder.features[l]).clone()
     return thresholds

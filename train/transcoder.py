@@ -226,7 +226,10 @@ class Transcoder(nn.Module):
     def activate(
         self, h: list[Tensor], thresholds: Sequence[Tensor] | None = None, comm: Collectives = SINGLE
     ) -> list[Tensor]:
-        """h_l [B, F] -> a_l [B, F]. `thresholds` ([], [F] or [B, 1] a layer) take the place of the activation's own."""
+        """h_l [B, F] -> a_l [B, F]. `thresholds` ([], [F] or [B, 1] a layer) take the place of the activation's own;
+        relu, which has none and no jump, is shifted by them."""
+        if thresholds is not None and self.settings.activation == "relu":
+            return [(h_BF - tau).relu() for h_BF, tau in zip(h, thresholds, strict=True)]
         if thresholds is not None:
             return [above(h_BF, tau) for h_BF, tau in zip(h, thresholds, strict=True)]
         if self.settings.activation in ("topk", "batchtopk"):
@@ -305,7 +308,8 @@ class Transcoder(nn.Module):
         """The same map on raw activations: reads x where this one reads x * in_scale, writes y^ / out_scale ([L] each).
 
         Pre-activations, and so thresholds, keep their values: the scales go into the encoder's and decoder's weights.
-        topk and batchtopk become jumprelu with the given `thresholds`, a number or [F] per layer.
+        topk and batchtopk become jumprelu with the given `thresholds`, a number or [F] per layer; relu's biases are
+        lowered by them.
         """
         settings = replace(self.settings, theta_init=max(self.settings.theta_init, 1e-6))
         if self.settings.activation in ("topk", "batchtopk"):
@@ -323,7 +327,9 @@ class Transcoder(nn.Module):
             other.b_dec[l].copy_(self.b_dec[l] / scale_out[l])
             if len(other.W_skip):
                 other.W_skip[l].copy_(self.W_skip[l] * (scale_in[l] / scale_out[l]))
-            if thresholds is not None:
+            if thresholds is not None and settings.activation == "relu":
+                other.b_enc[l].sub_(torch.as_tensor(thresholds[l]).to(other.b_enc[l]))
+            elif thresholds is not None:
                 theta = torch.as_tensor(thresholds[l], dtype=torch.float64).clamp_min(1e-30)
                 other.log_theta[l].copy_(theta.log().expand(self.features[l]))
             elif len(other.log_theta):
