@@ -58,7 +58,7 @@ class RunningState:
         self.dead_below = math.exp(-1) / settings.dead_after
         self.steps_to_judge = settings.dead_after / settings.batch
         self.density = [zeros(size) for size in transcoder.features]
-        lam = settings.coefficients(transcoder.settings.activation, layers)
+        lam = settings.coefficients(layers)
         self.log_lam = torch.tensor([math.log(max(value, 1e-12)) for value in lam], device=device)
         self.l0 = zeros(layers)
         self.side, self.boost = zeros(layers), zeros(layers) + 1
