@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from crosslace import Transcoder
+
 QUICK = ["trainer.batch=256", "trainer.steps=40", "trainer.log_every=10", "trainer.eval_tokens=512"]
 SHAPE = ["transcoder.features=96", "transcoder.reach=1", "trainer.target_l0=4", "wandb.mode=disabled"]
 
@@ -26,7 +28,7 @@ def test_training_begins_with_the_mlps_own_neurons(crosslace, demo: Path, tmp_pa
 
 def test_training_begins_with_another_run(crosslace, demo: Path, tmp_path: Path) -> None:
     train = ["train", f"store={demo / 'store'}", *QUICK, "wandb.mode=disabled", f"init={demo / 'plt'}"]
-    ended = crosslace(*train, f"run={tmp_path / 'clt'}", "transcoder=clt", "transcoder.features=8")
+    ended = crosslace(*train, f"run={tmp_path / 'clt'}", "transcoder=clt", "transcoder.features=32")
     assert ended.code == 2 and "fewer" in ended.err
     features = Transcoder.load(demo / "plt" / "transcoder").features[0]
     ended = crosslace(*train, f"run={tmp_path / 'wide'}", "transcoder=clt", f"transcoder.features={features + 8}")
