@@ -60,6 +60,18 @@ def test_asked_for_an_l0_it_ends_there_on_held_out_rows(planted, tmp_path, activ
     assert [reached["l0/0"], reached["l0/1"]] == pytest.approx([4.0, 4.0], rel=0.25)
 
 
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+def test_half_precision_trains_as_well(planted, tmp_path, activation):
+    settings = replace(QUICK, steps=150, eval_every=0, checkpoint_every=0, target_l0=4.0, log_every=50)
+    shape = replace(SMALL, activation=activation)
+    nmse = {}
+    for precision in ("float32", "bf16"):
+        chosen, folder = replace(settings, precision=precision), tmp_path / precision
+        nmse[precision] = train(chosen, shape, planted.train, planted.held_out, folder).evaluation["overall"]["nmse"]
+        assert all(W.dtype == torch.float32 for W in Transcoder.load(folder / "transcoder").parameters())
+    assert nmse["bf16"] == pytest.approx(nmse["float32"], rel=0.1) and nmse["bf16"] != nmse["float32"]
+
+
 def test_what_a_run_writes(planted, tmp_path):
     sink = Sink()
     result = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path, sinks=[sink])
