@@ -13,7 +13,7 @@ second axis of the grid; sums are kept in float32 (float64 for float64), whateve
 Offsets that can pass 2^31 (rows times columns, chunks times entries) are 64-bit; columns within a row are 32-bit.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
@@ -139,14 +139,22 @@ def _adam_rows(
     tl.store(second + place, v.to(second.dtype.element_ty), mask=inside)
 
 
-def _sum_type(out: Tensor) -> tuple[torch.dtype, tl.dtype]:
-    return (torch.float64, tl.float64) if out.dtype == torch.float64 else (torch.float32, tl.float32)
+def _sum_type(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def _blocks(columns: int) -> tuple[int, int, int]:
     """Columns a program holds, how many programs a row takes, and warps for each."""
     block = min(_MOST_COLUMNS, max(32, 1 << (columns - 1).bit_length()))
     return block, -(-columns // block), min(8, max(1, block // 128))
+
+
+def _launch(kernel: Any, like: Tensor, *arguments: Tensor | int, **flags: bool) -> None:
+    """One program for each row of `like` [F, C] and chunk of its columns."""
+    n_rows, columns = like.shape
+    block, chunks, warps = _blocks(columns)
+    sums = tl.float64 if _sum_type(like) == torch.float64 else tl.float32
+    kernel[(n_rows, chunks)](*arguments, columns, **flags, SUM=sums, BLOCK=block, num_warps=warps)
 
 
 def _described(rows: "RowGradient") -> tuple[Tensor | int, ...]:
@@ -156,28 +164,24 @@ def _described(rows: "RowGradient") -> tuple[Tensor | int, ...]:
     return *source, rows.index, rows.pointer, rows.values, scale, left, right, rows.weight
 
 
+def _terms(rows: "RowGradient") -> dict[str, bool]:
+    return {"SCALED": rows.scale is not None, "OUTER": rows.left is not None}
+
+
 def gather_sum(rows: Tensor, index: Tensor, pointer: Tensor, weights: Tensor, out: Tensor, add: bool = False) -> None:
     """out[s] (+)= sum over list s of weights[j] * rows[index[j]]."""
-    n_lists, columns = out.shape
-    block, chunks, warps = _blocks(columns)
-    _gather_sum[(n_lists, chunks)](
-        rows, rows.stride(0), index, pointer, weights, out, out.stride(0), columns,
-        ADD=add, SUM=_sum_type(out)[1], BLOCK=block, num_warps=warps,  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    _launch(_gather_sum, out, rows, rows.stride(0), index, pointer, weights, out, out.stride(0), ADD=add)
 
 
 def decode_backward(rows: "RowGradient", order: Tensor, out: Tensor | None, add: bool) -> tuple[Tensor, Tensor | None]:
     """d values [N], by token, and d weight into `out` (or added there), or else the norms of its rows."""
     n_features, columns = rows.weight.shape
-    block, chunks, warps = _blocks(columns)
-    dtype, sums = _sum_type(rows.weight)
-    # Empty places stand in no list: their dots stay zero.
-    partial = rows.values.new_zeros(chunks, rows.values.numel(), dtype=dtype)
+    chunks, dtype, entries = _blocks(columns)[1], _sum_type(rows.weight), rows.values.numel()
+    partial = rows.values.new_zeros(chunks, entries, dtype=dtype)  # empty places stand in no list: theirs stay zero
     squares = rows.values.new_empty(chunks, n_features, dtype=dtype)
-    _decode_backward[(n_features, chunks)](
-        *_described(rows), order, rows.weight if out is None else out, partial, squares, rows.values.numel(),
-        n_features, columns, SCALED=rows.scale is not None, KEPT=out is not None, ADD=add,
-        SUM=sums, BLOCK=block, num_warps=warps,  # pyright: ignore[reportCallIssue]
+    _launch(
+        _decode_backward, rows.weight, *_described(rows), order, rows.weight if out is None else out, partial, squares,
+        entries, n_features, SCALED=rows.scale is not None, KEPT=out is not None, ADD=add,
     )  # fmt: skip
     return partial.sum(0), squares.sum(0).sqrt() if out is None else None
 
@@ -185,22 +189,11 @@ def decode_backward(rows: "RowGradient", order: Tensor, out: Tensor | None, add:
 def gradient_norms(rows: "RowGradient") -> Tensor:
     """[F]: the 2-norm of each row's gradient."""
     n_features, columns = rows.weight.shape
-    block, chunks, warps = _blocks(columns)
-    dtype, sums = _sum_type(rows.weight)
-    squares = rows.values.new_empty(chunks, n_features, dtype=dtype)
-    _gradient_norms[(n_features, chunks)](
-        *_described(rows), squares, n_features, columns, SCALED=rows.scale is not None,
-        OUTER=rows.left is not None, SUM=sums, BLOCK=block, num_warps=warps,  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    squares = rows.values.new_empty(_blocks(columns)[1], n_features, dtype=_sum_type(rows.weight))
+    _launch(_gradient_norms, rows.weight, *_described(rows), squares, n_features, **_terms(rows))
     return squares.sum(0).sqrt()
 
 
 def adam_rows(rows: "RowGradient", first: Tensor, second: Tensor, numbers: Tensor) -> None:
     """Adam on `rows.weight` and its moments, in place; `numbers` as `rows.adam_numbers` says."""
-    n_features, columns = rows.weight.shape
-    block, chunks, warps = _blocks(columns)
-    _adam_rows[(n_features, chunks)](
-        *_described(rows), first, second, numbers, columns, SCALED=rows.scale is not None,
-        OUTER=rows.left is not None, SUM=_sum_type(rows.weight)[1], BLOCK=block,
-        num_warps=warps,  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
+    _launch(_adam_rows, rows.weight, *_described(rows), first, second, numbers, **_terms(rows))

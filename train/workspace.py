@@ -22,8 +22,8 @@ class Room:
     """How many entries of each layer an accelerator's lists hold, so that none are counted before they are listed.
 
     The counts of a step reach the host while the next ones run, and are looked at two steps later. Lists get half as
-    much room again as was needed. Where that did not suffice the loss becomes NaN (`sparse_pass`): the step is left out,
-    like any other that is not finite, and two steps later there is room. A first step counts, and waits for it.
+    much room again as was needed. Where that did not suffice the loss becomes NaN (`sparse_pass`): the step is left
+    out, like any other that is not finite, and two steps later there is room. A first step counts, and waits for it.
     """
 
     def __init__(self, sizes: Sequence[int] = ()) -> None:
