@@ -64,9 +64,7 @@ def write_plain(folder: Path, content: dict[str, np.ndarray], rows: int, sync: b
                 os.fsync(out.fileno())
 
 
-def write_store(
-    folder: Path, content: dict[str, np.ndarray], rows: int, layout: StoreLayout, sync: bool, moments: bool
-) -> None:
+def write_store(folder: Path, content: dict[str, np.ndarray], rows: int, layout: StoreLayout, sync: bool) -> None:
     shutil.rmtree(folder / "store", ignore_errors=True)
     sites = {site: torch.from_numpy(values) for site, values in content.items()}
     where = torch.arange(PIECE_ROWS)
@@ -76,7 +74,7 @@ def write_store(
         for index, start in enumerate(starts):
             window = writer.window("train", index, min(writer.shuffle_rows, rows - start))
             while window.filled < window.rows:
-                window.append(sites, where, where, where, moments=moments)
+                window.append(sites, where, where, where)
             writer.write("train", index, window)
         writer.finish({"train": len(starts)}, {})
 
@@ -93,24 +91,21 @@ def bench_write(
     content = pieces(n_layers, d_model)
     layout = StoreLayout(SITES, tuple(range(n_layers)), d_model, "float16", block_rows)
     size = layout.row_bytes * rows
-    found: dict[str, float] = {}
-
-    def timed(name: str, work: Callable[[], None]) -> None:
-        seconds = []
-        for _ in range(repeats):
-            drop(folder)
-            seconds.append(best(1, work))
-        found[name] = min(seconds)
-
-    for sync in (True, False):
+    ways: dict[str, Callable[[], None]] = {}
+    for sync in (False, True):
         tail = "_synced" if sync else ""
-        timed(f"plain{tail}", lambda sync=sync: write_plain(folder, content, rows, sync))
-        timed(f"store{tail}", lambda sync=sync: write_store(folder, content, rows, layout, sync, False))
-    timed("store_summed", lambda: write_store(folder, content, rows, layout, False, True))
+        ways[f"plain{tail}"] = lambda sync=sync: write_plain(folder, content, rows, sync)
+        ways[f"store{tail}"] = lambda sync=sync: write_store(folder, content, rows, layout, sync)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        # in turn, so that whatever else the machine does falls on all of them
+        for name, work in ways.items():
+            drop(folder)
+            seconds[name].append(best(1, work))
+    found = {name: min(times) for name, times in seconds.items()}
     return {
         "write_ratio": found["plain"] / found["store"],
         "write_ratio_synced": found["plain_synced"] / found["store_synced"],
-        "write_ratio_with_statistics": found["plain"] / found["store_summed"],
         "write_gb_s": size / found["store"] / 1e9,
         "plain_write_gb_s": size / found["plain"] / 1e9,
     }
@@ -121,7 +116,7 @@ def bench_read(folder: Path, n_layers: int, d_model: int, rows: int, block_rows:
     layout = StoreLayout(SITES, tuple(range(n_layers)), d_model, "float16", block_rows)
     drop(folder)
     write_plain(folder, content, rows, False)
-    write_store(folder, content, rows, layout, False, False)
+    write_store(folder, content, rows, layout, False)
     store = ActivationStore.open(folder / "store")
     steps = store.steps_per_epoch(BATCH)
     size = steps * BATCH * n_layers * d_model * 2 * len(SITES)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosslace.data import window
+from crosslace.data import image, window
 from crosslace.data.corpus import TokenSequence
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.harvest import HarvestSettings, harvest, weigh
@@ -188,20 +188,22 @@ def test_says_what_it_will_weigh(lm, tmp_path, monkeypatch):
 def test_full_disk_ends_with_a_sentence_and_goes_on(lm, tmp_path, monkeypatch, spilled):
     assert harvest(lm, RandomText(), to(tmp_path / "whole"))
     settings = to(tmp_path / "s", memory="1B" if spilled else "auto")
-    calls, write = [0], window._write_all
+    calls, write = [0], window.write_parts
 
-    def fill_up(out, data):
+    def fill_up(out, parts):
         calls[0] += 1
         if calls[0] > 40:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(out, data)
+        write(out, parts)
 
-    monkeypatch.setattr(window, "_write_all", fill_up)
+    for module in (image, window):
+        monkeypatch.setattr(module, "write_parts", fill_up)
     with pytest.raises(UserError, match=r"no room is left for .* with the same settings"):
         harvest(lm, RandomText(), settings)
     with pytest.raises(UserError, match="is incomplete: run `crosslace cache`"):
         ActivationStore.open(tmp_path / "s")
-    monkeypatch.setattr(window, "_write_all", write)
+    for module in (image, window):
+        monkeypatch.setattr(module, "write_parts", write)
     assert harvest(lm, RandomText(), settings)
     assert tree(tmp_path / "s") == tree(tmp_path / "whole")
 
