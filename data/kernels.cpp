@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <fcntl.h>
 #include <sys/uio.h>
 #if defined(__SSE4_2__)
 #include <immintrin.h>
@@ -17,7 +18,7 @@
 
 namespace {
 
-// -- crc32c ------------------------------------------------------------------------------------------------------------
+// -- crc32c -----------------------------------------------------------------------------------------------------------
 
 constexpr uint32_t kPolynomial = 0x82F63B78;  // Castagnoli, bits reversed
 
@@ -101,8 +102,8 @@ uint64_t power_of_x(int power) {
   return static_cast<uint64_t>(value) << 32;
 }
 
-// The same sum by carry-less products: 256 bytes are moved onto the next 256, which are worth as much, until only the
-// last 256 are left. Bits being reversed, a product comes out one power too high, hence the powers 8 * 256 - 1 and + 63.
+// The same sum by carry-less products: 256 bytes are moved onto the next 256, which are worth as much, until only
+// the last 256 are left. Bits being reversed, a product comes out one power too high: hence 8 * 256 - 1 and + 63.
 uint64_t folded(uint64_t sum, const uint8_t*& data, int64_t& size) {
   if (size < 1024) return sum;
   static const uint64_t far = power_of_x(8 * 256 + 63), near = power_of_x(8 * 256 - 1);
@@ -110,11 +111,13 @@ uint64_t folded(uint64_t sum, const uint8_t*& data, int64_t& size) {
   __m512i x[4];
   for (int k = 0; k < 4; k++) x[k] = _mm512_loadu_si512(data + 64 * k);
   x[0] = _mm512_xor_si512(x[0], _mm512_zextsi128_si512(_mm_cvtsi64_si128(sum)));
-  for (data += 256, size -= 256; size >= 256; data += 256, size -= 256)
+  for (data += 256, size -= 256; size >= 256; data += 256, size -= 256) {
     for (int k = 0; k < 4; k++) {
-      const __m512i low = _mm512_clmulepi64_epi128(x[k], powers, 0x00), high = _mm512_clmulepi64_epi128(x[k], powers, 0x11);
+      const __m512i low = _mm512_clmulepi64_epi128(x[k], powers, 0x00);
+      const __m512i high = _mm512_clmulepi64_epi128(x[k], powers, 0x11);
       x[k] = _mm512_ternarylogic_epi64(low, high, _mm512_loadu_si512(data + 64 * k), 0x96);
     }
+  }
   uint8_t last[256];
   for (int k = 0; k < 4; k++) _mm512_storeu_si512(last + 64 * k, x[k]);
   sum = 0;
@@ -135,7 +138,7 @@ uint32_t checksum(const uint8_t* data, int64_t size) {
   return ~rest;
 }
 
-// -- numbers -----------------------------------------------------------------------------------------------------------
+// -- numbers ----------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kTile = 256;  // numbers converted at once: they stay in the first-level cache
 enum Kind { kBytes, kFloat32, kFloat16, kBfloat16 };
@@ -283,9 +286,43 @@ float put_run(const uint8_t* from, Kind kind, uint8_t* to, Kind stored, int64_t 
 
 enum Outcome { kFine, kDamaged, kShort, kFailed };
 
-// `size` bytes and the checksum behind them.
-Outcome read_one(int file, int64_t offset, uint8_t* into, int64_t size, uint32_t* sum) {
-  const int64_t whole = size + 4;
+struct Chunks {
+  const int32_t* files;
+  const int64_t* offsets;
+  int64_t n, size;  // without the checksum behind it
+  bool announced;   // the system knows which ones will be wanted
+};
+
+// Ask for all chunks from number i on: a disk answers many questions in the time of one.
+void announce(const Chunks& chunks, int64_t i) {
+  const int64_t whole = chunks.size + 4;
+  const auto neighbours = [&](int64_t a, int64_t b) {
+    return chunks.files[a] == chunks.files[b] && chunks.offsets[a] + whole == chunks.offsets[b];
+  };
+  while (i < chunks.n) {
+    int64_t end = i + 1;
+    while (end < chunks.n && neighbours(end - 1, end)) end++;
+    posix_fadvise(chunks.files[i], chunks.offsets[i], (end - i) * whole, POSIX_FADV_WILLNEED);
+    i = end;
+  }
+}
+
+// As preadv, but the first time that bytes are not in memory yet, all that will be wanted is asked for at once.
+ssize_t read_some(Chunks& chunks, int64_t i, const iovec* parts, int count, int64_t offset) {
+#if defined(RWF_NOWAIT)
+  if (!chunks.announced) {
+    const ssize_t more = preadv2(chunks.files[i], parts, count, offset, RWF_NOWAIT);
+    if (more > 0) return more;
+  }
+#endif
+  if (!chunks.announced) announce(chunks, i);
+  chunks.announced = true;
+  return preadv(chunks.files[i], parts, count, offset);
+}
+
+// One chunk and the checksum behind it.
+Outcome read_one(Chunks& chunks, int64_t i, uint8_t* into, uint32_t* sum) {
+  const int64_t size = chunks.size, whole = size + 4;
   int64_t got = 0;
   while (got < whole) {
     iovec parts[2];
@@ -293,7 +330,7 @@ Outcome read_one(int file, int64_t offset, uint8_t* into, int64_t size, uint32_t
     if (got < size) parts[count++] = {into + got, static_cast<size_t>(size - got)};
     const int64_t of_sum = std::max<int64_t>(0, got - size);
     parts[count++] = {reinterpret_cast<uint8_t*>(sum) + of_sum, static_cast<size_t>(4 - of_sum)};
-    const ssize_t more = preadv(file, parts, count, offset + got);
+    const ssize_t more = read_some(chunks, i, parts, count, chunks.offsets[i] + got);
     if (more == 0) return kShort;
     if (more < 0 && errno != EINTR) return kFailed;
     if (more > 0) got += more;
@@ -338,13 +375,14 @@ float put_rows(const uint8_t* const* sources, int64_t row_bytes, const int64_t* 
   return largest;
 }
 
-// Chunks of `size` bytes from files into memory; those that are not `trusted` are held against their checksum while they
-// are still in the cache. Returns an Outcome; `failed` gets the chunk and errno.
-int64_t read_chunks(const int32_t* files, const int64_t* offsets, uint8_t* const* into, const uint8_t* trusted, int64_t n,
-                    int64_t size, int64_t* failed) {
+// Chunks of `size` bytes from files into memory; those that are not `trusted` are held against their checksum while
+// they are still in the cache. Returns an Outcome; `failed` gets the chunk and errno.
+int64_t read_chunks(const int32_t* files, const int64_t* offsets, uint8_t* const* into, const uint8_t* trusted,
+                    int64_t n, int64_t size, int64_t* failed) {
+  Chunks chunks{files, offsets, n, size, false};
   for (int64_t i = 0; i < n; i++) {
     uint32_t sum;
-    Outcome outcome = read_one(files[i], offsets[i], into[i], size, &sum);
+    Outcome outcome = read_one(chunks, i, into[i], &sum);
     if (outcome == kFine && !trusted[i] && checksum(into[i], size) != sum) outcome = kDamaged;
     if (outcome != kFine) {
       failed[0] = i;
