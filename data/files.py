@@ -1,5 +1,6 @@
 """The few file operations that a store needs, on a local folder or on any fsspec URL."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ from typing import IO, Any, Protocol
 
 import fsspec
 import numpy as np
+
+from .errors import UserError
 
 _OPEN_FILES = 256
 MAX_PARTS = 512  # pieces of one vectored write; systems take 1,024
@@ -64,6 +67,20 @@ def read_json(files: Files, name: str) -> Any | None:
 def write_json(files: Files, name: str, value: Any, sync: bool = True) -> None:
     with files.writing(name, sync) as out:
         out.write(json.dumps(value, indent=1, sort_keys=True).encode())
+
+
+@contextmanager
+def room(files: Files) -> Iterator[None]:
+    """Turn a full disk into a sentence."""
+    try:
+        yield
+    except OSError as cause:
+        if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"no room is left for {files.root}: free some and run `crosslace cache` with the same settings, which goes "
+            "on where it stopped"
+        ) from cause
 
 
 def write_parts(out: IO[bytes], parts: list[np.ndarray]) -> None:

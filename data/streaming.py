@@ -22,7 +22,7 @@ import torch
 
 from .batch import Batch, Statistics, Straight
 from .errors import Progress, SettingsError, UserError, silent
-from .files import LocalFiles, read_json, write_json
+from .files import LocalFiles, read_json, room, write_json
 from .harvest import Harvester, cache_split
 from .model import LanguageModel
 from .plan import PlannedWindow
@@ -31,7 +31,7 @@ from .shuffle import EpochOrder, Span
 from .store import ActivationStore
 from .units import format_bytes, parse_bytes
 from .window import SpilledWindow, Window, read_record, window_order
-from .writer import StoreLock, StoreWriter, room, statistics_attributes
+from .writer import StoreLock, StoreWriter, statistics_attributes
 
 _POLL_SECONDS = 0.2
 

@@ -19,7 +19,7 @@ import torch
 
 from . import kernels
 from .codecs import CODECS, quantise
-from .files import Files, write_parts
+from .files import Files, room, write_parts
 from .image import Image, Rows
 from .layout import ArraySpec, StoreLayout
 from .shuffle import permutation
@@ -176,6 +176,7 @@ class SpilledWindow(Window):
     ):
         self._files, self._journal, self._name = files, f"{name}.journal", name
         self._folder = Path(files.root, name)
+        self._open_files: dict[str, int] = {}
         super().__init__(layout, rows, order, channel_scale)
         journal = files.read(self._journal)
         if journal is not None:
@@ -188,7 +189,12 @@ class SpilledWindow(Window):
         self._open_files = {n: os.open(self._folder / n, os.O_RDWR | os.O_CREAT) for n in self.layout.arrays}
 
     def append(self, *args: Any, **kwargs: Any) -> None:
-        super().append(*args, **kwargs)
+        with room(self._files):
+            super().append(*args, **kwargs)
+            self._note()
+
+    def _note(self) -> None:
+        """Now and then, put down in the journal what is safe."""
         if time.monotonic() - self._saved >= JOURNAL_SECONDS:
             # the rows first: a journal never speaks of rows that a power cut could take
             for descriptor in self._open_files.values():
@@ -236,6 +242,10 @@ class SpilledWindow(Window):
         self._open_files = {}
         self._files.remove(self._journal)
         self._files.remove(self._name)
+
+    def __del__(self):
+        for descriptor in self._open_files.values():
+            os.close(descriptor)
 
 
 def _pack(facts: dict[str, Any], moments: Moments) -> bytes:

@@ -7,14 +7,12 @@ itself which of its windows are done. Whoever sees the last record writes the ar
 `complete`, and removes `.progress`.
 """
 
-import errno
 import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ import torch
 
 from .codecs import GROUP
 from .errors import UserError
-from .files import Files, LocalFiles, open_files, read_json, write_json
+from .files import Files, LocalFiles, open_files, read_json, room, write_json
 from .layout import StoreLayout
 from .reader import HELD_OUT
 from .window import Moments, SpilledWindow, Window, read_record, window_order
@@ -294,20 +292,6 @@ def statistics_attributes(layout: StoreLayout, moments: Moments, rows: int) -> d
 def default_memory() -> int:
     """A quarter of the machine's memory: what windows may take before they spill to disk."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-
-
-@contextmanager
-def room(files: Files) -> Iterator[None]:
-    """Turn a full disk into a sentence."""
-    try:
-        yield
-    except OSError as cause:
-        if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise UserError(
-            f"no room is left for {files.root}: free some and run `crosslace cache` with the same settings, which goes "
-            "on where it stopped"
-        ) from cause
 
 
 def _create_first(files: LocalFiles, name: str, value: Any) -> None:
