@@ -8,7 +8,15 @@ import pytest
 import torch
 from crosslace.train.gather import Entries, gather_sum, make_entries
 from crosslace.train.objective import Objective, StepInputs, dense_pass, step_loss
-from crosslace.train.rows import RowGradient, adam_numbers, adam_rows, decode_backward, gradient_norms
+from crosslace.train.rows import (
+    RowGradient,
+    RowGradients,
+    adam_numbers,
+    adam_rows,
+    decode_backward,
+    form,
+    gradient_norms,
+)
 from crosslace.train.sparse import sparse_pass
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
 from torch import Tensor
@@ -166,6 +174,25 @@ def test_a_step_equals_the_dense_one(activation, dtype):
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     for name, expected in gradients[0].items():
         assert float((gradients[1][name] - expected).norm()) <= tolerance * float(expected.norm() + 1e-6), name
+
+
+def test_under_autocast_error_rows_are_halved():
+    L, D, F, B = 2, 8, 12, 5
+    transcoder = Transcoder(TranscoderSettings(features=F, activation="relu"), D, L).to(DEVICE)
+    x, y = torch.randn(2, B, L, D, device=DEVICE)
+    objective = Objective(None, 4.0, False, True, 0.0, 3)
+    dead = [torch.zeros(F, dtype=torch.bool, device=DEVICE)] * L
+    gradients = []
+    for halved in (False, True):
+        rows = RowGradients(transcoder.W_dec)
+        inputs = StepInputs([3.0] * L, torch.zeros(L, device=DEVICE), 0.0, dead, rows=rows)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=halved):
+            loss = step_loss(transcoder, x, y, inputs, objective, forward=sparse_pass).loss
+        loss.backward()
+        assert all(given.source.dtype == (torch.bfloat16 if halved else torch.float32) for _, given in rows.items())
+        gradients.append([form(given, torch.empty_like(given.weight)) for _, given in rows.items()])
+    for exact, rounded in zip(*gradients, strict=True):
+        assert 0 < float((rounded - exact).norm()) <= 2e-2 * float(exact.norm())
 
 
 @pytest.mark.gpu
