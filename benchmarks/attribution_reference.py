@@ -4,7 +4,6 @@ PYTHON attribution_reference.py FOLDER EDGES BATCH
 """
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -79,8 +78,11 @@ def load(folder: Path, first: int) -> TransformerLensReplacementModel:
     return model
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def memory(entry: str) -> float:
+    """MiB of this process, by its entry in Linux's status: VmRSS now, VmHWM at its highest. (`getrusage` would give
+    that of the process which started it, where that was larger.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 1024
 
 
 def main() -> None:
@@ -89,14 +91,14 @@ def main() -> None:
     model = load(folder, int(prompt[0]))
     options = {"max_n_logits": 10, "desired_logit_prob": 0.95, "batch_size": batch}
     attribute(prompt[:8], model, **options)
-    before = peak()
+    before = memory("VmHWM")
     started = time.perf_counter()
     graph = attribute(prompt, model, **options)
     traced = time.perf_counter()
     compute_graph_scores(graph)
     prune_graph(graph)
     seconds = time.perf_counter() - started
-    found = {"seconds": seconds, "trace_seconds": traced - started, "peak": peak(), "added": peak() - before}
+    found = {"seconds": seconds, "trace_seconds": traced - started, "peak": memory("VmHWM"), "added": memory("VmHWM") - before}
     # edges without the rows that have no input and without errors at position 0, which are zero there
     n, T, L = len(graph.selected_features), len(prompt), model.cfg.n_layers
     columns = torch.ones(graph.adjacency_matrix.shape[1], dtype=torch.bool)

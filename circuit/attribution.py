@@ -23,7 +23,7 @@ from .graph import Graph
 from .linear import record
 from .memory import memory_named
 from .nodes import Nodes
-from .rows import Rows
+from .rows import CappedRows, Rows, StrongestRows, WholeRows
 from .sources import active_features, find_sources
 from .targets import Chosen, Target, choose_targets, feature_targets
 
@@ -127,15 +127,12 @@ class Tracer:
         nodes = with_logits(sources.nodes(recording), chosen, lm)
         n_features = len(features.layer)
         most = n_features if settings.max_nodes is None else min(settings.max_nodes, n_features)
-        rows = Rows(
-            nodes,
-            chosen.probabilities,
-            sources.run_order,
-            most,
-            settings.memory * 2**30,
-            settings.top_k if settings.edges == "top-k" else None,
-            dtype,
-        )
+        common = nodes, chosen.probabilities, sources.run_order, most, dtype
+        rows: Rows
+        if settings.edges == "top-k" and settings.top_k < n_features:
+            rows = StrongestRows(*common, top_k=settings.top_k)
+        else:
+            rows = (CappedRows if most < n_features else WholeRows)(*common, most_bytes=settings.memory * 2**30)
         del recording
 
         first_logit = len(nodes) - len(chosen.tokens)
@@ -154,7 +151,7 @@ class Tracer:
         nodes, found, left_out = rows.finish()
         kept = int(nodes.mask("feature").sum())
         return Graph(
-            rows=found,
+            stored=found,
             nodes=nodes,
             probabilities=chosen.probabilities,
             tokens=self.tokens.tolist(),

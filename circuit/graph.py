@@ -1,7 +1,9 @@
 """The attribution graph of one prompt: held, scored, pruned, stored.
 
 An edge A[t, s] is what source s adds to target t's pre-activation. Only features and logits are targets, so a graph
-holds their rows alone (`rows [R, N]`); `adjacency` spreads them over all N nodes.
+holds their rows alone (`rows [R, N]`); `adjacency` spreads them over all N nodes. A graph that was traced with
+`edges=top-k` holds them sparse (`stored`): influence, scores, pruning, paths and files work on that, and `rows` makes
+the matrix for whoever asks.
 """
 
 import json
@@ -19,6 +21,7 @@ from torch import Tensor
 from ..data.errors import UserError, check_range
 from . import influence as flow
 from .nodes import COLUMNS, Nodes
+from .sparse_rows import SparseRows
 
 FORMAT, VERSION = "crosslace-graph", 1
 SPARSE_BELOW = 0.25  # share of non-zero edges below which a graph is stored as a list of edges
@@ -41,8 +44,8 @@ class Logit(NamedTuple):
 class Graph:
     """Nodes, the edges into them, and how complete the account is."""
 
-    rows: Tensor
-    """[R, N] edges into each feature, then into each logit."""
+    stored: Tensor | SparseRows
+    """[R, N] edges into each feature, then into each logit; of a graph of the strongest edges, those alone."""
     nodes: Nodes
     probabilities: Tensor
     """[number of logits] probability of each logit node, or the weight of a target that is not one token."""
@@ -58,19 +61,33 @@ class Graph:
     # -- looking at it ------------------------------------------------------------------------------------------
 
     @property
+    def rows(self) -> Tensor:
+        """[R, N] the edges as a matrix; built on each call where they are stored sparse."""
+        return self.stored.dense() if isinstance(self.stored, SparseRows) else self.stored
+
+    @property
+    def values(self) -> Tensor:
+        """The numbers that are stored, a row per target; each row sums to the target's input."""
+        return self.stored.values if isinstance(self.stored, SparseRows) else self.stored
+
+    def rows_of(self, rows: Tensor | slice) -> Tensor:
+        """Some rows as a matrix, [C, N]."""
+        return self.stored.dense(rows) if isinstance(self.stored, SparseRows) else self.stored[rows]
+
+    @property
     def n_features(self) -> int:
-        return len(self.rows) - len(self.probabilities)
+        return len(self.stored) - len(self.probabilities)
 
     @property
     def targets(self) -> Tensor:
         """[R] the node of each row."""
-        ids = torch.arange(len(self.nodes), device=self.rows.device)
+        ids = torch.arange(len(self.nodes), device=self.values.device)
         return torch.cat([ids[: self.n_features], ids[len(ids) - len(self.probabilities) :]])
 
     @property
     def adjacency(self) -> Tensor:
         """[targets, sources] over all nodes, built on each call; most of it is rows of zeros of nodes without input."""
-        full = self.rows.new_zeros(len(self.nodes), len(self.nodes))
+        full = self.values.new_zeros(len(self.nodes), len(self.nodes))
         full[self.targets] = self.rows
         return full
 
@@ -89,8 +106,10 @@ class Graph:
 
     def edge(self, target: int, source: int) -> float:
         """What the source adds to the target."""
-        row = target if target < self.n_features else target - len(self.nodes) + len(self.rows)
-        return float(self.rows[row, source]) if row >= 0 and self.has_row(target) else 0.0
+        row = target if target < self.n_features else target - len(self.nodes) + len(self.stored)
+        if row < 0 or not self.has_row(target):
+            return 0.0
+        return float(self.rows_of(slice(row, row + 1))[0, source])
 
     def has_row(self, id: int) -> bool:
         """Whether a node is a target: a feature or a logit."""
@@ -101,7 +120,7 @@ class Graph:
     @property
     def weights(self) -> Tensor:
         """[N] probability on the logits, zero elsewhere."""
-        weights = self.rows.new_zeros(len(self.nodes))
+        weights = self.values.new_zeros(len(self.nodes))
         weights[len(weights) - len(self.probabilities) :] = self.probabilities.to(weights)
         return weights
 
@@ -110,7 +129,7 @@ class Graph:
         """Influence of nodes and flow through rows; worked out once, as a graph is not changed after it is made."""
         depth = self.nodes.layer[self.targets].clone()
         depth[self.n_features :] = int(self.nodes.layer.max()) + 1
-        return flow.influence(self.rows, self.targets, depth, self.weights, self.left_out)
+        return flow.influence(self.stored, self.targets, depth, self.weights, self.left_out)
 
     def influence(self) -> Tensor:
         """[N] influence of every node on the logits, over all paths."""
@@ -148,15 +167,19 @@ class Graph:
         rows_kept = keep[self.targets].nonzero().squeeze(1)
         new_id = torch.full((len(keep),), -1, device=keep.device)
         new_id[ids] = torch.arange(len(ids), device=keep.device)
-        rows, left_out = self.rows[rows_kept][:, ids], self.left_out[rows_kept].clone()
-        if len(gone):
-            flow.move_to_errors(rows, left_out, self.rows[rows_kept][:, gone], new_id[self.error_of(gone)])
+        if isinstance(self.stored, SparseRows):
+            kept = keep[: self.n_features]
+            rows, left_out = self.stored.subset(rows_kept, kept, self.left_out, self._errors_of_all())
+        else:
+            rows, left_out = self.stored[rows_kept][:, ids], self.left_out[rows_kept].clone()
+            if len(gone):
+                flow.move_to_errors(rows, left_out, self.stored[rows_kept][:, gone], new_id[self.error_of(gone)])
         kept_by_id = dict(zip(ids.tolist(), range(len(ids))))
         groups = {name: [kept_by_id[i] for i in group if i in kept_by_id] for name, group in self.supernodes.items()}
         accounting = self.accounting | {"left_out_features": self.accounting.get("left_out_features", 0) + len(gone)}
         return replace(
             self,
-            rows=rows,
+            stored=rows,
             nodes=self.nodes.select(ids),
             left_out=left_out,
             metadata=self.metadata | {"accounting": accounting},
@@ -167,13 +190,26 @@ class Graph:
         """The graph with the fewest edges that carry `share` of the influence over all edges but those from errors,
         which stay; what is cut is added to the errors of the sources' places."""
         from_error = self.nodes.mask("error")
-        cut = ~flow.fewest_edges(self.rows, self.influences.flow, share) & ~from_error
-        rows, left_out = self.rows.masked_fill(cut, 0), self.left_out.clone()
-        sources = (cut.any(0) & (self.rows != 0).any(0)).nonzero().squeeze(1)
+        keep = flow.fewest_edges(self.values, self.influences.flow, share)
+        if isinstance(self.stored, SparseRows):
+            rows, left_out = self.stored.moved_to_errors(
+                ~(keep | from_error[self.stored.sources()]), self.left_out, self._errors_of_all()
+            )
+            return replace(self, stored=rows, left_out=left_out)
+        cut = ~keep & ~from_error
+        rows, left_out = self.stored.masked_fill(cut, 0), self.left_out.clone()
+        sources = (cut.any(0) & (self.stored != 0).any(0)).nonzero().squeeze(1)
         if len(sources):
-            moved = self.rows[:, sources] * cut[:, sources]
+            moved = self.stored[:, sources] * cut[:, sources]
             flow.move_to_errors(rows, left_out, moved, self.error_of(sources))
-        return replace(self, rows=rows, left_out=left_out)
+        return replace(self, stored=rows, left_out=left_out)
+
+    def _errors_of_all(self) -> Tensor:
+        """[N] the error node of every source's place; logits, which are no sources, have the first one."""
+        ids = (~self.nodes.mask("logit")).nonzero().squeeze(1)
+        errors = torch.full((len(self.nodes),), self.n_features, device=ids.device)
+        errors[ids] = self.error_of(ids)
+        return errors
 
     def error_of(self, ids: Tensor) -> Tensor:
         """The error node of each node's (layer, position); an embedding's is that of the first layer."""
@@ -193,8 +229,11 @@ class Graph:
     def to(self, device: torch.device | str) -> "Graph":
         """The graph on a device."""
         nodes = replace(self.nodes, **{name: getattr(self.nodes, name).to(device) for name in COLUMNS})
-        moved = {name: getattr(self, name).to(device) for name in ("rows", "probabilities", "left_out")}
-        return replace(self, nodes=nodes, **moved)
+        stored = self.stored
+        if isinstance(stored, SparseRows):
+            stored = replace(stored, values=stored.values.to(device), columns=stored.columns.to(device))
+        moved = {name: getattr(self, name).to(device) for name in ("probabilities", "left_out")}
+        return replace(self, stored=stored.to(device) if isinstance(stored, Tensor) else stored, nodes=nodes, **moved)
 
     # -- names --------------------------------------------------------------------------------------------------
 
@@ -225,7 +264,7 @@ class Graph:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"nodes.{name}": getattr(self.nodes, name) for name in COLUMNS}
-        tensors |= {"probabilities": self.probabilities, "left_out": self.left_out, **packed(self.rows)}
+        tensors |= {"probabilities": self.probabilities, "left_out": self.left_out, **packed(self.stored)}
         # aside and renamed: a folder never holds a graph that is half written
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "graph.safetensors.tmp")
         header = {
@@ -259,7 +298,7 @@ class Graph:
             raise UserError(f"{folder} holds no graph that this version reads (it reads {FORMAT} version {VERSION})")
         labels = {int(id): label for id, label in header["labels"].items()}
         return cls(
-            rows=unpacked(tensors),
+            stored=unpacked(tensors),
             nodes=Nodes(*(tensors[f"nodes.{name}"] for name in COLUMNS), labels=labels),
             probabilities=tensors["probabilities"],
             tokens=header["tokens"],
@@ -292,8 +331,11 @@ class Graph:
         return cls(rows, nodes, probabilities, tokens, token_strings, rows.new_zeros(len(rows)), **more)
 
 
-def packed(rows: Tensor) -> dict[str, Tensor]:
+def packed(rows: Tensor | SparseRows) -> dict[str, Tensor]:
     """The rows as they are, or as a list of edges where most are zero."""
+    if isinstance(rows, SparseRows):
+        sizes = torch.tensor([rows.n_features])
+        return {"strongest.values": rows.values, "strongest.columns": rows.columns, "strongest.features": sizes}
     edges = (rows != 0).sum()
     if edges > SPARSE_BELOW * rows.numel():
         return {"rows": rows}
@@ -306,8 +348,11 @@ def packed(rows: Tensor) -> dict[str, Tensor]:
     }
 
 
-def unpacked(tensors: dict[str, Tensor]) -> Tensor:
+def unpacked(tensors: dict[str, Tensor]) -> Tensor | SparseRows:
     """The rows that `packed` stored."""
+    if "strongest.values" in tensors:
+        features = int(tensors["strongest.features"])
+        return SparseRows(tensors["strongest.values"], tensors["strongest.columns"], features)
     if "rows" in tensors:
         return tensors["rows"]
     shape = tensors["rows.shape"].tolist()

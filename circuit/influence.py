@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 2**22  # numbers of `rows` that are looked at together: bounds what a pass needs beyond the rows
+from .sparse_rows import CHUNK, SparseRows
+
 BINS = 2**16  # bins of the histogram that finds an edge threshold without sorting
 
 
@@ -28,25 +29,32 @@ class Influence(NamedTuple):
     """[] influence of the input that was moved into the errors and cancels there."""
 
 
-def influence(rows: Tensor, targets: Tensor, depth: Tensor, weights: Tensor, left_out: Tensor) -> Influence:
+def influence(
+    rows: Tensor | SparseRows, targets: Tensor, depth: Tensor, weights: Tensor, left_out: Tensor
+) -> Influence:
     """One pass over `rows [R, N]` in topological order.
 
     `depth [R]` orders the rows: an edge always comes from a node of smaller depth. `weights [N]` is the
     logit probability on logit nodes and zero elsewhere.
     """
-    total_N = weights.to(rows.dtype).clone()
-    flow_R = rows.new_zeros(len(rows))
-    step = max(1, CHUNK // max(1, rows.shape[1]))
+    values = rows.values if isinstance(rows, SparseRows) else rows
+    total_N = weights.to(values.dtype).clone()
+    flow_R = values.new_zeros(len(values))
+    step = max(1, CHUNK // max(1, values.shape[1]))
     for ids in by_depth(depth):
         added_N = torch.zeros_like(total_N)
         for some in ids.split(step):
-            size_CN = rows[run_or_ids(some)].abs()
+            chosen = run_or_ids(some)
+            size_CN = values[chosen].abs()
             norm_C = size_CN.sum(1) + left_out[some]
             flow_C = torch.where(norm_C > 0, total_N[targets[some]] / norm_C.clamp(min=1e-38), 0.0)
-            added_N += flow_C @ size_CN
+            if isinstance(rows, SparseRows):
+                rows.add_by_source(added_N, chosen, size_CN.mul_(flow_C[:, None]))
+            else:
+                added_N += flow_C @ size_CN
             flow_R[some] = flow_C
         total_N += added_N
-    return Influence(total_N - weights.to(rows.dtype), flow_R, (flow_R * left_out).sum())
+    return Influence(total_N - weights.to(values.dtype), flow_R, (flow_R * left_out).sum())
 
 
 def by_depth(depth: Tensor) -> list[Tensor]:
@@ -107,24 +115,38 @@ def fewest_edges(rows: Tensor, flow: Tensor, share: float) -> Tensor:
     """Mask [R, N] of the fewest edges whose scores `|rows| * flow` reach `share` of the total.
 
     A histogram over the leading 16 bits of each score finds the bin in which the share is reached, and only the
-    edges of that bin are sorted: the result is that of a full sort.
+    edges of that bin are sorted: the result is that of a full sort. Scores are looked at a chunk at a time, twice.
     """
-    score_RN = rows.abs().float() * flow.float()[:, None]
-    bin_RN = score_RN.view(torch.int32) >> 15  # positive floats order as their bits do
+    step = max(1, CHUNK // max(1, rows.shape[1]))
+    chunks = [slice(a, a + step) for a in range(0, len(rows), step)]
+    keep = torch.zeros_like(rows, dtype=torch.bool)
     mass = torch.zeros(BINS, dtype=torch.float64, device=rows.device)
-    mass.index_add_(0, bin_RN.flatten(), score_RN.flatten().double())
+    for some in chunks:
+        score_CN, bin_CN = _binned(rows[some], flow[some])
+        mass.index_add_(0, bin_CN.flatten(), score_CN.flatten().double())
     above = mass.flip(0).cumsum(0).flip(0)  # mass in this bin and those above
     goal = share * above[0]
     if float(goal) <= 0:
-        return torch.zeros_like(rows, dtype=torch.bool)
+        return keep
     edge_bin = int((above >= goal).nonzero().max())
-    keep = bin_RN > edge_bin
-    inside = (bin_RN == edge_bin).flatten().nonzero().squeeze(1)
-    candidates, order = score_RN.flatten()[inside].double().sort(descending=True, stable=True)
-    reached = (above[edge_bin] - mass[edge_bin]) + candidates.cumsum(0)
+    places, candidates = [], []
+    for some in chunks:
+        score_CN, bin_CN = _binned(rows[some], flow[some])
+        keep[some] = (bin_CN > edge_bin) & (score_CN > 0)
+        inside = ((bin_CN == edge_bin) & (score_CN > 0)).flatten().nonzero().squeeze(1)
+        places.append(inside + some.start * rows.shape[1])
+        candidates.append(score_CN.flatten()[inside])
+    scores, order = torch.cat(candidates).double().sort(descending=True, stable=True)
+    reached = (above[edge_bin] - mass[edge_bin]) + scores.cumsum(0)
     count = int((reached < goal).sum()) + 1
-    keep.view(-1)[inside[order[:count]]] = True
-    return keep & (score_RN > 0)
+    keep.view(-1)[torch.cat(places)[order[:count]]] = True
+    return keep
+
+
+def _binned(rows: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of edges, and the bin of each: positive floats order as their bits do."""
+    score = rows.abs().float() * flow.float()[:, None]
+    return score, score.view(torch.int32) >> 15
 
 
 def move_to_errors(rows: Tensor, left_out: Tensor, moved: Tensor, error_of: Tensor) -> None:

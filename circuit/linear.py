@@ -22,6 +22,9 @@ from torch import Tensor
 from ..data.families import LayerParts, Norm
 from ..data.model import LanguageModel
 
+BLOCK = 256  # positions whose values are found together
+HEAD_WIDTH = 128  # rows of W_O that a CPU multiplies together
+
 
 @dataclass
 class Recording:
@@ -83,6 +86,8 @@ class FrozenLayer:
         H, hd, D = parts.n_heads, parts.head_dim, parts.W_O.shape[0]
         groups = H // parts.n_kv_heads
         self.n_heads, self.head_dim = H, hd
+        # a few heads at once on a CPU, for the memory of U; an accelerator takes all
+        self.heads_together = max(1, HEAD_WIDTH // hd) if parts.W_O.device.type == "cpu" else H
 
         def per_head(of_kv: Tensor) -> Tensor:
             """[n_kv * hd, ...] -> [H * hd, ...]."""
@@ -125,11 +130,20 @@ class FrozenLayer:
     def mix(self, G: Tensor) -> Tensor:
         """Cotangents G [T, D, n] of what attention writes -> V [T, H * hd, n] of its values."""
         T, _, n = G.shape
-        U = torch.bmm(self.W_O.expand(T, -1, -1), G).view(T, self.n_heads, self.head_dim * n)
-        V = torch.empty_like(U)
-        for h in range(self.n_heads):
-            torch.mm(self.pattern[h, :T, :T].T, U[:, h], out=V[:, h])
+        V = G.new_empty(T, self.n_heads, self.head_dim * n)
+        for first in range(0, self.n_heads, self.heads_together):
+            heads = range(first, min(first + self.heads_together, self.n_heads))
+            W_O = self.W_O[heads.start * self.head_dim : heads.stop * self.head_dim]
+            U = torch.bmm(W_O.expand(T, -1, -1), G).view(T, len(heads), -1)
+            for h in heads:
+                self._attend(self.pattern[h, :T, :T], U[:, h - first], V[:, h])
         return V.view(T, -1, n)
+
+    def _attend(self, pattern: Tensor, U: Tensor, V: Tensor) -> None:
+        """V [T, m] = pattern^T U, a block of positions at a time: nothing comes back from earlier positions."""
+        for start in range(0, len(pattern), BLOCK):
+            stop = start + BLOCK
+            torch.mm(pattern[start:, start:stop].T, U[start:], out=V[start:stop])
 
     def pull(self, G: Tensor, V: Tensor) -> None:
         """Add to cotangents G [T, D, n] what comes back through the values."""

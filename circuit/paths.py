@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .graph import Graph
 from .nodes import Node
+from .sparse_rows import CHUNK
 
 
 class GraphPath(NamedTuple):
@@ -23,10 +24,11 @@ class GraphPath(NamedTuple):
     """Product of the edges' shares of their targets' input, with the sign of the effect."""
 
 
-def shares(graph: Graph) -> Tensor:
-    """A^ [R, N] with signs: each edge over the whole absolute input of its target."""
-    total_R = graph.rows.abs().sum(1) + graph.left_out
-    return graph.rows / total_R.clamp(min=1e-38)[:, None]
+def shares(graph: Graph, rows: Tensor | slice) -> Tensor:
+    """A^ [C, N] of some rows, with signs: each edge over the whole absolute input of its target."""
+    edges = graph.rows_of(rows).double()
+    total = edges.abs().sum(1) + graph.left_out[rows].double()
+    return edges / total.clamp(min=1e-38)[:, None]
 
 
 def top_paths(
@@ -39,9 +41,8 @@ def top_paths(
     """
     if not graph.has_row(target):
         return []
-    shares_RN = shares(graph).double()
     goals = graph.nodes.ids("embedding") if source is None else [source]
-    reach_N = best_from(graph, shares_RN.abs(), goals, through)
+    reach_N = best_from(graph, goals, through)
     row_of = {int(node): row for row, node in enumerate(graph.targets.tolist())}
     may_pass = graph.nodes.mask(*through)
     is_goal = torch.zeros_like(may_pass)
@@ -60,27 +61,29 @@ def top_paths(
             continue
         if node not in row_of:
             continue
-        worth_N = shares_RN[row_of[node]].abs() * torch.where(may_pass | is_goal, reach_N, 0.0) * abs(strength)
+        shares_N = shares(graph, slice(row_of[node], row_of[node] + 1))[0]
+        worth_N = shares_N.abs() * torch.where(may_pass | is_goal, reach_N, 0.0) * abs(strength)
         best = worth_N.topk(min(len(worth_N), 4 * count + 16))
         for worth, id in zip(best.values.tolist(), best.indices.tolist()):
             if worth > 0:
-                share = float(shares_RN[row_of[node], id])
+                share = float(shares_N[id])
                 heapq.heappush(queue, (-worth, next(order), [*path, id], strength * share))
     return found
 
 
-def best_from(graph: Graph, size_RN: Tensor, goals: list[int], through: Sequence[str]) -> Tensor:
+def best_from(graph: Graph, goals: list[int], through: Sequence[str]) -> Tensor:
     """[N] strength of the best path from any of the goals to each node, by way of nodes of kinds `through`."""
-    best_N = torch.zeros(len(graph.nodes), dtype=size_RN.dtype, device=size_RN.device)
+    best_N = torch.zeros(len(graph.nodes), dtype=torch.float64, device=graph.values.device)
     best_N[goals] = 1
     fixed = best_N > 0
     may_pass = graph.nodes.mask(*through) | fixed
     depth = graph.nodes.layer[graph.targets]
+    step = max(1, CHUNK // len(graph.nodes))
     for value in sorted(set(depth.tolist())):  # what a layer reads lies in earlier ones
-        rows = (depth == value).nonzero().squeeze(1)
-        ids = graph.targets[rows]
-        into = (size_RN[rows] * torch.where(may_pass, best_N, 0.0)).amax(1)
-        best_N[ids] = torch.where(fixed[ids], 1.0, into)
+        for rows in (depth == value).nonzero().squeeze(1).split(step):
+            ids = graph.targets[rows]
+            into = (shares(graph, rows).abs() * torch.where(may_pass, best_N, 0.0)).amax(1)
+            best_N[ids] = torch.where(fixed[ids], 1.0, into)
     return best_N
 
 

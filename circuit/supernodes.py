@@ -76,7 +76,7 @@ def edge_likeness(graph: Graph, ids: Tensor) -> Tensor:
     """Cosines of features' edges: shares of their input beside the effect that they have on targets."""
     from .paths import shares
 
-    shares_RN = shares(graph).float()
+    shares_RN = shares(graph, slice(None)).float()
     into = F.normalize(shares_RN[ids], dim=1)
     out_of = F.normalize((shares_RN * (graph.influences.flow > 0)[:, None])[:, ids].T, dim=1)
     return cosines(torch.cat([into, out_of], 1))

@@ -111,7 +111,7 @@ def read_neuronpedia(path: str | Path) -> Graph:
     probabilities = [float(by_place[order[i]].get("token_prob") or 0.0) for i in logits]
     ids = {node_id: row_of[place] for node_id, place in places.items()}
     return Graph(
-        rows=rows,
+        stored=rows,
         nodes=nodes,
         probabilities=torch.tensor(probabilities),
         tokens=tokens,
