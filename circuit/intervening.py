@@ -11,7 +11,8 @@ it writes. How the rest of the model answers is the mode:
 - `free`: attention and norms are live, features are encoded anew at every layer and pass the change on; errors stay.
 
 There are two runs over the same tokens, one clean and one with a row per group of interventions. In generation both
-advance step by step, each with its own cache, so that a clean activation exists at every new token as well.
+advance step by step, each with its own cache, so that a clean activation exists at every new token as well; as the
+groups' texts part, the clean run has a row per group too.
 """
 
 from collections.abc import Collection, Sequence
@@ -85,7 +86,7 @@ class _Step:
     """What one step of both runs gave."""
 
     clean: "CleanRun"
-    logits: Tensor  # [R, T, V]
+    logits: Tensor  # [R, T, V]; the clean run has one row or R
     reads: dict[int, Tensor]  # covered model layer -> [R, T, D]
     fixed: list[dict[Node, float]]  # one a row
 
@@ -130,8 +131,8 @@ class _Runs:
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> _Step:
-        """Both runs over the next tokens [T]."""
-        clean = self.rm.clean(tokens[None], self.clean_cache, self.seen, attention=self.frozen)
+        """Both runs over the next tokens: [1, T] of all groups, or [R, T]."""
+        clean = self.rm.clean(tokens, self.clean_cache, self.seen, attention=self.frozen)
         clean_acts = self.rm.features(clean)
         changes, fixed = self._changes(clean, clean_acts)
         reads: dict[int, Tensor] = {}
@@ -144,14 +145,14 @@ class _Runs:
                 reads[layer] = sites[self.rm.transcoder.settings.read]
             return write(layer, sites)
 
-        lm, rows = self.rm.lm, tokens[None].expand(len(self.groups), -1)
+        lm, rows = self.rm.lm, tokens.expand(len(self.groups), -1)
         with ExitStack() as stack:
             stack.enter_context(lm.freeze_attention({layer: clean.patterns[layer] for layer in self.frozen}))
             norms = {key: value for key, value in clean.denominators.items() if self._norm_frozen(key[0])}
             stack.enter_context(lm.freeze_norms(norms))
             stack.enter_context(lm.overwrite(overwrite))
             logits = lm(rows, cache=self.cache)
-        self.seen += len(tokens)
+        self.seen += tokens.shape[1]
         return _Step(clean, logits, reads, fixed)
 
     def _norm_frozen(self, layer: int) -> bool:
@@ -164,17 +165,18 @@ class _Runs:
         for row, it in ((row, it) for row, group in enumerate(self.groups) for it in group):
             for position in covered_positions(it, self.prompt_length, self.seen + length):
                 at = position - self.seen
-                if at < 0 or not self._replaced(clean, it, at):
+                own = row if len(clean.tokens) > 1 else 0
+                if at < 0 or not self._replaced(clean, own, it, at):
                     continue
                 node = Node(it.layer, position, it.feature)
                 if node in fixed[row]:
                     raise UserError(f"set: layer {it.layer} feature {it.feature} is set twice at position {position}")
-                fixed[row][node] = self._value(it, position, clean_acts[self.number[it.layer]][0, at])
+                fixed[row][node] = self._value(it, position, clean_acts[self.number[it.layer]][own, at])
         return {l: self._gathered(l, fixed, clean_acts[l]) for l in self.number.values()}, fixed
 
-    def _replaced(self, clean: "CleanRun", it: Intervention, at: int) -> bool:
+    def _replaced(self, clean: "CleanRun", row: int, it: Intervention, at: int) -> bool:
         """Whether a position holds features; one that was asked for by number must."""
-        if not clean.keep[0, at]:
+        if not clean.keep[row, at]:
             return True
         if isinstance(it.position, slice):
             return False
@@ -205,7 +207,7 @@ class _Runs:
         """MLP outputs in the modes direct and constrained: the clean ones plus what the set features write."""
         written: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # rows, positions [n], vectors [n, D]
         for l, (row, position, feature, value) in changes.items():
-            change = value - clean_acts[l][0, position, feature]
+            change = value - clean_acts[l][row if len(clean.tokens) > 1 else 0, position, feature]
             vectors = change[:, None, None] * self.rm.transcoder.W_dec[l][feature]
             for offset, part in enumerate(vectors.unbind(1)):
                 written.setdefault(l + offset, []).append((row, position, part))
@@ -263,7 +265,7 @@ def intervene_many(
     for chosen in _batches(groups, batch, together=mode != "constrained" or layers is not None):
         runs = _Runs(rm, [groups[number] for number in chosen], mode, layers, past_range, len(tokens))
         with memory_named(f"batch (now {batch}) or the prompt"):
-            step = runs.step(tokens)
+            step = runs.step(tokens[None])
         clean_reads = {layer: step.clean.read[layer][0] for layer in rm.transcoder.layers}
         for row, number in enumerate(chosen):
             results[number] = InterventionResult(
@@ -288,45 +290,76 @@ def _batches(groups: Sequence[Sequence[Intervention]], batch: int, together: boo
 
 
 @torch.no_grad()
-def generate(
+def generate_many(
     rm: "ReplacementModel",
     prompt: Prompt,
-    interventions: Sequence[Intervention] = (),
+    groups: Sequence[Sequence[Intervention]],
     max_new_tokens: int = 20,
     mode: Mode = "free",
     layers: Collection[int] | None = None,
     past_range: bool = True,
     temperature: float = 0.0,
     seed: int = 0,
-) -> Generation:
-    """Go on from a prompt under interventions, with a KV cache, until the text ends or the context is full.
+    batch: int = 32,
+) -> list[Generation]:
+    """Go on from a prompt under each group of interventions, `batch` groups together, with a KV cache, until all texts
+    end or the context is full.
 
-    Temperature 0 takes the likeliest token. Clean activations, patterns and denominators at a new token are those of
-    the unchanged model on the same tokens.
+    Temperature 0 takes the likeliest token; otherwise each group draws from a random state of its own. Clean
+    activations, patterns and denominators at a new token are those of the unchanged model on the same tokens.
     """
     tokens = rm.lm.tokenize(prompt)
-    prompt_length = len(tokens)
-    runs = _Runs(rm, [interventions], mode, layers, past_range, prompt_length, cached=True)
-    random = torch.Generator(device=tokens.device).manual_seed(seed)
-    ends = rm.lm.end_tokens
-    with memory_named("max_new_tokens or the prompt"):
-        step = runs.step(tokens)
-        first = step
-        for number in range(min(max_new_tokens, rm.lm.context_length - prompt_length)):
-            logits = step.logits[0, -1].float()
-            if temperature > 0:
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=random)
-            else:
-                new = logits.argmax(-1, keepdim=True)
-            tokens = torch.cat([tokens, new])
-            if new.item() in ends or number + 1 == max_new_tokens:
-                break
-            step = runs.step(new)
-    new_tokens = tokens[prompt_length:]
-    return Generation(
-        tokens=tokens,
-        prompt_length=prompt_length,
-        text=rm.lm.text(new_tokens),
-        clean_probabilities=first.clean.logits[0, -1].float().softmax(-1),
-        probabilities=first.logits[0, -1].float().softmax(-1),
-    )
+    found: dict[int, Generation] = {}
+    for chosen in _batches(groups, batch, together=mode != "constrained" or layers is not None):
+        some = [groups[number] for number in chosen]
+        with memory_named(f"batch (now {batch}), max_new_tokens or the prompt"):
+            runs = _Runs(rm, some, mode, layers, past_range, len(tokens), cached=True)
+            draw = _Draw(len(some), temperature, seed, tokens.device)
+            found |= zip(chosen, _go_on(rm, tokens, runs, draw, max_new_tokens))
+    return [found[number] for number in range(len(groups))]
+
+
+class _Draw:
+    """Next tokens, each row from random numbers of its own: what a row draws does not depend on those beside it."""
+
+    def __init__(self, rows: int, temperature: float, seed: int, device: torch.device):
+        self.temperature = temperature
+        self.random = [torch.Generator(device=device).manual_seed(seed) for _ in range(rows)]
+
+    def __call__(self, logits_RV: Tensor) -> Tensor:
+        if self.temperature <= 0:
+            return logits_RV.argmax(-1)
+        p_RV = (logits_RV.float() / self.temperature).softmax(-1)
+        return torch.cat([torch.multinomial(p, 1, generator=random) for p, random in zip(p_RV, self.random)])
+
+
+def _go_on(rm: "ReplacementModel", prompt: Tensor, runs: _Runs, draw: _Draw, max_new_tokens: int) -> list[Generation]:
+    """Texts of the groups of one batch. A row that has ended goes on unseen until all have."""
+    R, ends = len(runs.groups), torch.tensor(sorted(rm.lm.end_tokens), dtype=torch.long, device=prompt.device)
+    step = first = runs.step(prompt[None])
+    if R > 1 and runs.clean_cache is not None:
+        runs.clean_cache.batch_repeat_interleave(R)
+    new = prompt.new_zeros(R, 0)
+    over = torch.zeros(R, dtype=torch.bool, device=prompt.device)
+    for number in range(min(max_new_tokens, rm.lm.context_length - len(prompt))):
+        next_R = draw(step.logits[:, -1])
+        new = torch.cat([new, next_R[:, None]], 1)
+        over |= torch.isin(next_R, ends)
+        if bool(over.all()) or number + 1 == max_new_tokens:
+            break
+        step = runs.step(next_R[:, None])
+    clean = first.clean.logits[0, -1].float().softmax(-1)
+    return [
+        _generation(rm, prompt, _until_end(row, ends), clean, first.logits[number, -1].float().softmax(-1))
+        for number, row in enumerate(new)
+    ]
+
+
+def _until_end(new: Tensor, ends: Tensor) -> Tensor:
+    """New tokens up to the first that ends a text, which is the last one kept."""
+    end = torch.isin(new, ends).nonzero()
+    return new[: int(end[0]) + 1] if len(end) else new
+
+
+def _generation(rm: "ReplacementModel", prompt: Tensor, new: Tensor, clean: Tensor, steered: Tensor) -> Generation:
+    return Generation(torch.cat([prompt, new]), len(prompt), rm.lm.text(new), clean, steered)

@@ -18,7 +18,7 @@ from ..data.errors import UserError
 from ..data.model import LanguageModel, ModelSettings, load_model
 from ..data.sinks import SinkRule, masked_by_token
 from ..train.transcoder import Transcoder
-from .intervening import generate, intervene_many
+from .intervening import generate_many, intervene_many
 from .interventions import Generation, Intervention, InterventionResult, Mode, Prompt
 from .memory import memory_named
 from .substitute import TranscoderOutput, add_written, own_part
@@ -235,7 +235,24 @@ class ReplacementModel:
         seed: int = 0,
     ) -> Generation:
         """Go on from a prompt under interventions; slices that are open at their end cover new tokens too."""
-        return generate(self, prompt, interventions, max_new_tokens, mode, layers, past_range, temperature, seed)
+        more = max_new_tokens, mode, layers, past_range, temperature, seed
+        return generate_many(self, prompt, [interventions], *more)[0]
+
+    def generate_many(
+        self,
+        prompt: Prompt,
+        groups: Sequence[Sequence[Intervention]],
+        max_new_tokens: int = 20,
+        mode: Mode = "free",
+        layers: Collection[int] | None = None,
+        past_range: bool = True,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch: int = 32,
+    ) -> list[Generation]:
+        """Each group of interventions by itself, `batch` of them together: the same texts as one at a time."""
+        more = max_new_tokens, mode, layers, past_range, temperature, seed, batch
+        return generate_many(self, prompt, groups, *more)
 
     def trace(self, prompt: Any, settings: "TraceSettings | None" = None, **named: Any) -> "Graph":
         """The attribution graph of a prompt; `named` are fields of TraceSettings. See `attribution.trace`."""

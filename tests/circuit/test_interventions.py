@@ -337,6 +337,30 @@ def test_generation_goes_on_over_new_tokens(family, mode, make_replacement, prom
     torch.testing.assert_close(generated.clean_probabilities, first.probabilities(clean=True), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "qwen3"])
+def test_generation_of_several_groups_is_that_of_each(family, mode, make_replacement, prompt):
+    """Texts that part, one that ends early, groups of different last layers, and fewer in a batch than there are."""
+    rm = make_replacement(family, reach="all")
+    groups = [
+        [],
+        [Intervention(1, slice(3, None), 5, value=9.0), Intervention(0, slice(-1, None), 2, times=-1.0)],
+        [Intervention(1, slice(3, None), 5, value=-30.0)],
+        [Intervention(0, slice(2, None), 3, value=40.0)],
+    ]
+    rm.lm.model.generation_config.eos_token_id = None
+    texts = [rm.generate(prompt, group, 6, mode).tokens.tolist() for group in groups]
+    assert len({tuple(text) for text in texts}) > 1
+    rm.lm.model.generation_config.eos_token_id = texts[1][len(prompt) + 1]  # the second ends after two tokens
+    for batch, temperature in ((32, 0.0), (3, 0.0), (32, 1.5)):
+        together = rm.generate_many(prompt, groups, 6, mode, temperature=temperature, batch=batch)
+        for group, one in zip(groups, together):
+            alone = rm.generate(prompt, group, 6, mode, temperature=temperature)
+            assert one.tokens.tolist() == alone.tokens.tolist() and one.text == alone.text
+            torch.testing.assert_close(one.probabilities, alone.probabilities, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(one.clean_probabilities, alone.clean_probabilities, atol=1e-6, rtol=1e-5)
+
+
 def test_sampling_follows_its_seed_and_stops_at_the_context(make_replacement, prompt):
     rm = make_replacement("qwen3")
     rm.lm.model.generation_config.eos_token_id = None
