@@ -344,7 +344,9 @@ class Transcoder(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / WEIGHTS_FILE)
+        # aside and renamed: a transcoder that was loaded from here still reads the old file
+        save_file(tensors, folder / f"{WEIGHTS_FILE}.tmp")
+        (folder / f"{WEIGHTS_FILE}.tmp").replace(folder / WEIGHTS_FILE)
         self.describe(folder / DESCRIPTION_FILE, meta)
         return folder
 
@@ -368,7 +370,7 @@ class Transcoder(nn.Module):
     def load(
         cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> "Transcoder":
-        """Read what `save` wrote."""
+        """Read what `save` wrote. On a CPU weights are mapped from the file: what is never used takes no memory."""
         folder = Path(folder)
         try:
             description = json.loads((folder / DESCRIPTION_FILE).read_text())
@@ -387,9 +389,9 @@ class Transcoder(nn.Module):
             description["d_model"],
             description["layers"],
             seed=None,
-            device=device,
+            device="meta",
             dtype=dtype or stored,
             meta=description["meta"],
         )
-        transcoder.load_state_dict(tensors)
+        transcoder.load_state_dict({name: tensor.to(dtype or stored) for name, tensor in tensors.items()}, assign=True)
         return transcoder
