@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..data.errors import Progress, check_choice, check_range, silent
-from .backward import FrozenModel, Targets
+from .backward import FrozenModel, Places, Targets
+from .batching import bytes_per_target, fitting_batch, free_memory
 from .graph import Graph
 from .linear import record
 from .memory import memory_named
@@ -50,8 +51,9 @@ class TraceSettings:
     """What to explain instead of the likely next tokens: `Austin`, `Austin - Dallas`, `L3:12` (a feature), each with
     `@5` for another position than the last."""
 
-    batch: int = 256
-    """Targets that go through the model together: more are faster on an accelerator and take more memory."""
+    batch: int | None = None
+    """Targets that go through the model together; by default as many as fit in half of an accelerator's free memory,
+    256 on a CPU. Fewer take less memory."""
 
     edges: str = "all"
     """`all`, or `top-k`: only each target's strongest `top_k` edges from features, the rest going to the errors."""
@@ -66,7 +68,8 @@ class TraceSettings:
     def __post_init__(self) -> None:
         check_range("trace.max_logits", self.max_logits, 1)
         check_range("trace.logit_mass", self.logit_mass, 0, 1)
-        check_range("trace.batch", self.batch, 1)
+        if self.batch is not None:
+            check_range("trace.batch", self.batch, 1)
         check_range("trace.top_k", self.top_k, 1)
         check_range("trace.memory", self.memory, 0)
         check_choice("trace.edges", self.edges, ["all", "top-k"])
@@ -105,7 +108,8 @@ class Tracer:
         self.wanted = None if wanted is None else [Target.parse(one, len(self.tokens)) for one in wanted]
         self.dtype = torch.promote_types(self.transcoder.dtype, torch.float32)
         self.done = 0
-        self.largest_violation = self.largest_relative = 0.0
+        self.batch = 0
+        self.largest_violation = self.largest_relative = torch.zeros(())
 
     def run(self, progress: Progress = silent) -> Graph:
         """Trace the prompt."""
@@ -134,6 +138,7 @@ class Tracer:
         else:
             rows = (CappedRows if most < n_features else WholeRows)(*common, most_bytes=settings.memory * 2**30)
         del recording
+        self.batch = settings.batch or self._fitting_batch(len(nodes), rows.total)
 
         first_logit = len(nodes) - len(chosen.tokens)
         todo = torch.arange(first_logit, len(nodes), device=self.tokens.device)
@@ -141,7 +146,7 @@ class Tracer:
         while rows.filled < rows.total:
             if rows.capped:
                 left = rows.total - rows.filled
-                ids = rows.next_features(min(left, max(settings.batch, -(-most // PHASES))))
+                ids = rows.next_features(min(left, max(self.batch, -(-most // PHASES))))
                 if len(ids) == 0:  # no other feature has any influence
                     break
             else:
@@ -171,22 +176,32 @@ class Tracer:
         most: int,
     ) -> None:
         """Find the rows of nodes `ids`, which are `columns` of `targets`, in batches of neighbouring positions."""
-        order = targets.position[columns].argsort(stable=True)
-        for some in order.split(self.settings.batch):
-            layer, position = targets.layer[columns[some]], targets.position[columns[some]]
-            some = some[(position - layer * frozen.length).argsort(stable=True)]  # the last layer first
+        # the plan is made on the CPU at once: no batch has to wait for the device to say what it holds
+        layer, position = targets.layer[columns].cpu(), targets.position[columns].cpu()
+        order = position.argsort(stable=True)
+        for some in order.split(self.batch):
+            some = some[(position[some] - layer[some] * frozen.length).argsort(stable=True)]  # the last layer first
+            places = Places(layer[some].tolist(), position[some].tolist())
+            some = some.to(ids.device, non_blocking=True)
             batch = targets.select(columns[some])
-            sums = rows.add(ids[some], frozen.edges(batch))
+            sums = rows.add(ids[some], frozen.edges(batch, places), places.layers)
             self._account(sums, batch.value)
             self.done += len(some)
             progress("tracing", self.done, most + len(rows.probabilities))
 
+    def _fitting_batch(self, n_nodes: int, targets: int) -> int:
+        """As many targets together as memory allows."""
+        lm = self.lm
+        heads = max(parts.n_heads * parts.head_dim for parts in lm.layers)
+        each = bytes_per_target(len(self.tokens), lm.d_model, heads, n_nodes, self.dtype.itemsize)
+        return fitting_batch(each, free_memory(lm.device), targets)
+
     def _account(self, sums: Tensor, value: Tensor) -> None:
-        """Identity 2: edges sum to what the model computed."""
+        """Identity 2: edges sum to what the model computed. Stays on the device until the end."""
         violation = (sums - value).abs()
-        self.largest_violation = max(self.largest_violation, float(violation.max()))
+        self.largest_violation = torch.maximum(violation.max(), self.largest_violation.to(violation))
         relative = violation / value.abs().clamp(min=1)
-        self.largest_relative = max(self.largest_relative, float(relative.max()))
+        self.largest_relative = torch.maximum(relative.max(), self.largest_relative.to(violation))
 
     def _metadata(self, active: int, left_out: int, seconds: float) -> dict[str, Any]:
         lm, transcoder = self.lm, self.transcoder
@@ -204,13 +219,14 @@ class Tracer:
                 "layers": transcoder.layers,
                 "features": transcoder.features,
             },
-            "settings": asdict(self.settings) | {"targets": None if self.wanted is None else self._named()},
+            "settings": asdict(self.settings)
+            | {"batch": self.batch, "targets": None if self.wanted is None else self._named()},
             "seconds": round(seconds, 3),
             "accounting": {
                 "active_features": active,
                 "left_out_features": left_out,
-                "largest_violation": self.largest_violation,
-                "largest_relative_violation": self.largest_relative,
+                "largest_violation": float(self.largest_violation),
+                "largest_relative_violation": float(self.largest_relative),
             },
         }
 

@@ -4,6 +4,7 @@ Targets of a batch are sorted by layer, the last first, so that those which a la
 one cotangent tensor; a batch holds targets of neighbouring positions, and no position after its last is visited.
 """
 
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,18 @@ class Targets(NamedTuple):
     def select(self, ids: Tensor) -> "Targets":
         """Some of the targets."""
         return Targets(*(column[ids] for column in self))
+
+
+class Places(NamedTuple):
+    """Where the targets of a batch stand, as numbers at hand on the host: nothing waits for the device."""
+
+    layers: list[int]
+    positions: list[int]
+
+    @staticmethod
+    def of(targets: Targets) -> "Places":
+        """Read back from the device."""
+        return Places(targets.layer.tolist(), targets.position.tolist())
 
 
 class Edges(NamedTuple):
@@ -66,11 +79,11 @@ class FrozenModel:
         return torch.cat(vectors) if vectors else None
 
     @torch.no_grad()
-    def edges(self, targets: Targets) -> Edges:
+    def edges(self, targets: Targets, places: Places) -> Edges:
         """All edges into a batch of targets, which must be sorted by layer, the last first, then by position."""
         sources, n = self.sources, len(targets.layer)
         T, L = self.length, self.n_layers
-        T_seen = int(targets.position.max()) + 1
+        T_seen = max(places.positions) + 1
         new = {"dtype": self.dtype, "device": targets.direction.device}
         out = Edges(
             torch.zeros(len(sources.run_order), n, **new),
@@ -80,12 +93,12 @@ class FrozenModel:
         )
         self._own_bias(targets, out)
         G = torch.empty(T_seen, targets.direction.shape[1], n, **new)
-        layers = targets.layer.tolist()
+        layers = places.layers
         seen = joined = self._join(G, targets, 0, layers.count(L))
         for layer in reversed(range(L)):
             seen = joined
             joined += layers.count(layer)
-            self._through_layer(layer, G, targets, seen, joined, out)
+            self._through_layer(layer, G, targets, places.positions[seen:joined], seen, out)
         return out
 
     def _own_bias(self, targets: Targets, out: Edges) -> None:
@@ -100,8 +113,10 @@ class FrozenModel:
         G[targets.position[start:stop], :, columns] = targets.direction[start:stop]
         return stop
 
-    def _through_layer(self, layer: int, G: Tensor, targets: Targets, seen: int, joined: int, out: Edges) -> None:
-        """From the layer's output to its input: columns :seen come from above, seen:joined begin here."""
+    def _through_layer(self, layer: int, G: Tensor, targets: Targets, begin: list[int], seen: int, out: Edges) -> None:
+        """From the layer's output to its input: columns :seen come from above, those after them begin here, at
+        positions `begin`."""
+        joined = seen + len(begin)
         above = G[:, :, :seen]
         parallel, frozen = self.parallel[layer], self.layers[layer]
         if seen:
@@ -128,7 +143,7 @@ class FrozenModel:
                 entered = readout(self.sources.embeddings, G[:, :, seen:joined])
                 out.embeddings[:, : len(G), seen:joined] += entered.transpose(0, 1)
         else:
-            self._first_step(layer, G, targets, seen, joined, out)
+            self._first_step(layer, G, targets, begin, seen, out)
 
     def _through_mlp(self, layer: int, G: Tensor, out: Edges) -> Tensor | None:
         """Read out what writes to the layer's MLP output; gives what comes back through a skip connection."""
@@ -162,14 +177,13 @@ class FrozenModel:
         if layer == 0:
             out.embeddings[:, :length, columns] += found.transpose(0, 1)
 
-    def _first_step(self, layer: int, G: Tensor, targets: Targets, seen: int, joined: int, out: Edges) -> None:
+    def _first_step(self, layer: int, G: Tensor, targets: Targets, begin: list[int], seen: int, out: Edges) -> None:
         """Targets that read after this layer's attention, position by position."""
         frozen, vectors = self.layers[layer], self.readers[layer]
-        positions, counts = torch.unique_consecutive(targets.position[seen:joined], return_counts=True)
         start = seen
-        for position, count in zip(positions.tolist(), counts.tolist()):
-            columns = slice(start, start + count)
-            start += count
+        for position, same in groupby(begin):
+            columns = slice(start, start + len(list(same)))
+            start = columns.stop
             W = targets.direction[columns].T.contiguous()
             by_head, U = frozen.first(W, position)
             if frozen.written_bias is not None:

@@ -7,6 +7,8 @@ strongest edges from features alone, in either order.
 
 import mmap
 import tempfile
+from bisect import bisect_left
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -56,13 +58,13 @@ class Rows:
         self.left_out = torch.zeros(self.total, dtype=dtype, device=self.device)
         self.filled = 0
 
-    def add(self, ids: Tensor, edges: Edges) -> Tensor:
-        """Store the rows of nodes `ids`, which come sorted by layer; gives each one's sum."""
+    def add(self, ids: Tensor, edges: Edges, layers: list[int]) -> Tensor:
+        """Store the rows of nodes `ids`, which read at `layers`, the last first; gives each one's sum."""
         if self.capped:
             place = torch.arange(self.filled, self.filled + len(ids), device=self.device)
         else:
             place = torch.where(ids < self.n_features, ids, ids - len(self.nodes) + self.total)
-        self._store(place, ids, edges)
+        self._store(place, edges, layers)
         self.row_of[ids], self.node_of[place] = place, ids
         self.filled += len(ids)
         sums = edges.features.sum(0)
@@ -70,7 +72,7 @@ class Rows:
             sums += part.flatten(0, 1).sum(0)
         return sums
 
-    def _store(self, place: Tensor, ids: Tensor, edges: Edges) -> None:
+    def _store(self, place: Tensor, edges: Edges, layers: list[int]) -> None:
         raise NotImplementedError
 
     def _others(self, edges: Edges) -> Tensor:
@@ -116,21 +118,22 @@ class WholeRows(Rows):
     def __init__(self, *common, most_bytes: float):
         super().__init__(*common)
         self.rows = allocate(self.total, len(self.nodes), most_bytes, self.dtype, self.device)
+        layer_of = self.nodes.layer[: self.n_features].tolist()
+        self.below = [bisect_left(layer_of, layer) for layer in range(int(self.nodes.layer.max()) + 1)]
+        """Features of earlier layers than each."""
 
-    def _store(self, place: Tensor, ids: Tensor, edges: Edges) -> None:
+    def _store(self, place: Tensor, edges: Edges, layers: list[int]) -> None:
         """Layer by layer, nothing but what may come from earlier ones: the rest of a row is zero already."""
-        layers, counts = torch.unique_consecutive(self.nodes.layer[ids], return_counts=True)
-        layer_of = self.nodes.layer[: self.n_features].contiguous()
-        below = torch.searchsorted(layer_of, layers).tolist()  # features of earlier layers
         start = 0
-        for layer, count, features in zip(layers.tolist(), counts.tolist(), below):
-            columns = slice(start, start + count)
-            self._write(place[columns], 0, edges.features[:, columns][self.rank[:features]])
+        for layer, same in groupby(layers):
+            columns = slice(start, start + len(list(same)))
+            features = self.rank[: self.below[layer]]
+            self._write(place[columns], 0, edges.features[:, columns][features])
             offset = self.n_features
             for part, written in zip(edges[1:], (layer, len(edges.embeddings), layer + 1)):
                 self._write(place[columns], offset, part[:written, :, columns].flatten(0, 1))
                 offset += part.shape[0] * part.shape[1]
-            start += count
+            start = columns.stop
 
     def _write(self, place: Tensor, offset: int, part: Tensor) -> None:
         """Edges [n, C] of rows `place` from the sources that begin at `offset`."""
@@ -158,10 +161,10 @@ class CappedRows(Rows):
         self.memory = allocate(1, height * width, torch.inf, self.dtype, self.device).view(-1)
         self.rows = self.memory.view(height, width)
 
-    def _store(self, place: Tensor, ids: Tensor, edges: Edges) -> None:
+    def _store(self, place: Tensor, edges: Edges, layers: list[int]) -> None:
         block = torch.cat([edges.features[self.rank].T, self._others(edges)], 1)
         left_out = block.new_zeros(len(block))
-        if self.filled + len(ids) > len(self.rows):
+        if self.filled + len(place) > len(self.rows):
             self._narrow()
         if len(self.kept) < len(self.nodes):
             gone = torch.ones(len(self.nodes), dtype=torch.bool, device=self.device)
@@ -230,7 +233,7 @@ class StrongestRows(Rows):
         self.values = allocate(self.total, width, torch.inf, self.dtype, self.device)
         self.columns = torch.zeros(self.total, top_k, dtype=torch.int32, device=self.device)
 
-    def _store(self, place: Tensor, ids: Tensor, edges: Edges) -> None:
+    def _store(self, place: Tensor, edges: Edges, layers: list[int]) -> None:
         features, others = edges.features[self.rank].T.contiguous(), self._others(edges).contiguous()
         columns = features.abs().topk(self.top_k, dim=1).indices.sort(1).values
         strongest = features.gather(1, columns)

@@ -1,9 +1,14 @@
 """Tracing: targets, caps, edge cases and refusals. What edges are is held in test_identities.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from crosslace.circuit.attribution import TraceSettings, trace
+from crosslace.circuit.batching import bytes_per_target, fitting_batch
+from crosslace.circuit.graph import Graph
 from crosslace.circuit.replacement import ReplacementModel
+from crosslace.circuit.sparse_rows import SparseRows
 from crosslace.circuit.targets import Target, likely_tokens
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
@@ -73,6 +78,84 @@ def test_a_cap_within_little_memory_gives_the_same_kind_of_graph(replacement, wh
 
 def test_rows_beyond_memory_are_mapped(replacement, whole):
     graph = trace(replacement, PROMPT, memory=0.0)
+    torch.testing.assert_close(graph.rows, whole.rows, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("cap", [None, 40])
+def test_enough_strongest_edges_are_all_edges(cap, replacement, whole):
+    """Kept sparse from the start, capped or not: the same graph, influence, scores, pruning, paths and file."""
+    K = whole.n_features
+    dense = whole if cap is None else trace(replacement, PROMPT, max_nodes=cap, batch=5)
+    sparse = trace(replacement, PROMPT, max_nodes=cap, batch=5, edges="top-k", top_k=K - 1)
+    assert dense.nodes.keys() == sparse.nodes.keys()
+    torch.testing.assert_close(sparse.rows, dense.rows, rtol=0, atol=1e-9)
+    torch.testing.assert_close(sparse.left_out, dense.left_out, rtol=0, atol=1e-9)
+    torch.testing.assert_close(sparse.influence(), dense.influence(), rtol=0, atol=1e-9)
+    assert sparse.scores() == pytest.approx(dense.scores(), abs=1e-9)
+    pruned, expected = sparse.prune(0.7, 0.9), dense.prune(0.7, 0.9)
+    assert pruned.nodes.keys() == expected.nodes.keys()
+    torch.testing.assert_close(pruned.rows, expected.rows, rtol=0, atol=1e-9)
+    assert (
+        sparse.top_paths(None, sparse.logits[0].id, 3)[2].nodes == dense.top_paths(None, dense.logits[0].id, 3)[2].nodes
+    )
+    if cap is None:
+        assert isinstance(sparse.stored, SparseRows)
+
+
+def test_strongest_edges_stay_sparse(replacement, whole, tmp_path):
+    """What pruning, subgraphs and files make of sparse rows is what they make of the same rows as a matrix."""
+    sparse = trace(replacement, PROMPT, edges="top-k", top_k=20)
+    assert isinstance(sparse.stored, SparseRows) and sparse.stored.columns.shape[1] == 20
+    assert sparse.values.numel() + sparse.stored.columns.numel() < 0.6 * whole.rows.numel()
+    dense = replace(sparse, stored=sparse.rows)
+    assert sparse.scores() == pytest.approx(dense.scores(), abs=1e-12)
+    chosen = range(0, sparse.n_features, 2)
+    for mine, same in (
+        (sparse.subgraph(chosen), dense.subgraph(chosen)),
+        (sparse.cut_edges(0.8), dense.cut_edges(0.8)),
+        (sparse.prune(0.9, 0.9), dense.prune(0.9, 0.9)),
+        (Graph.load(sparse.save(tmp_path / "sparse")), dense),
+    ):
+        torch.testing.assert_close(mine.rows, same.rows, rtol=0, atol=1e-12)
+        torch.testing.assert_close(mine.left_out, same.left_out, rtol=0, atol=1e-12)
+    assert isinstance(sparse.subgraph(chosen).stored, SparseRows)
+    assert isinstance(Graph.load(tmp_path / "sparse").stored, SparseRows)
+    small = sparse.subgraph(range(10))
+    assert isinstance(small.stored, torch.Tensor) and small.n_features == 10
+    assert sparse.edge(sparse.n_features - 1, 3) == dense.edge(sparse.n_features - 1, 3)
+    assert sparse.accounting["largest_violation"] < 1e-6
+
+
+def test_pages_that_stay_zero_are_never_written(replacement, whole):
+    """Nothing comes from the layer that a feature reads, or later ones: those columns are left as they were."""
+    layer = whole.nodes.layer
+    rows, columns = (whole.rows != 0).nonzero(as_tuple=True)
+    row_layer = layer[whole.targets][rows]
+    is_bias = whole.nodes.mask("bias")[columns]
+    assert (layer[columns] < row_layer + is_bias).all()
+
+
+@pytest.mark.parametrize(
+    ("free", "targets", "expected"),
+    [
+        (None, 8000, 256),
+        (None, 100, 100),
+        (10 * 2**30, 8000, 5120),
+        (64 * 2**20, 8000, 32),
+        (2**20, 8000, 8),
+        (1, 3, 3),
+    ],
+)
+def test_batches_fill_what_is_free(free, targets, expected):
+    assert fitting_batch(2**20, free, targets) == expected
+
+
+def test_an_accelerator_s_free_memory_sets_the_batch(replacement, whole, monkeypatch):
+    """With a stand-in for the device's figures: half of what is free is filled, and the graph is the same."""
+    each = bytes_per_target(len(PROMPT), replacement.lm.d_model, 16, len(whole.nodes), 8)
+    monkeypatch.setattr("crosslace.circuit.attribution.free_memory", lambda device: 2 * 33 * each)
+    graph = trace(replacement, PROMPT)
+    assert graph.metadata["settings"]["batch"] == 32 and whole.metadata["settings"]["batch"] > 32
     torch.testing.assert_close(graph.rows, whole.rows, rtol=0, atol=1e-12)
 
 

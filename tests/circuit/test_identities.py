@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 from crosslace.circuit.attribution import trace
-from crosslace.circuit.backward import FrozenModel
+from crosslace.circuit.backward import FrozenModel, Places
 from crosslace.circuit.linear import record
 from crosslace.circuit.replacement import ReplacementModel
 from crosslace.circuit.sources import active_features, find_sources
@@ -178,7 +178,11 @@ def feature_edges(lm, transcoder, change):
     sources = find_sources(lm, transcoder, recording, features, keep, torch.float64)
     targets = feature_targets(lm, transcoder, recording, features, torch.float64)
     order = (targets.position - targets.layer * 100).argsort()
-    found = FrozenModel(lm, recording, sources, torch.float64).edges(targets.select(order)).features
+    found = (
+        FrozenModel(lm, recording, sources, torch.float64)
+        .edges(targets.select(order), Places.of(targets.select(order)))
+        .features
+    )
     rows = torch.empty(len(order), len(order), dtype=torch.float64)
     rows[order] = found.T[:, sources.run_order.argsort()]
     return rows, features

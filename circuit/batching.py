@@ -1,0 +1,34 @@
+"""How many targets go through the frozen model together."""
+
+import torch
+
+CPU_TARGETS = 256  # products are wide enough for two or many cores; more would only take memory
+CPU_BYTES = 2 * 2**30
+SHARE = 0.5  # of an accelerator's free memory: rows found later and the library's own buffers take the rest
+LEAST = 8
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that an accelerator has left for this process, its allocator's unused ones included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def bytes_per_target(length: int, width: int, heads_width: int, n_nodes: int, itemsize: int) -> int:
+    """What one target takes: cotangents, values and a product's result at every position, and its edges thrice."""
+    return itemsize * (length * (2 * width + 2 * heads_width) + 3 * n_nodes)
+
+
+def fitting_batch(per_target: int, free: int | None, targets: int) -> int:
+    """As many targets as fit, at most all: on an accelerator in half of what is free, in whole multiples of 32 where
+    there are so many; on a CPU (`free` is None) 256, or as many as take 2 GiB."""
+    if free is None:
+        fit = min(CPU_TARGETS, CPU_BYTES // per_target)
+    else:
+        fit = int(SHARE * free) // per_target
+    fit = min(fit, max(1, targets))
+    if fit > 32 and fit < targets:
+        fit -= fit % 32
+    return max(min(LEAST, max(1, targets)), fit)
