@@ -5,14 +5,14 @@
 A case is transcoder:tokens:active-features, on a random Llama-style model (L=8, D=256, 8 heads, F=2048 a layer,
 float32) whose thresholds are set so that so many features fire. With `--circuit-tracer`, the interpreter of another
 environment that has it, the same weights and prompt go through circuit-tracer in the same run, and the largest
-difference between the two adjacency matrices is printed, relative to the largest edge. Every measurement has a process
-of its own, warmed up on the first tokens; `peak` is that process's, all its libraries included, and `added` what it
-grew by while tracing.
+difference between the two adjacency matrices is printed, relative to the largest edge. Its batch is the one at which it
+is fastest on the first case, unless `--reference-batch` says. Every measurement has a process of its own, warmed up on
+the first tokens; `peak` (MiB) is that process's, all its libraries included, `loaded` what it took with model and
+transcoder loaded, and `beyond` the difference: what tracing, scores and pruning take.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 L, D, HEADS, F, VOCABULARY = 8, 256, 8, 2048, 512
+REFERENCE_BATCHES = (64, 128, 256, 512)
 CASES = ("plt:32:5970", "clt:32:5682", "plt:96:8000", "clt:96:8000")
 WARM_UP = 8
 REFERENCE = Path(__file__).with_name("attribution_reference.py")
@@ -74,28 +75,29 @@ def build(kind: str, tokens: int, active: int, folder: Path) -> None:
     save_file({"tokens": prompt}, folder / "prompt.safetensors")
 
 
-def measure(folder: Path, edges: Path | None, batch: int, max_nodes: int | None) -> dict[str, Any]:
-    """Ours, in this process."""
+def measure(folder: Path, edges: Path | None, fields: dict[str, Any]) -> dict[str, Any]:
+    """Ours, in this process; `fields` are settings of the trace."""
     from transformers import LlamaForCausalLM
 
     lm = LanguageModel(LlamaForCausalLM.from_pretrained(folder / "model"))
     replacement = ReplacementModel(lm, Transcoder.load(folder / "ours"))
     prompt = load_file(folder / "prompt.safetensors")["tokens"]
-    fields = {"batch": batch, "max_nodes": max_nodes}
+    loaded = memory("VmRSS")
     replacement.trace(prompt[:WARM_UP], **fields).prune()
-    before = peak()
     started = time.perf_counter()
     graph = replacement.trace(prompt, **fields)
     traced = time.perf_counter()
     graph.scores()
     graph.prune().scores()
     seconds = time.perf_counter() - started
+    peak = memory("VmHWM")
     found = {
         "features": graph.accounting["active_features"],
         "seconds": seconds,
         "trace_seconds": traced - started,
-        "peak": peak(),
-        "added": peak() - before,
+        "peak": peak,
+        "loaded": loaded,
+        "beyond": peak - loaded,
         "largest_violation": graph.accounting["largest_violation"],
     }
     if edges is not None:
@@ -112,9 +114,11 @@ def comparable(graph: Any) -> dict[str, Tensor]:
     return {"edges": graph.rows[:, kept].contiguous(), "features": places, "logits": nodes.index[nodes.mask("logit")]}
 
 
-def peak() -> float:
-    """Highest memory of this process, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def memory(entry: str) -> float:
+    """MiB of this process, by its entry in Linux's status: VmRSS now, VmHWM at its highest. (`getrusage` would give
+    that of the process which started it, where that was larger.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 1024
 
 
 def largest_difference(ours: Path, theirs: Path) -> float:
@@ -135,19 +139,35 @@ def run_case(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         build(kind, int(tokens), int(active), folder)
         ours, theirs = folder / "ours.safetensors", folder / "theirs.safetensors"
-        options = ["--batch", str(arguments.batch)]
-        options += ["--max-nodes", str(arguments.max_nodes)] if arguments.max_nodes else []
+        options = [f"--set={entry}" for entry in arguments.set or []]
         options += ["--edges", str(ours)] if arguments.circuit_tracer else []
         found = in_process([sys.executable, "-m", "benchmarks.attribution", "--measure", name, *options])
         result = {"transcoder": kind, "tokens": int(tokens), **found}
         if arguments.circuit_tracer:
-            command = [arguments.circuit_tracer, str(REFERENCE), name, str(theirs), str(arguments.reference_batch)]
-            reference = in_process(command)
-            result |= {f"reference_{key}": reference[key] for key in ("seconds", "peak", "added")}
+            reference = run_reference(folder, theirs, arguments)
+            result |= {f"reference_{key}": value for key, value in reference.items()}
             result["ratio"] = reference["seconds"] / result["seconds"]
             result["peak_ratio"] = result["peak"] / reference["peak"]
+            result["beyond_ratio"] = result["beyond"] / reference["beyond"]
             result["max_difference"] = largest_difference(ours, theirs)
         return result
+
+
+def run_reference(folder: Path, edges: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """circuit-tracer on a case; the first one says which batch it is fastest with, unless that is given."""
+    tried = [arguments.reference_batch] if arguments.reference_batch else list(REFERENCE_BATCHES)
+    runs = []
+    for batch in tried:
+        command = [arguments.circuit_tracer, str(REFERENCE), str(folder), str(edges), str(batch)]
+        runs.append({"batch": batch, **in_process(command)})
+        if len(tried) > 1:
+            print(
+                f"circuit-tracer, batch {batch}: {runs[-1]['seconds']:.1f} s, {runs[-1]['peak']:.0f} MiB",
+                file=sys.stderr,
+            )
+    best = min(runs, key=lambda run: run["seconds"])
+    arguments.reference_batch = best["batch"]
+    return best
 
 
 def in_process(command: list[str]) -> dict[str, Any]:
@@ -162,15 +182,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--case", action="append", help="transcoder:tokens:active-features, e.g. clt:96:8000")
     parser.add_argument("--circuit-tracer", metavar="PYTHON", help="interpreter of an environment that has it")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--reference-batch", type=int, default=512)
-    parser.add_argument("--max-nodes", type=int)
+    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of ours, e.g. max_nodes=7500")
+    parser.add_argument(
+        "--reference-batch", type=int, help="circuit-tracer's; by default its fastest on the first case"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--edges", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.measure, arguments.edges, arguments.batch, arguments.max_nodes)))
+        entries = (entry.split("=", 1) for entry in arguments.set or [])
+        fields = {name: int(value) if value.isdigit() else value for name, value in entries}
+        print(json.dumps(measure(arguments.measure, arguments.edges, fields)))
         return
     for case in arguments.case or CASES:
         result = run_case(case, arguments)

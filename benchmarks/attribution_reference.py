@@ -90,15 +90,22 @@ def main() -> None:
     prompt = load_file(folder / "prompt.safetensors")["tokens"]
     model = load(folder, int(prompt[0]))
     options = {"max_n_logits": 10, "desired_logit_prob": 0.95, "batch_size": batch}
+    loaded = memory("VmRSS")
     attribute(prompt[:8], model, **options)
-    before = memory("VmHWM")
     started = time.perf_counter()
     graph = attribute(prompt, model, **options)
     traced = time.perf_counter()
     compute_graph_scores(graph)
     prune_graph(graph)
     seconds = time.perf_counter() - started
-    found = {"seconds": seconds, "trace_seconds": traced - started, "peak": memory("VmHWM"), "added": memory("VmHWM") - before}
+    peak = memory("VmHWM")
+    found = {
+        "seconds": seconds,
+        "trace_seconds": traced - started,
+        "peak": peak,
+        "loaded": loaded,
+        "beyond": peak - loaded,
+    }
     # edges without the rows that have no input and without errors at position 0, which are zero there
     n, T, L = len(graph.selected_features), len(prompt), model.cfg.n_layers
     columns = torch.ones(graph.adjacency_matrix.shape[1], dtype=torch.bool)
