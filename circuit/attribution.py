@@ -53,7 +53,7 @@ class TraceSettings:
 
     batch: int | None = None
     """Targets that go through the model together; by default as many as fit in half of an accelerator's free memory,
-    256 on a CPU. Fewer take less memory."""
+    128 on a CPU. Fewer take less memory."""
 
     edges: str = "all"
     """`all`, or `top-k`: only each target's strongest `top_k` edges from features, the rest going to the errors."""

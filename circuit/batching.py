@@ -2,7 +2,7 @@
 
 import torch
 
-CPU_TARGETS = 256  # products are wide enough for two or many cores; more would only take memory
+CPU_TARGETS = 128  # products are wide enough for a few cores; more would only take memory
 CPU_BYTES = 2 * 2**30
 SHARE = 0.5  # of an accelerator's free memory: rows found later and the library's own buffers take the rest
 LEAST = 8
@@ -23,7 +23,7 @@ def bytes_per_target(length: int, width: int, heads_width: int, n_nodes: int, it
 
 def fitting_batch(per_target: int, free: int | None, targets: int) -> int:
     """As many targets as fit, at most all: on an accelerator in half of what is free, in whole multiples of 32 where
-    there are so many; on a CPU (`free` is None) 256, or as many as take 2 GiB."""
+    there are so many; on a CPU (`free` is None) 128, or as many as take 2 GiB."""
     if free is None:
         fit = min(CPU_TARGETS, CPU_BYTES // per_target)
     else:

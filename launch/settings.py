@@ -117,7 +117,7 @@ class SteerSettings(Common):
     """The text to which the model answers."""
     set: list[dict] = field(default_factory=list)
     """The features to set: each entry has layer, position (a number, or "2:5"), feature, and `value`, `times` (0
-    ablates) or `patch_from` (another prompt)."""
+    ablates) or `patch_from` (another prompt). Lists of `times` or `value` are tried one by one, side by side."""
     mode: str = "free"
     """What may follow: `free` (everything), `constrained` (frozen inside `layers`), `direct` (all else frozen)."""
     layers: list[int] | None = None

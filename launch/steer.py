@@ -15,29 +15,56 @@ if TYPE_CHECKING:
     from ..circuit.interventions import Intervention
 
 
+STRENGTHS = ("times", "value")  # may be lists in `set`: one group of interventions for each place
+
+
 def run(job: Job) -> Closing:
-    """Show the next tokens, and the text, with and without the interventions."""
+    """Show the next tokens, and the text, with and without the interventions; of several strengths, side by side."""
     top = job.top
-    interventions = [intervention(entry) for entry in top.set]
-    if not interventions:
+    groups = intervention_groups(top.set)
+    if not groups:
         raise SettingsError(
             'set is missing; it takes a list such as set="[{layer: 1, position: 7, feature: 310, times: 0}]"'
         )
     model = open_replacement(job, Path(top.run), top.force)
     layers = range(*top.layers) if top.layers else None
-    result = model.intervene(top.prompt, interventions, mode=top.mode, layers=layers)
-    clean, steered = (logits[-1].float().softmax(-1) for logits in (result.clean_logits, result.logits))
-    shown = torch.cat([clean.topk(top.top).indices, steered.topk(top.top).indices]).unique()
-    shown = shown[steered[shown].argsort(descending=True)]
+    results = model.intervene_many(top.prompt, list(groups.values()), mode=top.mode, layers=layers)
+    each = [results[0].probabilities(clean=True), *(result.probabilities() for result in results)]
+    shown = torch.cat([probabilities.topk(top.top).indices for probabilities in each]).unique()
+    shown = shown[each[-1][shown].argsort(descending=True)]
     names = model.lm.token_strings(shown)
-    rows = [(repr(name), float(clean[id]), float(steered[id])) for name, id in zip(names, shown.tolist())]
-    closing = Closing("steered", tables=[table("next token", ("token", "before", "after"), rows)])
+    rows = [(repr(name), *(float(p[id]) for p in each)) for name, id in zip(names, shown.tolist())]
+    closing = Closing("steered", tables=[table("next token", ("token", "before", *groups), rows)])
     if top.generate:
         before = model.generate(top.prompt, [], top.generate).text
-        after = model.generate(top.prompt, interventions, top.generate, mode=top.mode, layers=layers).text
-        closing.notes += [f"before: {before}", f"after:  {after}"]
+        texts = model.generate_many(top.prompt, list(groups.values()), top.generate, mode=top.mode, layers=layers)
+        width = max(map(len, ("before", *groups)))
+        lines = {"before": before, **{name: text.text for name, text in zip(groups, texts)}}
+        closing.notes += [f"{name + ':':<{width + 1}} {text}" for name, text in lines.items()]
     closing.next = [f'crosslace trace run={top.run} prompt="{top.prompt}"']
     return closing
+
+
+def intervention_groups(entries: list[dict[str, Any]]) -> "dict[str, list[Intervention]]":
+    """What `set` asks for: one group of interventions, called `after`; or one for each strength where `times` or
+    `value` is a list, called by its strengths. Lists go side by side, so all are of one length."""
+    lists = [(name, entry[name]) for entry in entries for name in STRENGTHS if isinstance(entry.get(name), list)]
+    if not entries:
+        return {}
+    if not lists:
+        return {"after": [intervention(entry) for entry in entries]}
+    count = len(lists[0][1])
+    if count == 0 or any(len(values) != count for _, values in lists):
+        raise SettingsError("the lists of times and value in set are empty or differ in length; make them equally long")
+    groups = {}
+    for number in range(count):
+        single = [
+            {key: of[number] if key in STRENGTHS and isinstance(of, list) else of for key, of in entry.items()}
+            for entry in entries
+        ]
+        name = ", ".join(dict.fromkeys(f"{name}={values[number]}" for name, values in lists))
+        groups[name if name not in groups else f"{name} ({number + 1})"] = [intervention(entry) for entry in single]
+    return groups
 
 
 def intervention(entry: dict[str, Any]) -> "Intervention":

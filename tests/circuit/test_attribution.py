@@ -138,7 +138,7 @@ def test_pages_that_stay_zero_are_never_written(replacement, whole):
 @pytest.mark.parametrize(
     ("free", "targets", "expected"),
     [
-        (None, 8000, 256),
+        (None, 8000, 128),
         (None, 100, 100),
         (10 * 2**30, 8000, 5120),
         (64 * 2**20, 8000, 32),

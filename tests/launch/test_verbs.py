@@ -164,7 +164,16 @@ def test_steer_changes_the_answer(clt: Path, crosslace) -> None:
         "steer", f"run={clt}", f"prompt={PROMPT}", "set=[{layer: 1, position: 2:4, feature: 0, times: 0}]"
     )
     assert ended.code == 0
+    several = entry.replace("times: -2", "times: [0, 1, -2]")
+    ended = crosslace("steer", f"run={clt}", f"prompt={PROMPT}", f"set={several}", "generate=2")
+    assert ended.code == 0
+    for said in ("before:", "times=0:", "times=1:", "times=-2:"):
+        assert said in ended.out
     for wrong, said in [
+        (
+            "[{layer: 1, position: 1, feature: 0, times: [1, 2]}, {layer: 1, position: 2, feature: 0, value: [1]}]",
+            "equally long",
+        ),
         ("[{layer: 1, feature: 0, times: 0}]", "position is missing"),
         ("[{layer: 1, position: 1, feature: 0, times: 0, odd: 1}]", "odd is not known"),
         ("[{layer: 1, position: 1, feature: 0}]", "give one of value, times"),
