@@ -19,6 +19,7 @@ from torch import Tensor
 from . import losses
 from .activations import above
 from .collectives import SINGLE, Collectives
+from .rows import RowGradients
 from .transcoder import Transcoder
 
 
@@ -60,6 +61,8 @@ class StepInputs(NamedTuple):
     """[L]: the whole batch's L0, where this is a part of it."""
     use_aux: bool = True
     """Whether any feature was dead when last looked at."""
+    rows: RowGradients | None = None
+    """Where the sparse step leaves gradients unformed; None forms them all."""
 
 
 class StepLoss(NamedTuple):

@@ -256,7 +256,7 @@ def _activations(
     if sparse:
         return piece * max(sizes) // m * FLOAT + piece * active * len(sizes) * ENTRY_BYTES / m
     copies = {"topk": 2.0, "batchtopk": 2.0, "relu": 3.0, "jumprelu": 3.0}[transcoder.activation]
-    if transcoder.activation in ("relu", "jumprelu") and trainer.penalty(transcoder.activation) != "target":
+    if transcoder.activation in ("relu", "jumprelu") and trainer.penalty() != "target":
         copies += 0.7
     return (copies + 1.6 / len(sizes)) * piece * sum(sizes) // m * FLOAT
 
