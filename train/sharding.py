@@ -1,11 +1,13 @@
 """Many processes as one: a mesh of data ranks and feature ranks, and the collectives that training asks of it.
 
     data rank d      reads rows d, d + n, ... of each batch; gradients are averaged over data ranks
-    feature rank f   holds features f F/m ... (f + 1) F/m of every layer: encoder, decoder, biases, thresholds and their
-                     moments; reconstructions are added over feature ranks
+    feature rank f   holds features f F/m ... (f + 1) F/m of every layer: encoder, biases, thresholds and their moments;
+                     and of the decoders either its features' rows, or its D/m slice of every feature's (`exchange`)
 
 What flows between processes in a step, for B tokens a data rank:
-    sum             [B, L, D] reconstructions over feature ranks, once, forward; nothing backward
+    sum             exchange=reconstructions: [B, L, D] over feature ranks, once, forward; nothing backward
+    gather_parts    exchange=actives: the active entries' values and places, forward (train/actives.py)
+    sum_parts       exchange=actives: the gradients of those values, backward
     top_threshold   k B n candidate values of each rank, so that batchtopk's choice is the one of the whole batch
     reduce_gradients each parameter's gradient over data ranks, in buckets
 
@@ -27,7 +29,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..data.errors import SettingsError, UserError, check_range
+from ..data.errors import SettingsError, UserError, check_choice, check_range
 from .collectives import SINGLE, Collectives
 
 BUCKET_BYTES = 32 * 2**20
@@ -38,6 +40,8 @@ _LOST = (
     "another process of this job ended or went silent, and this one cannot go on without it; the message of that one "
     "says why, and the same command goes on from the newest checkpoint"
 )
+
+EXCHANGES = ("auto", "reconstructions", "actives")
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,17 @@ class ParallelSettings:
     features: int = 1
     """Processes that share each layer's features."""
 
+    exchange: str = "auto"
+    """What feature ranks exchange: reconstructions, or actives (active values and indices; decoders are then cut along
+    their width); auto takes what moves fewer bytes by the plan."""
+
     timeout: int = 600
     """Seconds after which a process that waits for the others gives up."""
 
     def __post_init__(self) -> None:
         check_range("parallel.data", self.data, low=1)
         check_range("parallel.features", self.features, low=1)
+        check_choice("parallel.exchange", self.exchange, EXCHANGES)
         check_range("parallel.timeout", self.timeout, low=1)
 
     @property
@@ -90,7 +99,8 @@ def local_device() -> torch.device:
 
 @contextmanager
 def processes(settings: ParallelSettings, device: torch.device | str = "cpu") -> Iterator[Collectives]:
-    """The collectives of this process in its mesh, for as long as the block runs."""
+    """The collectives of this process in its mesh, for as long as the block runs. `exchange` is decided by then
+    (`plan.decided`): what is still `auto` exchanges reconstructions."""
     if started() != settings.processes:
         raise SettingsError(
             f"parallel.data={settings.data} times parallel.features={settings.features} makes {settings.processes} "
@@ -108,7 +118,7 @@ def processes(settings: ParallelSettings, device: torch.device | str = "cpu") ->
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
         mesh = init_device_mesh(kind, (settings.data, settings.features), mesh_dim_names=("data", "features"))
-        yield MeshCollectives(mesh)
+        yield MeshCollectives(mesh, slices=settings.features if settings.exchange == "actives" else 1)
     except UserError as error:
         raise (FirstFailure(str(error)) if _first_to_fail() else PeerLost(_LOST)) from error
     except RuntimeError as error:
@@ -154,8 +164,8 @@ class _SumForward(torch.autograd.Function):
 class MeshCollectives:
     """`Collectives` over a DeviceMesh (data, features). Counts the bytes that this process hands in, by method."""
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: DeviceMesh, slices: int = 1) -> None:
+        self.mesh, self.slices = mesh, slices
         self.device = torch.device(mesh.device_type)
         self._data, self._features = mesh.get_group("data"), mesh.get_group("features")
         self.data_ranks, self.feature_ranks = mesh.shape
@@ -242,8 +252,22 @@ class MeshCollectives:
             return x
         return torch.cat(list(self._gathered("gather_features", x, self._features, self.feature_ranks)), dim)
 
-    def shard(self, x: Tensor) -> Tensor:
-        placements = [Replicate(), Shard(0)]
+    def gather_parts(self, x: Tensor) -> Tensor:
+        if self.feature_ranks == 1:
+            return x.detach()[None]
+        return self._gathered("gather_parts", x, self._features, self.feature_ranks)
+
+    def sum_parts(self, x: Tensor) -> Tensor:
+        if self.feature_ranks == 1:
+            return x.detach()[0]
+        parts = x.detach().to(self.device).contiguous()
+        self._count("sum_parts", parts)
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, list(parts), group=self._features)
+        return own.to(x.device)
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        placements = [Replicate(), Shard(dim)]
         return DTensor.from_local(x.detach(), self.mesh, placements, run_check=False)
 
     def barrier(self) -> None:

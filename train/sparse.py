@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activations import jumprelu
+from .actives import add_written, share_entries, whole_norms
 from .collectives import SINGLE, Collectives
 from .gather import Entries, decode_backward, gather_sum, make_entries, row_norms
 from .objective import Objective, Pass, StepInputs
@@ -293,7 +294,7 @@ def sparse_pass(
 
     # 3. The lists become leaves of autograd, the decoders write what the entries hold.
     n_rows = 2 * tokens if want_aux else tokens
-    layers, lists, written = [], [], []
+    layers, lists, written, all_h = [], [], [], []
     for l, chosen in enumerate(main):
         rows, features, h = chosen.tokens, chosen.features, chosen.h
         if want_aux:
@@ -308,18 +309,22 @@ def sparse_pass(
         shape = (tokens, transcoder.features[l])
         layers.append(SparseActs(chosen.tokens, chosen.features, h[:n], acts, h_sum, shape, chosen.found))
         lists.append(entries)
+        all_h.append(h.detach())
         written.append(torch.cat([acts, h[n:].relu()]) if want_aux else acts)
     want_norms = objective.needs_norms and inputs.norms is None
+    lists, written = share_entries(lists, written, all_h, comm)
     y, *norms = _Decode.apply(lists, n_rows, want_norms, workspace, *written, *transcoder.W_dec)  # type: ignore[misc]
-    y = comm.sum(y.to(x.dtype))
+    y = add_written(y.to(x.dtype), comm)
     y_hat = y[:tokens] + torch.stack(list(transcoder.b_dec))
     if len(transcoder.W_skip):
         y_hat = y_hat + transcoder.skip(x).to(x.dtype)
 
+    norms = whole_norms(norms, comm) if want_norms else inputs.norms
+
     def preactivation(l: int, theta: Tensor, n: Tensor, over: Tensor | None) -> Tensor:
         return preactivation_penalty(layers[l], theta, n, over)
 
-    return Pass(y_hat, y[tokens:] if want_aux else None, layers, norms if want_norms else inputs.norms, preactivation)
+    return Pass(y_hat, y[tokens:] if want_aux else None, layers, norms, preactivation)
 
 
 def _activate(h: Tensor, rule: Rule, transcoder: Transcoder, l: int, features: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from .activations import candidates
+from .actives import decoder_norms
 from .collectives import Collectives, global_norm
 from .objective import Objective, Pass, StepInputs, StepLoss, choose, step_loss
 from .optimizers import Optimizers
-from .partition import is_sharded
+from .partition import cut_dim
 from .schedules import annealed_k, default_lr, learning_rate, ramp
 from .settings import TrainerSettings
 from .state import Counters, RunningState
@@ -88,7 +89,7 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
     # Decoder norms once a step: the pass itself takes them, or for several pieces leaves that collect their gradient.
     norms, leaves = [], None
     if parts.objective.needs_norms and len(pieces) > 1:
-        norms = [transcoder.decoder_norms(l) for l in range(transcoder.n_layers)]
+        norms = decoder_norms(transcoder, comm)
         leaves = [norm.detach().requires_grad_() for norm in norms]
 
     # Forward and backward, piece by piece; fp16 scales the loss up, and the optimizer's divisor brings it down.
@@ -107,7 +108,8 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
     # Mean over data ranks, norm over all features, one guarded update.
     named = [(name, p.grad) for name, p in transcoder.named_parameters() if p.grad is not None]
     comm.reduce_gradients([grad for _, grad in named])
-    norm = global_norm([g for n, g in named if is_sharded(n)], [g for n, g in named if not is_sharded(n)], comm) / scale
+    cut = [grad for name, grad in named if cut_dim(name, comm) is not None]
+    norm = global_norm(cut, [grad for name, grad in named if cut_dim(name, comm) is None], comm) / scale
     whole = mean_of(seen)
     bad = comm.max_all((~(norm.isfinite() & whole.loss.isfinite())).float())
     clip = (norm / settings.clip).clamp_min(1.0) if settings.clip else torch.ones_like(norm)

@@ -6,14 +6,16 @@ line per case from the first rank; a failed comparison ends the process with its
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from crosslace.train.actives import all_slices
 from crosslace.train.collectives import SINGLE, Collectives
 from crosslace.train.metrics import ReconstructionMetrics
 from crosslace.train.objective import dense_pass, step_loss
 from crosslace.train.optimizers import Optimizers
-from crosslace.train.partition import is_sharded, part_of, whole_of
+from crosslace.train.partition import cut_dim, new_part, part_of, whole_of
 from crosslace.train.settings import TrainerSettings
 from crosslace.train.sharding import ParallelSettings, processes
 from crosslace.train.sparse import sparse_pass
@@ -21,7 +23,7 @@ from crosslace.train.state import Counters, RunningState
 from crosslace.train.step import StepParts, objective_of, step_inputs, train_step
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
 
-STEPS, TOKENS, LAYERS, WIDTH, FEATURES = 20, 16, 3, 6, 12
+STEPS, TOKENS, LAYERS, WIDTH, FEATURES = 20, 16, 3, 8, 12
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Case:
     transcoder: dict[str, Any]
     trainer: dict[str, Any] = field(default_factory=dict)
     sparse: bool = False
+    capacity: int | None = None
+    """Lists of this length, empty places at their ends, as on an accelerator."""
 
 
 PENALTIES = {"lam": 0.05, "lam_schedule": "constant", "lam_preactivation": 0.01, "preactivation_over": "all"}
@@ -43,6 +47,8 @@ CASES = [
     Case("plt topk, sparse", {"activation": "topk", "k": 3, "reach": "1"}, sparse=True),
     Case("clt jumprelu, penalties, accumulated", {"activation": "jumprelu"}, {**PENALTIES, "accumulate": 2}),
     Case("clt jumprelu, penalties, sparse", {"activation": "jumprelu"}, PENALTIES, sparse=True),
+    Case("clt relu, penalties, sparse, fixed lists", {"activation": "relu"}, PENALTIES, sparse=True,
+         capacity=TOKENS * FEATURES),
     Case("plt jumprelu, steered, skip, tight clip", {"activation": "jumprelu", "reach": "1", "skip": True},
          {**PENALTIES, "target_l0": 2.0, "clip": 1e-2}),
     Case("windowed jumprelu, quadratic target", {"activation": "jumprelu", "reach": "2"},
@@ -58,7 +64,7 @@ def parts_for(case: Case, comm: Collectives) -> StepParts:
     targets = settings.per_layer("target_l0", LAYERS)
     target = None if targets is None else torch.tensor(targets)
     counters, state = Counters(use_aux=True), RunningState(transcoder, settings)
-    forward = sparse_pass if case.sparse else dense_pass
+    forward = partial(sparse_pass, capacity=case.capacity) if case.sparse else dense_pass
     return StepParts(
         settings, objective_of(settings, transcoder), transcoder, Optimizers(transcoder, settings), state, counters,
         target, targets, comm, forward,
@@ -102,7 +108,8 @@ def compare_gradients(case: Case, sharded: StepParts, whole: StepParts, comm: Co
         if parameter.grad is not None:
             gradient = sharded.transcoder.get_parameter(name).grad
             assert gradient is not None
-            gathered = comm.gather_features(gradient) if is_sharded(name) else gradient
+            dim = cut_dim(name, comm)
+            gathered = gradient if dim is None else comm.gather_features(gradient, dim)
             agree(f"{case.name}: gradient of {name}", gathered, parameter.grad)
     for parts in (sharded, whole):
         parts.optimizers.zero_grad()
@@ -133,15 +140,25 @@ def compare_metrics(case: Case, sharded: StepParts, whole: StepParts, comm: Coll
     for parts, rows in ((sharded, (rows_of(x, comm, 1), rows_of(y, comm, 1))), (whole, (x, y))):
         metrics = ReconstructionMetrics(parts.transcoder.features, WIDTH, comm=parts.comm)
         done = dense_pass(parts.transcoder, rows[0], step_inputs(parts), parts.objective, parts.comm)
-        metrics.update(rows[1], done.y_hat, [layer.acts for layer in done.layers])
+        metrics.update(rows[1], all_slices(done.y_hat, parts.comm), [layer.acts for layer in done.layers])
         reports.append(metrics.compute())
     for name, value in reports[1]["overall"].items():
         agree(f"{case.name}: metric {name}", torch.tensor(reports[0]["overall"][name]), torch.tensor(value), 1e-7)
 
 
-def main(data: int, features: int) -> None:
+def compare_beginnings(comm: Collectives) -> None:
+    """A part that is drawn in place holds the numbers that the whole would have."""
+    shape = TranscoderSettings(features=FEATURES, skip=True, activation="jumprelu")
+    drawn = new_part(shape, WIDTH, list(range(LAYERS)), 3, {}, comm)
+    for name, parameter in part_of(Transcoder(shape, WIDTH, LAYERS, seed=3), comm).named_parameters():
+        agree(f"{name} at first", drawn.get_parameter(name), parameter, 0.0)
+
+
+def main(data: int, features: int, exchange: str) -> None:
     torch.set_num_threads(1)
-    with processes(ParallelSettings(data, features)) as comm:
+    with processes(ParallelSettings(data, features, exchange)) as comm:
+        assert comm.slices == (features if exchange == "actives" else 1)
+        compare_beginnings(comm)
         for case in CASES:
             for compare in (compare_gradients, compare_training):
                 compare(case, parts_for(case, comm), parts_for(case, SINGLE), comm)
@@ -152,4 +169,4 @@ def main(data: int, features: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -21,14 +21,25 @@ def torchrun(count: int, *words: object, check: bool = True) -> subprocess.Compl
     return done
 
 
-SLOW = [pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((2, 1), (1, 4), (4, 1))]
+SLOW = [
+    pytest.param(*mesh, marks=pytest.mark.slow)
+    for mesh in (
+        (2, 1, "auto"),
+        (1, 4, "reconstructions"),
+        (1, 4, "actives"),
+        (2, 2, "reconstructions"),
+        (4, 1, "auto"),
+    )
+]
 
 
-@pytest.mark.parametrize(("data", "features"), [(1, 2), (2, 2), *SLOW])
-def test_a_mesh_trains_as_one_process(data: int, features: int):
+@pytest.mark.parametrize(
+    ("data", "features", "exchange"), [(1, 2, "reconstructions"), (1, 2, "actives"), (2, 2, "actives"), *SLOW]
+)
+def test_a_mesh_trains_as_one_process(data: int, features: int, exchange: str):
     """Loss, gradients, clip norm, weights after 20 steps, densities and metrics; PLT, CLT and windowed; every case."""
-    done = torchrun(data * features, WORKER, data, features)
-    assert done.stdout.count("agrees:") == 8
+    done = torchrun(data * features, WORKER, data, features, exchange)
+    assert done.stdout.count("agrees:") == 9
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
