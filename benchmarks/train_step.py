@@ -26,9 +26,11 @@ from crosslace.train import native
 from crosslace.train.collectives import global_norm
 from crosslace.train.objective import Objective, StepInputs, dense_pass, step_loss
 from crosslace.train.optimizers import Optimizers
+from crosslace.train.rows import RowGradients
 from crosslace.train.settings import TrainerSettings
-from crosslace.train.sparse import Workspace, sparse_pass
+from crosslace.train.sparse import sparse_pass
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.workspace import Workspace
 from torch import Tensor
 
 
@@ -114,13 +116,15 @@ def measure(case: Case, sparse: bool) -> dict[str, Any]:
         if case.profile and repeat == 1:
             profile.enable()
         start = clock()
+        rows = RowGradients(optimizers.by_rows)
         with torch.autocast(case.device.split(":")[0], torch.bfloat16, enabled=case.precision == "bf16"):
-            found = step_loss(transcoder, x, y, inputs, objective, forward=forward)
+            found = step_loss(transcoder, x, y, inputs._replace(rows=rows), objective, forward=forward)
         forwards = clock()
         found.loss.backward()
         backwards = clock()
-        norm = global_norm([p.grad for p in transcoder.parameters() if p.grad is not None], [])
-        optimizers.step(norm.clamp_min(1.0), (~norm.isfinite()).float())
+        formed = [p.grad for p in transcoder.parameters() if p.grad is not None]
+        norm = global_norm([*formed, *rows.settled()], [])
+        optimizers.step(norm.clamp_min(1.0), (~norm.isfinite()).float(), rows)
         optimizers.zero_grad()
         for name, seconds in zip(parts, (forwards - start, backwards - forwards, clock() - backwards), strict=True):
             parts[name].append(seconds)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .collectives import SINGLE, Collectives
 from .gather import Entries, make_entries, sort_by
-from .select import ABSENT
 from .transcoder import Transcoder
 
 
@@ -111,21 +110,21 @@ def share_dense(acts: Iterable[Tensor], comm: Collectives) -> Iterator[Tensor]:
 
 
 def share_entries(
-    lists: list[Entries], values: list[Tensor], h: list[Tensor], comm: Collectives
+    lists: list[Entries], values: list[Tensor], empty: list[Tensor | None], comm: Collectives
 ) -> tuple[list[Entries], list[Tensor]]:
     """Every rank's entries of all layers, with gradient to their values: one exchange of places, one of values.
 
-    `h` [N] a layer tells which places of a list are empty; those are not sent.
+    `empty` [N] a layer says which places of a list hold nothing; those are not sent.
     """
     if comm.slices == 1:
         return lists, values
     sizes = [entries.feature_pointer.numel() - 1 for entries in lists]
     n_rows, ranks = lists[0].row_pointer.numel() - 1, comm.slices
     pairs = [(entries.rows, entries.features) for entries in lists]
-    present = [h_N > ABSENT / 2 for h_N in h]
-    if not all(mask.all() for mask in present):
-        pairs = [(rows[mask], features[mask]) for (rows, features), mask in zip(pairs, present, strict=True)]
-        values = [a[mask] for a, mask in zip(values, present, strict=True)]
+    for l, mask in enumerate(empty):
+        if mask is not None:
+            pairs[l] = (pairs[l][0][~mask], pairs[l][1][~mask])
+            values[l] = values[l][~mask]
 
     # A place as one number, of four bytes where that is enough.
     number = torch.int32 if n_rows * max(sizes) < 2**31 else torch.int64

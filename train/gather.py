@@ -37,6 +37,14 @@ class Entries(NamedTuple):
     """[N]: rows[order]"""
     feature_pointer: Tensor
     """[F + 1]: feature f owns items feature_pointer[f] .. feature_pointer[f + 1] of `order`."""
+    row_order: Tensor | None = None
+    """[N]: the entries by row, where they are not listed so: empty places come last, and no list holds them."""
+
+    def by_row(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, pointer and values of the lists by row, as `gather_sum` takes them."""
+        if self.row_order is None:
+            return self.features, self.row_pointer, values
+        return self.features[self.row_order], self.row_pointer, values[self.row_order]
 
 
 @cache
@@ -54,11 +62,17 @@ def backend(tensor: Tensor) -> str:
     return "native" if native.usable(tensor) else "torch"
 
 
-def make_entries(rows: Tensor, features: Tensor, n_rows: int, n_features: int) -> Entries:
-    """Entries from pairs listed by row. No host synchronisation."""
-    row_pointer = torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
-    feature_pointer, order, ordered_rows = sort_by(features, rows, n_features)
-    return Entries(rows, features, row_pointer, order, ordered_rows, feature_pointer)
+def make_entries(rows: Tensor, features: Tensor, n_rows: int, n_features: int, absent: Tensor | None = None) -> Entries:
+    """Entries from pairs listed by row, some of them perhaps `absent` (bool [N]). No host synchronisation."""
+    row_order, listed, keys, n_keys = None, rows, features, n_features
+    if absent is not None:
+        # Left where they are, empty places would make the list of one row and of one feature very long.
+        row_order = absent.to(torch.uint8).argsort(stable=True)
+        listed = rows.masked_fill(absent, n_rows)[row_order]
+        keys, n_keys = features.masked_fill(absent, n_features), n_features + 1
+    row_pointer = torch.searchsorted(listed, torch.arange(n_rows + 1, device=rows.device))
+    feature_pointer, order, ordered_rows = sort_by(keys, rows, n_keys)
+    return Entries(rows, features, row_pointer, order, ordered_rows, feature_pointer[: n_features + 1], row_order)
 
 
 def sort_by(keys: Tensor, others: Tensor, n_keys: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,40 +103,6 @@ def gather_sum(rows: Tensor, index: Tensor, pointer: Tensor, weights: Tensor, ou
         total = F.embedding_bag(index, table, pointer, mode="sum", per_sample_weights=weights, include_last_offset=True)
         out.add_(total) if add else out.copy_(total)
     return out
-
-
-def decode_backward(
-    grad_RC: Tensor,
-    weight_FC: Tensor,
-    entries: Entries,
-    values: Tensor,
-    scale_F: Tensor | None,
-    out_FC: Tensor,
-    add: bool = False,
-) -> Tensor:
-    """Both gradients of `y[r] = sum of values * weight[f]`, in one pass over the weights.
-
-    Returns d values [N] = grad[r] . weight[f]; writes d weight[f] = sum of values * grad[r] + scale[f] * weight[f]
-    (the second term carries the gradient of the decoder norms) into `out_FC`, or adds it there.
-    """
-    values = values.to(out_FC.dtype).contiguous()
-    kind, listed = backend(out_FC), (entries.ordered_rows, entries.order, entries.feature_pointer)
-    if kind == "native" and grad_RC.dtype == weight_FC.dtype == out_FC.dtype:
-        grad_values = torch.empty_like(values)
-        shape = weight_FC.shape
-        native.call(
-            "decode_backward", grad_RC, grad_RC.stride(0), weight_FC, *listed, values, scale_F, *shape,
-            grad_values, out_FC, add,
-        )  # fmt: skip
-        return grad_values
-    if kind == "triton":
-        from . import kernels
-
-        return kernels.decode_backward(grad_RC, weight_FC, *listed, values, scale_F, out_FC, add)
-    gather_sum(grad_RC, entries.ordered_rows, entries.feature_pointer, values[entries.order], out_FC, add)
-    if scale_F is not None:
-        out_FC.addcmul_(weight_FC, scale_F[:, None])
-    return gather_dot(grad_RC, weight_FC, entries.rows, entries.features)
 
 
 def gather_dot(left: Tensor, right: Tensor, left_index: Tensor, right_index: Tensor) -> Tensor:

@@ -39,32 +39,75 @@ void gather_sum(const T* rows, int64_t row_stride, const int64_t* index, const i
   }
 }
 
-// For every feature f, with entries j of its list (token[j], value of entry order[j]):
-//   grad_values[order[j]] = grad[token[j]] . weight[f]
-//   grad_weight[f]        = (add ? grad_weight[f] : 0) + scale[f] * weight[f] + sum of values[order[j]] * grad[token[j]]
-// Both need the same rows at the same time: one pass over the decoder, one over its gradient.
+// What determines the gradient of a matrix with one row a feature:
+//   gradient[f] = scale[f] * weight[f] + left[f] * right + sum of values[j] * source[index[j]] over list f
+// Missing terms are null.
 template <typename T>
-void decode_backward(const T* grad, int64_t grad_stride, const T* weight, const int64_t* token, const int64_t* order,
-                     const int64_t* pointer, const T* values, const T* scale, int64_t n_features, int64_t columns,
-                     T* grad_values, T* grad_weight, int64_t add) {
+struct Rows {
+  const T* source;
+  int64_t stride;
+  const int64_t *index, *pointer;
+  const T *values, *scale, *left, *right, *weight;
+  int64_t columns;
+
+  // A block of row f into d (or added to what is there).
+  inline void block(int64_t f, int64_t start, int64_t n, bool add, T* __restrict__ d) const {
+    const T l = left ? left[f] : T(0), s = scale ? scale[f] : T(0);
+    if (!add) std::fill(d, d + n, T(0));
+    if (l != T(0)) {
+#pragma omp simd
+      for (int64_t c = 0; c < n; c++) d[c] += l * right[start + c];
+    }
+    if (s != T(0)) {
+      const T* __restrict__ w = weight + f * columns + start;
+#pragma omp simd
+      for (int64_t c = 0; c < n; c++) d[c] += s * w[c];
+    }
+  }
+
+  inline const T* row(int64_t j, int64_t start) const { return source + index[j] * stride + start; }
+
+  // Its sum over the entries.
+  inline void entries(int64_t f, int64_t start, int64_t n, T* __restrict__ d) const {
+    for (int64_t j = pointer[f]; j < pointer[f + 1]; j++) {
+      const T v = values[j];
+      if (v == T(0)) continue;  // an entry in the estimator's window carries a gradient but writes nothing
+      const T* __restrict__ g = row(j, start);
+#pragma omp simd
+      for (int64_t c = 0; c < n; c++) d[c] += v * g[c];
+    }
+  }
+};
+
+template <typename T>
+inline T square_sum(const T* __restrict__ d, int64_t n) {
+  T total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t c = 0; c < n; c++) total += d[c] * d[c];
+  return total;
+}
+
+// For every feature f, with entries j of its list:
+//   grad_values[order[j]] = source[index[j]] . weight[f]
+//   the gradient of weight[f], written to `out` (or added there); where `out` is null only its norm is kept
+// Both need the same rows at the same time: one pass over the decoder, and one over its gradient or none.
+template <typename T>
+void decode_backward(const Rows<T>& rows, const int64_t* order, int64_t n_features, T* grad_values, T* out, bool add,
+                     T* norms) {
 #pragma omp parallel for schedule(dynamic, 16)
   for (int64_t f = 0; f < n_features; f++) {
-    for (int64_t j = pointer[f]; j < pointer[f + 1]; j++) grad_values[order[j]] = T(0);
-    for (int64_t start = 0; start < columns; start += kBlock) {
-      const int64_t n = std::min(kBlock, columns - start);
-      const T* __restrict__ w = weight + f * columns + start;
-      T* __restrict__ d = grad_weight + f * columns + start;
-      if (!add) std::fill(d, d + n, T(0));
-      if (scale && scale[f] != T(0)) {
-        const T s = scale[f];
-#pragma omp simd
-        for (int64_t c = 0; c < n; c++) d[c] += s * w[c];
-      }
-      for (int64_t j = pointer[f]; j < pointer[f + 1]; j++) {
-        const T* __restrict__ g = grad + token[j] * grad_stride + start;
-        const T v = values[order[j]];
+    T own[kBlock], squares = 0;
+    for (int64_t j = rows.pointer[f]; j < rows.pointer[f + 1]; j++) grad_values[order[j]] = T(0);
+    for (int64_t start = 0; start < rows.columns; start += kBlock) {
+      const int64_t n = std::min(kBlock, rows.columns - start);
+      const T* __restrict__ w = rows.weight + f * rows.columns + start;
+      T* __restrict__ d = out ? out + f * rows.columns + start : own;
+      rows.block(f, start, n, out && add, d);
+      for (int64_t j = rows.pointer[f]; j < rows.pointer[f + 1]; j++) {
+        const T* __restrict__ g = rows.row(j, start);
+        const T v = rows.values[j];
         T dot = 0;
-        if (v == T(0)) {  // an entry in the estimator's window carries a gradient but writes nothing
+        if (v == T(0)) {
 #pragma omp simd reduction(+ : dot)
           for (int64_t c = 0; c < n; c++) dot += g[c] * w[c];
         } else {
@@ -75,6 +118,57 @@ void decode_backward(const T* grad, int64_t grad_stride, const T* weight, const 
           }
         }
         grad_values[order[j]] += dot;
+      }
+      if (norms) squares += square_sum(d, n);
+    }
+    if (norms) norms[f] = std::sqrt(squares);
+  }
+}
+
+// The norm of each row's gradient, which is formed a block at a time and dropped.
+template <typename T>
+void gradient_norms(const Rows<T>& rows, int64_t n_features, T* norms) {
+#pragma omp parallel for schedule(dynamic, 16)
+  for (int64_t f = 0; f < n_features; f++) {
+    T d[kBlock], squares = 0;
+    for (int64_t start = 0; start < rows.columns; start += kBlock) {
+      const int64_t n = std::min(kBlock, rows.columns - start);
+      rows.block(f, start, n, false, d);
+      rows.entries(f, start, n, d);
+      squares += square_sum(d, n);
+    }
+    norms[f] = std::sqrt(squares);
+  }
+}
+
+// What Adam needs beside the tensors, in the order of `rows.adam_numbers`.
+template <typename T>
+struct Numbers {
+  T keep, rate1, beta2, rate2, size, root, eps, factor, bad;
+};
+
+// Adam on every row, its gradient formed a block at a time:
+//   g = gradient * factor;  m += rate1 (g - m);  v = beta2 v + rate2 g^2;  w = keep w - size m / (root sqrt(v) + eps)
+template <typename T>
+void adam_rows(const Rows<T>& rows, int64_t n_features, T* weight, T* first, T* second, const Numbers<T>& with) {
+  if (with.bad != T(0)) return;
+  const Numbers<T> o = with;
+#pragma omp parallel for schedule(dynamic, 16)
+  for (int64_t f = 0; f < n_features; f++) {
+    T d[kBlock];
+    for (int64_t start = 0; start < rows.columns; start += kBlock) {
+      const int64_t n = std::min(kBlock, rows.columns - start), at = f * rows.columns + start;
+      rows.block(f, start, n, false, d);
+      rows.entries(f, start, n, d);
+      T* __restrict__ w = weight + at;
+      T* __restrict__ m = first + at;
+      T* __restrict__ v = second + at;
+#pragma omp simd
+      for (int64_t c = 0; c < n; c++) {
+        const T g = d[c] * o.factor;
+        m[c] += o.rate1 * (g - m[c]);
+        v[c] = o.beta2 * v[c] + o.rate2 * g * g;
+        w[c] = o.keep * w[c] - o.size * m[c] / (o.root * std::sqrt(v[c]) + o.eps);
       }
     }
   }
@@ -140,16 +234,27 @@ void fill_above(const T* h, const T* per_feature, const T* per_row, T threshold,
 
 }  // namespace
 
+// The arguments that make Rows<T>, in the order of `rows.RowGradient`.
+#define ROWS(T)                                                                                                       \
+  const T *source, int64_t stride, const int64_t *index, const int64_t *pointer, const T *values, const T *scale,     \
+      const T *left, const T *right, const T *rows_of, int64_t columns
+#define THE_ROWS(T) \
+  Rows<T> { source, stride, index, pointer, values, scale, left, right, rows_of, columns }
+
 #define EXPORT(T, suffix)                                                                                             \
   void gather_sum_##suffix(const T* rows, int64_t row_stride, const int64_t* index, const int64_t* pointer,           \
                            const T* weights, int64_t n_lists, int64_t columns, T* out, int64_t out_stride, int64_t add) { \
     gather_sum<T>(rows, row_stride, index, pointer, weights, n_lists, columns, out, out_stride, add);                 \
   }                                                                                                                   \
-  void decode_backward_##suffix(const T* grad, int64_t grad_stride, const T* weight, const int64_t* token,            \
-                                const int64_t* order, const int64_t* pointer, const T* values, const T* scale,        \
-                                int64_t n_features, int64_t columns, T* grad_values, T* grad_weight, int64_t add) {       \
-    decode_backward<T>(grad, grad_stride, weight, token, order, pointer, values, scale, n_features, columns,          \
-                       grad_values, grad_weight, add);                                                                \
+  void decode_backward_##suffix(ROWS(T), const int64_t* order, int64_t n_features, T* grad_values, T* out,            \
+                                int64_t add, T* norms) {                                                              \
+    decode_backward<T>(THE_ROWS(T), order, n_features, grad_values, out, add, norms);                                 \
+  }                                                                                                                   \
+  void gradient_norms_##suffix(ROWS(T), int64_t n_features, T* norms) {                                               \
+    gradient_norms<T>(THE_ROWS(T), n_features, norms);                                                                \
+  }                                                                                                                   \
+  void adam_rows_##suffix(ROWS(T), int64_t n_features, T* weight, T* first, T* second, const T* numbers) {            \
+    adam_rows<T>(THE_ROWS(T), n_features, weight, first, second, *reinterpret_cast<const Numbers<T>*>(numbers));      \
   }                                                                                                                   \
   void row_norms_##suffix(const T* rows, int64_t n_rows, int64_t columns, T* out) {                                   \
     row_norms<T>(rows, n_rows, columns, out);                                                                         \

@@ -20,6 +20,7 @@ from . import losses
 from .activations import above
 from .actives import add_written, all_slices, decoder_norms, over_slices, own_slice, share_dense
 from .collectives import SINGLE, Collectives
+from .rows import RowGradients
 from .transcoder import Transcoder
 
 
@@ -61,6 +62,8 @@ class StepInputs(NamedTuple):
     """[L]: the whole batch's L0, where this is a part of it."""
     use_aux: bool = True
     """Whether any feature was dead when last looked at."""
+    rows: RowGradients | None = None
+    """Where the sparse step leaves gradients unformed; None forms them all."""
 
 
 class StepLoss(NamedTuple):

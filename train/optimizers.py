@@ -1,12 +1,14 @@
 """Adam, AdamW, or Muon for the matrices beside AdamW for the rest; clipping and the skip of a bad step folded in.
 
 torch's fused Adam divides each gradient by `grad_scale` and leaves a step out where `found_inf` is 1, both on the
-device: that is clipping and the non-finite guard in the same pass, with nothing read back.
+device: that is clipping and the non-finite guard in the same pass, with nothing read back. `rows.adam_rows` does the
+same for gradients that are not formed.
 """
 
 import torch
 from torch import Tensor
 
+from .rows import RowGradients, adam_numbers, adam_rows
 from .settings import TrainerSettings
 from .transcoder import Transcoder
 
@@ -51,7 +53,14 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-    def step(self, divisor: Tensor, bad: Tensor) -> None:
+    @property
+    def by_rows(self) -> list[torch.nn.Parameter]:
+        """The matrices that can be updated from gradients that are not formed."""
+        _, parameters, _ = self.parts[0]
+        matrices = [p for name, p in parameters.items() if name.startswith(("W_enc.", "W_dec."))]
+        return matrices if self.fused else []
+
+    def step(self, divisor: Tensor, bad: Tensor, rows: RowGradients | None = None) -> None:
         """One step with gradients / divisor, or none where `bad` is 1 (both [] on the device)."""
         for optimizer, parameters, moments in self.parts:
             if moments is MOMENTS["adam"] and self.fused:
@@ -60,6 +69,21 @@ class Optimizers:
             elif not bool(bad):
                 torch._foreach_div_([p.grad for p in parameters.values() if p.grad is not None], divisor)
                 optimizer.step()
+        if rows is not None:
+            self._step_rows(rows, divisor, bad)
+
+    @torch.no_grad()
+    def _step_rows(self, rows: RowGradients, divisor: Tensor, bad: Tensor) -> None:
+        adam, _, moments = self.parts[0]
+        listed = list(rows.items())
+        if not listed:
+            return
+        steps = [adam.state[parameter]["step"] for parameter, _ in listed]
+        numbers = adam_numbers(adam.param_groups[0], torch.stack(steps), divisor, bad)
+        for column, (parameter, gradient) in enumerate(listed):
+            first, second = (adam.state[parameter][moment].flatten(1) for moment in moments)
+            adam_rows(gradient, first, second, numbers[:, column])
+        torch._foreach_add_(steps, (1 - bad).to(steps[0].dtype))
 
     def tensors(self) -> dict[str, Tensor]:
         """All state by name, `moment.parameter`: read and written in place."""

@@ -17,7 +17,6 @@ part summed over tokens in closed form, the second one zero outside the active s
 The auxiliary reconstruction shares the passes: its entries write to B further rows.
 """
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +29,9 @@ from torch.autograd.function import once_differentiable
 from .activations import jumprelu
 from .actives import add_written, share_entries, whole_norms
 from .collectives import SINGLE, Collectives
-from .gather import Entries, decode_backward, gather_sum, make_entries, row_norms
+from .gather import Entries, gather_sum, make_entries, row_norms
 from .objective import Objective, Pass, StepInputs
+from .rows import RowGradient
 from .select import (
     Chosen,
     Rule,
@@ -41,10 +41,13 @@ from .select import (
     choose_dead,
     choose_largest,
     choose_topk,
+    is_absent,
     keep_above,
     largest_values,
+    read_freely,
 )
 from .transcoder import Transcoder
+from .workspace import Memory, Workspace
 
 # Share of entries listed up to which the sparse step is taken, estimated from the cost per entry (docs/fast_path.md).
 SPARSE_BELOW = {"cpu": 0.1, "cuda": 0.02}
@@ -57,65 +60,16 @@ def use_sparse(switch: str, density: float, device: torch.device | str) -> bool:
     return density < SPARSE_BELOW.get(torch.device(device).type, 0.02)
 
 
-class Workspace:
-    """Memory kept from step to step: fresh pages cost more than the arithmetic that fills them.
-
-    For training loops, which call `backward()` and set gradients to None between steps: a first gradient lives in this
-    memory until its parameter's `grad` is set to None (whoever wants to keep it longer clones it), and a further one is
-    added to `grad` in place, without a temporary.
-    """
-
-    def __init__(self) -> None:
-        self._gradients: dict[int, Tensor] = {}
-        self._lent: dict[int, weakref.ref[Tensor]] = {}
-        self._scratch: Tensor | None = None
-
-    def gradient(self, parameter: Tensor) -> tuple[Tensor, bool]:
-        """Where a gradient is to be written, and whether it is to be added to what is there."""
-        if not parameter.is_leaf:
-            return torch.empty_like(parameter), False
-        if parameter.grad is not None:
-            return parameter.grad, True
-        key = id(parameter)
-        kept, lent = self._gradients.get(key), self._lent.get(key)
-        if lent is not None and lent() is not None:  # an earlier pass of the same backward is not yet accumulated
-            return torch.empty_like(parameter), False
-        if kept is None or (kept.shape, kept.dtype, kept.device) != (
-            parameter.shape,
-            parameter.dtype,
-            parameter.device,
-        ):
-            kept = self._gradients[key] = torch.empty_like(parameter)
-        given = kept.detach()  # autograd takes over a tensor that nobody else holds; the memory below it stays here
-        self._lent[key] = weakref.ref(given)
-        return given, False
-
-    def scratch(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """[rows, columns], overwritten by the next call."""
-        kept = self._scratch
-        if kept is None or kept.numel() < rows * columns or (kept.dtype, kept.device) != (like.dtype, like.device):
-            kept = self._scratch = like.new_empty(rows * columns)
-        return kept[: rows * columns].view(rows, columns)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-
-
-def _gradient_memory(workspace: Workspace | None, parameter: Tensor) -> tuple[Tensor, bool]:
-    return (torch.empty_like(parameter), False) if workspace is None else workspace.gradient(parameter)
-
-
 class _Preactivations(torch.autograd.Function):
     """h at the entries, already computed: [N], and its sum over tokens: [F]. The encoder's gradient from theirs."""
 
     @staticmethod
     def forward(
         ctx: Any, x_BD: Tensor, W_enc: Tensor, b_enc: Tensor, h: Tensor, h_sum: Tensor | None,
-        entries: Entries, workspace: Workspace | None,
+        entries: Entries, memory: Memory,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         ctx.save_for_backward(x_BD, W_enc, b_enc)
-        ctx.entries, ctx.workspace = entries, workspace
+        ctx.entries, ctx.memory = entries, memory
         ctx.set_materialize_grads(False)
         return h.view_as(h), None if h_sum is None else h_sum.view_as(h_sum)
 
@@ -124,19 +78,18 @@ class _Preactivations(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x_BD, W_enc, b_enc = ctx.saved_tensors
         entries: Entries = ctx.entries
-        (grad_W, add), grad_b = _gradient_memory(ctx.workspace, W_enc), torch.zeros_like(b_enc)
-        if grads[0] is None and not add:
-            grad_W.zero_()
+        grad_b, grad_h = torch.zeros_like(b_enc), b_enc.new_zeros(len(entries.features))
         if grads[0] is not None:
             grad_h = grads[0].to(grad_b.dtype)
-            tokens = entries.ordered_rows % x_BD.shape[0]  # auxiliary entries read the same tokens
-            gather_sum(x_BD, tokens, entries.feature_pointer, grad_h[entries.order], grad_W, add)
             grad_b.index_add_(0, entries.features, grad_h)
+        left = right = None
         if grads[1] is not None:
-            grad_sum = grads[1].to(grad_b.dtype)
-            grad_W.addr_(grad_sum, x_BD.sum(0, dtype=grad_W.dtype))
-            grad_b.add_(grad_sum, alpha=x_BD.shape[0])
-        return None, None if add else grad_W, grad_b, None, None, None, None
+            left, right = grads[1].to(grad_b.dtype), x_BD.sum(0, dtype=grad_b.dtype)
+            grad_b.add_(left, alpha=x_BD.shape[0])
+        tokens = entries.ordered_rows % x_BD.shape[0]  # auxiliary entries read the same tokens
+        values = grad_h[entries.order]
+        rows = RowGradient(x_BD, tokens, entries.feature_pointer, values, W_enc.detach(), None, left, right)
+        return None, ctx.memory.gradient(W_enc, rows), grad_b, None, None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -144,7 +97,7 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, lists: list[Entries], n_rows: int, want_norms: bool, workspace: Workspace | None, *tensors: Tensor
+        ctx: Any, lists: list[Entries], n_rows: int, want_norms: bool, memory: Memory, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         n_layers = len(lists)
         values, decoders = tensors[:n_layers], tensors[n_layers:]
@@ -152,10 +105,10 @@ class _Decode(torch.autograd.Function):
         y = torch.zeros(n_rows, n_layers * d_model, dtype=values[0].dtype, device=values[0].device)
         for l, (entries, a, W) in enumerate(zip(lists, values, decoders, strict=True)):
             y_RC = y[:, l * d_model :][:, : W[0].numel()]
-            gather_sum(W.flatten(1), entries.features, entries.row_pointer, a, y_RC, add=True)
+            gather_sum(W.flatten(1), *entries.by_row(a), y_RC, add=True)
         norms = [row_norms(W.flatten(1)) for W in decoders] if want_norms else []
         ctx.save_for_backward(*tensors, *norms)
-        ctx.lists, ctx.workspace = lists, workspace
+        ctx.lists, ctx.memory = lists, memory
         ctx.set_materialize_grads(False)
         return y.view(n_rows, n_layers, d_model), *norms
 
@@ -175,11 +128,14 @@ class _Decode(torch.autograd.Function):
         for l, (entries, a, W) in enumerate(zip(ctx.lists, values, decoders, strict=True)):
             grad_norm = grads[1 + l] if norms else None
             scale_F = None if grad_norm is None else torch.where(norms[l] > 0, grad_norm / norms[l], 0).to(W.dtype)
-            grad_W, add = _gradient_memory(ctx.workspace, W)
             columns = grad_RC[:, l * d_model :][:, : W[0].numel()]
-            grad_a = decode_backward(columns, W.flatten(1), entries, a, scale_F, grad_W.flatten(1), add)
+            rows = RowGradient(
+                columns, entries.ordered_rows, entries.feature_pointer, a[entries.order].to(W.dtype),
+                W.detach().flatten(1), scale_F,
+            )  # fmt: skip
+            grad_a, grad_W = ctx.memory.gradients(W, rows, entries)
             grad_values.append(grad_a.to(a.dtype))
-            grad_decoders.append(None if add else grad_W)
+            grad_decoders.append(grad_W)
         return None, None, None, None, *grad_values, *grad_decoders
 
 
@@ -237,13 +193,14 @@ def _product(x_BD: Tensor, W_enc: Tensor, b_enc: Tensor, workspace: Workspace | 
 
 
 def _choose(
-    h_BF: Tensor, rule: Rule, k: float, theta: Tensor | None, threshold: Tensor | None, comm: Collectives
-) -> Chosen:
+    h_BF: Tensor, rule: Rule, k: float, theta: Tensor | None, threshold: Tensor | None, capacity: int | None,
+    comm: Collectives,
+) -> Chosen:  # fmt: skip
     """The entries of one layer; for batchtopk among all layers, its candidates."""
     if rule.activation in ("relu", "jumprelu"):
-        return choose_active(h_BF, rule, theta)
+        return choose_active(h_BF, rule, theta, capacity)
     if threshold is not None:
-        return choose_above(h_BF, at_least(threshold, h_BF))
+        return choose_above(h_BF, at_least(threshold, h_BF), capacity)
     if rule.activation == "topk":
         return choose_topk(h_BF, round(k), comm)
     count = max(1, round(k * h_BF.shape[0] * comm.data_ranks))
@@ -261,16 +218,18 @@ def sparse_pass(
     objective: Objective,
     comm: Collectives = SINGLE,
     workspace: Workspace | None = None,
-    capacity: int | None = None,
 ) -> Pass:
     """Stages 1 to 3 on active entries: `objective.dense_pass` to rounding, values and gradients."""
     settings, tokens = transcoder.settings, x.shape[0]
     if x.requires_grad:
         raise ValueError("the sparse step gives no gradient with respect to x: take the dense one")
-    rule = Rule(settings.activation, settings.k_scope, settings.bandwidth, settings.ste_reaches_h, capacity)
+    rule = Rule(settings.activation, settings.k_scope, settings.bandwidth, settings.ste_reaches_h)
     over_all = rule.activation == "batchtopk" and rule.k_scope == "all" and inputs.thresholds is None
     k = [sum(inputs.k) / len(inputs.k) * transcoder.n_layers] * transcoder.n_layers if over_all else inputs.k
     want_aux = bool(objective.aux_weight) and inputs.use_aux
+    # On an accelerator these lists' lengths are not known by nature.
+    open_ended = rule.activation in ("relu", "jumprelu") or inputs.thresholds is not None
+    room = workspace.room if workspace is not None and open_ended and not read_freely(x) else None
 
     # 1 and 2, a layer at a time: h [B, F] goes as soon as its entries are known.
     main: list[Chosen] = []
@@ -280,7 +239,7 @@ def sparse_pass(
         theta = transcoder.theta(l) if rule.activation == "jumprelu" else None
         threshold = None if inputs.thresholds is None else inputs.thresholds[l]
         h_BF = _product(x[:, l], transcoder.W_enc[l], transcoder.b_enc[l], workspace)
-        main.append(_choose(h_BF, rule, k[l], theta, threshold, comm))
+        main.append(_choose(h_BF, rule, k[l], theta, threshold, room and room.of(l), comm))
         if want_aux:
             silent.append(choose_dead(h_BF, inputs.dead[l], objective.aux_k, comm))
         sums.append(h_BF.sum(0) if objective.preactivation else None)
@@ -292,30 +251,35 @@ def sparse_pass(
         tau = comm.top_threshold(torch.cat(values), count).clamp_min(0)
         main = [keep_above(chosen, tau) for chosen in main]
 
+    if room is not None:
+        room.note([chosen.found for chosen in main])
+
     # 3. The lists become leaves of autograd, the decoders write what the entries hold.
     n_rows = 2 * tokens if want_aux else tokens
-    layers, lists, written, all_h = [], [], [], []
+    memory = Memory(workspace, inputs.rows)
+    layers, lists, written, empty = [], [], [], []
     for l, chosen in enumerate(main):
         rows, features, h = chosen.tokens, chosen.features, chosen.h
         if want_aux:
             rows = torch.cat([rows, silent[l].tokens + tokens])
             features = torch.cat([features, silent[l].features])
             h = torch.cat([h, silent[l].h])
-        entries = make_entries(rows, features, n_rows, transcoder.features[l])
+        absent = None if read_freely(h) else is_absent(h)
+        entries = make_entries(rows, features, n_rows, transcoder.features[l], absent)
         encoder = transcoder.W_enc[l], transcoder.b_enc[l]
-        h, h_sum = _Preactivations.apply(x[:, l], *encoder, h, sums[l], entries, workspace)  # type: ignore[misc]
+        h, h_sum = _Preactivations.apply(x[:, l], *encoder, h, sums[l], entries, memory)  # type: ignore[misc]
         n = len(chosen.h)
         acts = _activate(h[:n], rule, transcoder, l, chosen.features)
         shape = (tokens, transcoder.features[l])
         layers.append(SparseActs(chosen.tokens, chosen.features, h[:n], acts, h_sum, shape, chosen.found))
         lists.append(entries)
-        all_h.append(h.detach())
+        empty.append(absent)
         written.append(torch.cat([acts, h[n:].relu()]) if want_aux else acts)
     want_norms = objective.needs_norms and inputs.norms is None
-    lists, written = share_entries(lists, written, all_h, comm)
-    y, *norms = _Decode.apply(lists, n_rows, want_norms, workspace, *written, *transcoder.W_dec)  # type: ignore[misc]
+    lists, written = share_entries(lists, written, empty, comm)
+    y, *norms = _Decode.apply(lists, n_rows, want_norms, memory, *written, *transcoder.W_dec)  # type: ignore[misc]
     y = add_written(y.to(x.dtype), comm)
-    y_hat = y[:tokens] + torch.stack(list(transcoder.b_dec))
+    y_hat = y[:tokens] + _whole(main, torch.stack(list(transcoder.b_dec)))
     if len(transcoder.W_skip):
         y_hat = y_hat + transcoder.skip(x).to(x.dtype)
 
@@ -325,6 +289,14 @@ def sparse_pass(
         return preactivation_penalty(layers[l], theta, n, over)
 
     return Pass(y_hat, y[tokens:] if want_aux else None, layers, norms, preactivation)
+
+
+def _whole(chosen: Sequence[Chosen], b_dec: Tensor) -> Tensor:
+    """b_dec [L, D], or NaN where a list was too short for its layer: a wrong step must not count."""
+    if not any(isinstance(layer.found, Tensor) for layer in chosen):
+        return b_dec
+    short = torch.stack([torch.as_tensor(layer.found > len(layer.h), device=b_dec.device) for layer in chosen])
+    return b_dec.masked_fill(short[:, None], torch.nan)
 
 
 def _activate(h: Tensor, rule: Rule, transcoder: Transcoder, l: int, features: Tensor) -> Tensor:

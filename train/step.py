@@ -12,6 +12,7 @@ from .collectives import Collectives, global_norm
 from .objective import Objective, Pass, StepInputs, StepLoss, choose, step_loss
 from .optimizers import Optimizers
 from .partition import cut_dim
+from .rows import RowGradients
 from .schedules import annealed_k, default_lr, learning_rate, ramp
 from .settings import TrainerSettings
 from .state import Counters, RunningState
@@ -92,13 +93,17 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
         norms = decoder_norms(transcoder, comm)
         leaves = [norm.detach().requires_grad_() for norm in norms]
 
+    # Where nothing else is added to them, the large gradients are never formed: the update makes them row by row.
+    rows = RowGradients(parts.optimizers.by_rows) if len(pieces) == 1 and comm.data_ranks == 1 else None
+
     # Forward and backward, piece by piece; fp16 scales the loss up, and the optimizer's divisor brings it down.
     scale = parts.state.loss_scale.clone()
     parts.optimizers.zero_grad()
     seen = []
     for x_B, y_B in pieces:
         with autocast(settings, x.device):
-            loss = step_loss(transcoder, x_B, y_B, inputs._replace(norms=leaves), parts.objective, comm, parts.forward)
+            given = inputs._replace(norms=leaves, rows=rows)
+            loss = step_loss(transcoder, x_B, y_B, given, parts.objective, comm, parts.forward)
         torch.autograd.backward(loss.loss * (scale / len(pieces)))
         seen.append(loss._replace(loss=loss.loss.detach()))
     if leaves is not None:
@@ -106,15 +111,17 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
         torch.autograd.backward([norm for norm, _ in with_gradient], [grad for _, grad in with_gradient])
 
     # Mean over data ranks, norm over all features, one guarded update.
+    unformed = rows.settled() if rows is not None else []
     named = [(name, p.grad) for name, p in transcoder.named_parameters() if p.grad is not None]
     comm.reduce_gradients([grad for _, grad in named])
     cut = [grad for name, grad in named if cut_dim(name, comm) is not None]
-    norm = global_norm(cut, [grad for name, grad in named if cut_dim(name, comm) is None], comm) / scale
+    shared = [grad for name, grad in named if cut_dim(name, comm) is None]
+    norm = global_norm([*cut, *unformed], shared, comm) / scale
     whole = mean_of(seen)
     bad = comm.max_all((~(norm.isfinite() & whole.loss.isfinite())).float())
     clip = (norm / settings.clip).clamp_min(1.0) if settings.clip else torch.ones_like(norm)
     parts.optimizers.set_lr(scheduled_lr(settings, max(transcoder.features) * comm.feature_ranks, parts.counters.step))
-    parts.optimizers.step(clip * scale, bad)
+    parts.optimizers.step(clip * scale, bad, rows)
 
     # Averages for the next steps and for the metrics.
     parts.state.update(whole, x.shape[0], norm, bad, inputs.lam, comm)

@@ -33,11 +33,12 @@ from .resampling import resample
 from .settings import TrainerSettings
 from .sharding import local_device
 from .sinks import Sink
-from .sparse import Workspace, sparse_pass, use_sparse
+from .sparse import sparse_pass, use_sparse
 from .state import Counters, RunningState
 from .step import TOPK, StepParts, autocast, objective_of, step_inputs, train_step
 from .transcoder import Transcoder, TranscoderSettings
 from .warmstart import Neurons, start_from, start_from_neurons
+from .workspace import Workspace
 
 # Steps between looks at the densities, which decide whether the sparse step and the auxiliary loss are worth it.
 LOOK_EVERY = 25

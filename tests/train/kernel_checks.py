@@ -6,8 +6,9 @@ process with one that has imported it already.
 
 import pytest
 import torch
-from crosslace.train.gather import Entries, decode_backward, gather_sum, make_entries
+from crosslace.train.gather import Entries, gather_sum, make_entries
 from crosslace.train.objective import Objective, StepInputs, dense_pass, step_loss
+from crosslace.train.rows import RowGradient, adam_numbers, adam_rows, decode_backward, gradient_norms
 from crosslace.train.sparse import sparse_pass
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
 from torch import Tensor
@@ -60,26 +61,90 @@ def test_decode_and_weight_gradient(columns, dtype, add):
     assert_near(found, incidence(entries, values.double()).T @ grad.double(), tolerance)
 
 
+def make_rows(entries: Entries, columns: int, dtype: torch.dtype, scaled: bool, outer: bool) -> RowGradient:
+    values = torch.rand(N, device=DEVICE).to(dtype)
+    weight = torch.randn(FEATURES, columns, device=DEVICE, dtype=dtype)
+    source = torch.randn(ROWS, columns + 7, device=DEVICE, dtype=dtype)[:, 2 : 2 + columns]
+    scale, left = torch.rand(2, FEATURES, device=DEVICE).to(dtype)
+    right = torch.randn(columns, device=DEVICE, dtype=dtype)
+    lists = entries.ordered_rows, entries.feature_pointer, values[entries.order]
+    return RowGradient(source, *lists, weight, scale if scaled else None, *((left, right) if outer else (None, None)))
+
+
+def dense_gradient(entries: Entries, rows: RowGradient) -> Tensor:
+    values = torch.empty_like(rows.values)
+    values[entries.order] = rows.values
+    gradient = incidence(entries, values.double()).T @ rows.source.double()
+    if rows.scale is not None:
+        gradient += rows.scale.double()[:, None] * rows.weight.double()
+    if rows.left is not None and rows.right is not None:
+        gradient += torch.outer(rows.left.double(), rows.right.double())
+    return gradient
+
+
 @pytest.mark.parametrize("columns", [5, 64, 2048 + 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_both_gradients_in_one_pass(columns, dtype, scaled):
     entries = make_lists()
-    values = torch.rand(N, device=DEVICE).to(dtype)
-    weight = torch.randn(FEATURES, columns, device=DEVICE, dtype=dtype)
-    grad = torch.randn(ROWS, columns + 7, device=DEVICE, dtype=dtype)[:, 2 : 2 + columns]
-    scale = torch.rand(FEATURES, device=DEVICE).to(dtype) if scaled else None
-    out = torch.empty_like(weight)
-    grad_values = decode_backward(grad, weight, entries, values, scale, out)
+    rows = make_rows(entries, columns, dtype, scaled, outer=False)
+    out = torch.empty_like(rows.weight)
+    grad_values, norms = decode_backward(rows, entries, out)
+    assert norms is None
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    expected = incidence(entries, values.double()).T @ grad.double()
-    if scale is not None:
-        expected += scale.double()[:, None] * weight.double()
+    expected = dense_gradient(entries, rows)
     assert_near(out, expected, tolerance)
-    decode_backward(grad, weight, entries, values, scale, out, add=True)
+    decode_backward(rows, entries, out, add=True)
     assert_near(out, 2 * expected, tolerance)
-    dots = (grad.double() @ weight.double().T)[entries.rows, entries.features]
+    dots = (rows.source.double() @ rows.weight.double().T)[entries.rows, entries.features]
     assert_near(grad_values, dots, tolerance)
+    grad_values, norms = decode_backward(rows, entries, None)
+    assert norms is not None
+    assert_near(grad_values, dots, tolerance)
+    assert_near(norms, expected.norm(dim=1), tolerance)
+
+
+@pytest.mark.parametrize("columns", [5, 1024 + 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("scaled", "outer"), [(False, True), (True, False), (False, False)])
+def test_adam_by_rows_needs_no_gradient(columns, dtype, scaled, outer):
+    """Held against torch's own AdamW on the gradient in one piece, over steps of which one is bad."""
+    entries, tolerance = make_lists(), 1e-5 if dtype == torch.float32 else 1e-10
+    weight = torch.randn(FEATURES, columns, device=DEVICE, dtype=dtype)
+    reference = torch.nn.Parameter(weight.clone())
+    adam = torch.optim.AdamW([reference], lr=0.1, weight_decay=0.1)
+    first, second = torch.zeros(2, *weight.shape, device=DEVICE, dtype=dtype)
+    steps, divisor = torch.zeros(1, device=DEVICE), torch.tensor(2.0, device=DEVICE)
+    for bad in (0.0, 0.0, 1.0, 0.0):
+        rows = make_rows(entries, columns, dtype, scaled, outer)._replace(weight=weight)
+        assert_near(gradient_norms(rows), dense_gradient(entries, rows).norm(dim=1), tolerance)
+        numbers = adam_numbers(adam.param_groups[0], steps, divisor, torch.tensor(bad, device=DEVICE))
+        if not bad:
+            reference.grad = (dense_gradient(entries, rows) / 2).to(dtype)
+            adam.step()
+            steps += 1
+        adam_rows(rows, first, second, numbers[:, 0])
+        assert_near(weight, reference.detach().double(), tolerance)
+    assert_near(second, adam.state[reference]["exp_avg_sq"].double(), tolerance)
+
+
+def test_empty_places_stand_in_no_list():
+    rows = torch.tensor([0, 1, 1, 3, 5, 5], device=DEVICE)
+    features = torch.tensor([4, 0, 2, 2, 0, 0], device=DEVICE)
+    absent = torch.tensor([False, True, False, False, True, True], device=DEVICE)
+    entries = make_entries(rows, features, ROWS, FEATURES, absent)
+    assert (entries.feature_pointer.diff() == torch.tensor([0, 0, 2, 0, 1, 0, 0, 0, 0], device=DEVICE)).all()
+    assert (entries.row_pointer.diff() == torch.tensor([1, 1, 0, 1, 0, 0], device=DEVICE)).all()
+    weight, values = torch.randn(FEATURES, 5, device=DEVICE), torch.rand(6, device=DEVICE)
+    out = torch.zeros(ROWS, 5, device=DEVICE)
+    gather_sum(weight, *entries.by_row(values), out)
+    kept = ~absent
+    expected = torch.zeros_like(out).index_add(0, rows[kept], values[kept, None] * weight[features[kept]])
+    torch.testing.assert_close(out, expected)
+    source = torch.randn(ROWS, 5, device=DEVICE)
+    given = entries.ordered_rows, entries.feature_pointer, values[entries.order]
+    grad_values, _ = decode_backward(RowGradient(source, *given, weight), entries, None)
+    torch.testing.assert_close(grad_values, (source[rows] * weight[features]).sum(1) * kept)
 
 
 @pytest.mark.parametrize("activation", ["jumprelu", "batchtopk"])

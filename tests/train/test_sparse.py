@@ -6,8 +6,9 @@ import pytest
 import torch
 from crosslace.train import native
 from crosslace.train.objective import Objective, Pass, StepInputs, dense_pass, step_loss
-from crosslace.train.sparse import SPARSE_BELOW, Workspace, density, sparse_pass, use_sparse
+from crosslace.train.sparse import SPARSE_BELOW, density, sparse_pass, use_sparse
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.workspace import Workspace
 from torch import Tensor
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

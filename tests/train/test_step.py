@@ -89,7 +89,7 @@ def test_accumulation_in_float32_is_equal_to_1e_6(activation):
     runs = [make_parts(activation, {"accumulate": n, "optimizer": "adam"}, dtype=torch.float32) for n in (1, 3)]
     for parts in runs:
         x, y = data(dtype=torch.float32)
-        parts.optimizers.step = lambda divisor, bad: None  # the gradients are what is compared
+        parts.optimizers.step = lambda *_: None  # the gradients are what is compared
         train_step(parts, x, y)
     for name, parameter in runs[0].transcoder.named_parameters():
         other = runs[1].transcoder.get_parameter(name).grad
@@ -131,7 +131,7 @@ def test_clipping_is_by_the_global_norm():
     loose, tight = (make_parts("relu", {"clip": clip, "optimizer": "adam"}) for clip in (0.0, 1e-3))
     seen = []
     for parts in (loose, tight):
-        parts.optimizers.step = lambda divisor, bad: seen.append(float(divisor))
+        parts.optimizers.step = lambda divisor, *_: seen.append(float(divisor))
         train_step(parts, *data())
     norm = torch.stack([p.grad.norm() for p in tight.transcoder.parameters() if p.grad is not None]).norm()
     assert seen[0] == 1.0 and seen[1] == pytest.approx(float(norm) / 1e-3, rel=1e-9)
@@ -153,7 +153,7 @@ def test_decoder_norms_get_gradient_through_the_penalty():
     parts = make_parts("relu", {"sparsity": "tanh", "lam": 1.0, "lam_schedule": "constant", "lam_preactivation": 0.0})
     x, _ = data()
     y = parts.transcoder(x).detach()
-    parts.optimizers.step = lambda divisor, bad: None
+    parts.optimizers.step = lambda *_: None
     train_step(parts, x, y)  # no error: all gradient comes from the penalty
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in parts.transcoder.W_dec)
 
@@ -165,7 +165,7 @@ def test_auxiliary_loss_gives_dead_features_a_gradient():
         parts.counters.step, parts.counters.use_aux = 9, use_aux
         for density in parts.state.density:
             density.fill_(0.1)[:6] = 0.0
-        parts.optimizers.step = lambda divisor, bad: None
+        parts.optimizers.step = lambda *_: None
         train_step(parts, *data())
         gradients.append([weight.grad.clone() for weight in parts.transcoder.W_dec])
     for with_aux, without in zip(*gradients):
