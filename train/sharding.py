@@ -16,11 +16,13 @@ The mathematics stands in `collectives.py`; this module alone knows process grou
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -116,7 +118,8 @@ def processes(settings: ParallelSettings, device: torch.device | str = "cpu") ->
     try:
         if joined_here:
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
+            patience = timedelta(seconds=settings.timeout)
+            dist.init_process_group(backend, timeout=patience, **_meeting(patience))
         mesh = init_device_mesh(kind, (settings.data, settings.features), mesh_dim_names=("data", "features"))
         yield MeshCollectives(mesh, slices=settings.features if settings.exchange == "actives" else 1)
     except UserError as error:
@@ -128,6 +131,44 @@ def processes(settings: ParallelSettings, device: torch.device | str = "cpu") ->
     finally:
         if joined_here and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meeting(patience: timedelta) -> dict[str, Any]:
+    """Where the processes find each other: a part of the store of torchrun's agents that only these processes use.
+
+    The agents keep their store when they start processes anew, and what the dead ones wrote there would mislead the
+    living. Without such a store, whatever torch does by itself.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, ranks = int(os.environ["RANK"]), started()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=patience)
+    name = _give_name(store, ranks, patience) if rank == 0 else _ask_name(store)
+    return {"store": dist.PrefixStore(f"crosslace/{name}", store), "rank": rank, "world_size": ranks}
+
+
+def _ask_name(store: dist.Store) -> str:
+    """The name that the first process gave to this start of all. Only the living answer a fresh question."""
+    question = uuid4().hex
+    store.set(f"crosslace/question/{store.add('crosslace/questions', 1)}", question)
+    name = store.get(f"crosslace/answer/{question}").decode()
+    store.add(f"crosslace/present/{name}", 1)
+    return name
+
+
+def _give_name(store: dist.Store, ranks: int, patience: timedelta) -> str:
+    """Answer every question, those of the dead too, until all the others are present."""
+    name, answered, begun = uuid4().hex, set(), time.monotonic()
+    while store.add(f"crosslace/present/{name}", 0) < ranks - 1:
+        for number in set(range(1, store.add("crosslace/questions", 0) + 1)) - answered:
+            if store.check([f"crosslace/question/{number}"]):
+                store.set(f"crosslace/answer/{store.get(f'crosslace/question/{number}').decode()}", name)
+                answered.add(number)
+        if time.monotonic() - begun > patience.total_seconds():
+            raise UserError(f"not all {ranks} processes came within {patience.total_seconds():.0f} s; start them again")
+        time.sleep(0.01)
+    return name
 
 
 def _first_to_fail() -> bool:
