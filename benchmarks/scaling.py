@@ -59,6 +59,7 @@ NAMES = {
     "actives": "gather_parts",
     "active_gradients": "sum_parts",
     "thresholds": "top_threshold",
+    "token_thresholds": "row_threshold",
     "gradients": "reduce_gradients",
 }
 """What the plan calls that which a collective counts."""

@@ -9,6 +9,8 @@ for the largest:
     checkpoint   weights, gradients, moments; in host memory twice the weights and moments, as they are and as a file
     export       weights, moments, the weights once more, scaled to raw activations
 
+Gradients of encoders and decoders are there only where they are formed (train/rows.py says when they need not be).
+
 On a CPU all of it is one memory; with a GPU the start, the checkpoint's copies and the batches that wait are in the
 host's.
 """
@@ -147,6 +149,7 @@ def make_plan(
     shared = L * (D + (D * D if transcoder.skip else 0))
     whole, own = sum(cut) + shared, sum(cut) // m + shared // slices
     W, F = own * FLOAT, max(sizes) // m
+    gradients = W - _unformed(trainer, parallel, work, reaches) * FLOAT
 
     rows, sparse = work.rows, work.sparse
     piece = -(-rows // trainer.accumulate)
@@ -162,7 +165,7 @@ def make_plan(
     libraries = LIBRARIES[machine.device]
     kept = libraries + (sample.kept + waiting if on_cpu else 0)
     parts = [
-        Part("weights", W), Part("gradients", W), Part("moments", 2 * W), Part("activations", activations),
+        Part("weights", W), Part("gradients", gradients), Part("moments", 2 * W), Part("activations", activations),
         Part("auxiliary loss", auxiliary), Part("batches", normalised + (waiting if on_cpu else 0)),
         Part("communication", buffers), Part("libraries and kept rows", kept - (waiting if on_cpu else 0)),
     ]  # fmt: skip
@@ -171,14 +174,15 @@ def make_plan(
     scratch = piece * F * FLOAT if sparse else 0.0
     phases = {
         "step": sum(part.bytes for part in parts),
-        "evaluation": 4 * W + kept + scratch + evaluated,
+        "evaluation": 3 * W + gradients + kept + scratch + evaluated,
         "export": 4 * W + kept,
     }
     start = sample.peak
     checkpoint = 6 * W
     host: dict[str, float] = {}
     if on_cpu:
-        phases |= {"start": 3 * W + libraries + start, "checkpoint": 4 * W + kept + scratch + normalised + checkpoint}
+        held = 3 * W + gradients + kept + scratch + normalised
+        phases |= {"start": 3 * W + libraries + start, "checkpoint": held + checkpoint}
     else:
         host = {"start": W + start, "training": sample.kept + waiting, "checkpoint": sample.kept + waiting + checkpoint}
 
@@ -186,7 +190,7 @@ def make_plan(
     sent, moving = {name: flow.handed for name, flow in flows.items()}, sum(flow.moved for flow in flows.values())
     exchanges = {name: moved(work, name, m) for name in EXCHANGES if name != "auto" and m > 1}
     store = shape.rows * L * D * 2 * shape.itemsize
-    seconds = _seconds(work, reaches, m, W, machine)
+    seconds = _seconds(work, reaches, m, W, gradients, machine)
     seconds["communication"] = moving / parse_bytes(machine.link)
     seconds["reading"] = 2 * rows * L * D * shape.itemsize / parse_bytes(machine.store)
     return Plan(whole, own, parts, phases, host, sent, moving, parallel.exchange, exchanges, store, seconds)
@@ -225,7 +229,7 @@ def work_of(
         auxiliary=min(trainer.aux_k or max(1, D // 2), max(sizes)) if topk_kind and trainer.aux_weight else 0,
         sparse=_is_sparse(transcoder, trainer, active, L, sum(sizes), device),
         norms=not topk_kind and (trainer.lam_preactivation > 0 or trainer.penalty(transcoder.activation) in NORMED),
-        choice=transcoder.activation == "batchtopk",
+        activation=transcoder.activation,
     )
 
 
@@ -306,6 +310,14 @@ def _activations(
     return ((copies + 1.6 / work.layers) / m + everyones) * piece * sum(work.sizes) * FLOAT
 
 
+def _unformed(trainer: TrainerSettings, parallel: ParallelSettings, work: Work, reaches: list[int]) -> float:
+    """Parameters of a rank whose gradients are never formed: nothing else is added to them."""
+    if not work.sparse or trainer.accumulate > 1 or parallel.data > 1:
+        return 0.0
+    encoder = 0 if trainer.optimizer == "muon" else 1
+    return sum(F * (encoder + r) * work.d_model for F, r in zip(work.sizes, reaches, strict=True)) / parallel.features
+
+
 def _auxiliary(work: Work, piece: int, m: int, slices: int, written: float) -> float:
     """topk kinds, once features are dead."""
     if not work.auxiliary:
@@ -324,18 +336,20 @@ def _buffers(parallel: ParallelSettings, cut: list[int], written: float, work: W
     elif parallel.features > 1:
         shared = written
     bucket = min(BUCKET_BYTES, max(cut) * FLOAT) if parallel.data > 1 else 0
-    candidates = work.active * work.rows * parallel.data * FLOAT
-    pool = candidates * (parallel.processes + 1) if parallel.processes > 1 else 0
-    return shared + bucket + pool
+    return shared + bucket
 
 
-def _seconds(work: Work, reaches: list[int], m: int, W: float, machine: MachineSettings) -> dict[str, float]:
+def _seconds(
+    work: Work, reaches: list[int], m: int, W: float, gradients: float, machine: MachineSettings
+) -> dict[str, float]:
     encoder = sum(2 * work.rows * work.d_model * F / m for F in work.sizes)
     decoder = sum(2 * work.rows * work.d_model * F * r / m for F, r in zip(work.sizes, reaches, strict=True))
     operations = encoder if work.sparse else 2 * encoder + 3 * decoder
-    touched = 7 * W  # Adam reads four tensors and writes three
+    touched = 6 * W + gradients  # Adam reads weights, moments and gradients, and writes the first two
     if work.sparse:
-        touched += 2 * W + 3 * sum(work.rows * work.active * (1 + r) * work.d_model * FLOAT / m for r in reaches)
+        touched += 2 * gradients + 3 * sum(
+            work.rows * work.active * (1 + r) * work.d_model * FLOAT / m for r in reaches
+        )
     return {
         "arithmetic": operations / (machine.tflops * 1e12),
         "memory": touched / parse_bytes(machine.memory_bandwidth),

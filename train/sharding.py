@@ -8,7 +8,8 @@ What flows between processes in a step, for B tokens a data rank:
     sum             exchange=reconstructions: [B, L, D] over feature ranks, once, forward; nothing backward
     gather_parts    exchange=actives: the active entries' values and places, forward (train/actives.py)
     sum_parts       exchange=actives: the gradients of those values, backward
-    top_threshold   k B n candidate values of each rank, so that batchtopk's choice is the one of the whole batch
+    top_threshold   counts, by which batchtopk's choice is the one of the whole batch (train/ranking.py)
+    row_threshold   the same for each token: topk, and the auxiliary loss
     reduce_gradients each parameter's gradient over data ranks, in buckets
 
 The mathematics stands in `collectives.py`; this module alone knows process groups.
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -33,6 +35,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..data.errors import SettingsError, UserError, check_choice, check_range
 from .collectives import SINGLE, Collectives
+from .ranking import kth_largest
 
 BUCKET_BYTES = 32 * 2**20
 """Gradients are averaged this much at a time: large enough to fill a link, small beside a dictionary."""
@@ -264,21 +267,14 @@ class MeshCollectives:
                 gradient.copy_(part.view_as(gradient))
 
     def top_threshold(self, values: Tensor, count: int) -> Tensor:
-        largest = values.detach().flatten()
-        largest = largest.topk(min(count, largest.numel()), sorted=False).values
-        own = largest.new_full((count,), -torch.inf)  # equal lengths everywhere, so that no length is exchanged
-        own[: largest.numel()] = largest
-        pool = self._gathered("top_threshold", own, None, dist.get_world_size()).flatten()
-        return _smallest_kept(pool.topk(count).values)[..., 0]
+        add = partial(self._reduced, "top_threshold", group=None)
+        return kth_largest(values.detach().reshape(1, -1), count, add, bits=8)[0, 0]
 
     def row_threshold(self, h_BF: Tensor, k: int) -> Tensor:
-        largest = h_BF.detach().topk(min(k, h_BF.shape[-1]), dim=-1).values
+        own = h_BF.detach().topk(min(k, h_BF.shape[-1]), dim=-1).values
         if self.feature_ranks == 1:
-            return largest[..., -1:]
-        own = largest.new_full((*largest.shape[:-1], k), -torch.inf)
-        own[..., : largest.shape[-1]] = largest
-        pool = torch.cat(list(self._gathered("row_threshold", own, self._features, self.feature_ranks)), dim=-1)
-        return _smallest_kept(pool.topk(k, dim=-1).values)
+            return own[..., -1:]
+        return kth_largest(own, k, partial(self._reduced, "row_threshold", group=self._features), bits=4)
 
     def _gathered(self, what: str, x: Tensor, group: Any, ranks: int) -> Tensor:
         """[ranks, ...]: every rank's tensor."""
@@ -321,11 +317,6 @@ class MeshCollectives:
         padded = torch.zeros(length, dtype=torch.uint8)
         padded[: text.numel()] = text
         return json.loads(bytes(self.max_all(padded).tolist()))
-
-
-def _smallest_kept(largest: Tensor) -> Tensor:
-    """The last of the largest entries [..., 1], leaving out the -inf that stand for entries that there are not."""
-    return largest.masked_fill(largest == -torch.inf, torch.inf).amin(-1, keepdim=True)
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .sharding import ParallelSettings
 
-FLOAT = 4
+FLOAT = COUNT = 4
 
 
 class Flow(NamedTuple):
@@ -41,8 +41,8 @@ class Work(NamedTuple):
     sparse: bool
     norms: bool
     """Whether decoder norms are needed: the penalties take them."""
-    choice: bool
-    """Whether thresholds are chosen over all ranks (batchtopk)."""
+    activation: str
+    """topk and batchtopk choose thresholds over ranks."""
 
     @property
     def layers(self) -> int:
@@ -107,9 +107,11 @@ def actives_are_fewer(work: Work, ranks: int) -> bool:
 def all_flows(work: Work, parallel: ParallelSettings, rank_parameters: int) -> dict[str, Flow]:
     """Everything that a rank exchanges in a step."""
     flows = exchanged(work, parallel.exchange, parallel.features)
-    if work.choice and parallel.processes > 1:
-        candidates = work.active * work.rows * parallel.data * work.layers
-        flows["thresholds"] = all_gather(candidates * FLOAT, parallel.processes)
+    if work.activation == "batchtopk" and parallel.processes > 1:
+        flows["thresholds"] = all_reduce(work.layers * 4 * 256 * COUNT, parallel.processes)
+    by_token = (work.activation == "topk") + bool(work.auxiliary)
+    if by_token and parallel.features > 1:
+        flows["token_thresholds"] = all_reduce(by_token * work.rows * work.layers * 8 * 16 * COUNT, parallel.features)
     if parallel.data > 1:
         flows["gradients"] = all_reduce(rank_parameters * FLOAT, parallel.data)
     return flows
