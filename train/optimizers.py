@@ -83,7 +83,7 @@ class Optimizers:
         for column, (parameter, gradient) in enumerate(listed):
             first, second = (adam.state[parameter][moment].flatten(1) for moment in moments)
             adam_rows(gradient, first, second, numbers[:, column])
-        torch._foreach_add_(steps, (1 - bad).to(steps[0].dtype))
+        torch._foreach_add_(steps, [(1 - bad).to(steps[0].dtype)] * len(steps))
 
     def tensors(self) -> dict[str, Tensor]:
         """All state by name, `moment.parameter`: read and written in place."""

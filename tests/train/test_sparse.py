@@ -5,10 +5,11 @@ import functools
 import pytest
 import torch
 from crosslace.train import native
+from crosslace.train.collectives import SINGLE
 from crosslace.train.objective import Objective, Pass, StepInputs, dense_pass, step_loss
-from crosslace.train.sparse import SPARSE_BELOW, density, sparse_pass, use_sparse
+from crosslace.train.sparse import SPARSE_BELOW, sparse_pass, use_sparse
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
-from crosslace.train.workspace import Workspace
+from crosslace.train.workspace import Room, Workspace
 from torch import Tensor
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -166,15 +167,43 @@ def test_thresholds_and_norms_from_outside():
         torch.testing.assert_close(n.grad, 1.5 * twice)
 
 
-def test_a_list_of_fixed_length_gives_the_same():
-    transcoder, batch = make("jumprelu", bandwidth=0.3), make_batch(torch.float64)
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    """The lists of an accelerator, whose lengths are known beforehand, and no host read in sight; on the CPU."""
+    monkeypatch.setenv("CROSSLACE_KERNELS", "torch")
+    for module in ("select", "sparse"):
+        monkeypatch.setattr(f"crosslace.train.{module}.read_freely", lambda tensor: False)
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk", "batchtopk"])
+@pytest.mark.parametrize("degenerate", ["none", "silent", "all active", "no dead", "all dead"])
+def test_lists_of_fixed_length_give_the_same(activation, degenerate, as_on_an_accelerator):
+    transcoder, batch = make(activation), make_batch(torch.float64)
+    with torch.no_grad():
+        for b_enc in transcoder.b_enc:
+            b_enc.fill_({"silent": -100.0, "all active": 100.0}.get(degenerate, 0.1))
+    inputs = make_inputs(transcoder, {"no dead": 0.0, "all dead": 1.0}.get(degenerate, 0.3))
+    objective, workspace = make_objective(activation), Workspace()
+    workspace.room = Room([1000] * L)
+    assert_equal(both(transcoder, batch, inputs, objective, workspace=workspace), torch.float64)
+    if activation in ("relu", "jumprelu"):
+        assert all(len(layer.h) == 1000 for layer in sparse_pass(transcoder, batch[0], inputs, objective, SINGLE,
+                                                                 workspace).layers)  # type: ignore[attr-defined]  # fmt: skip
+
+
+def test_lists_that_are_too_short_grow_and_their_step_is_void(as_on_an_accelerator):
+    transcoder, (x, y), workspace = make("jumprelu"), make_batch(torch.float64), Workspace()
     inputs, objective = make_inputs(transcoder), make_objective("jumprelu")
-    listed = sparse_pass(transcoder, batch[0], inputs, objective).layers
-    assert 0 < density(listed) < 1  # type: ignore[arg-type]
-    capacity = max(len(layer.h) for layer in listed) + 3
-    assert_equal(both(transcoder, batch, inputs, objective, capacity=capacity), torch.float64)
-    short = sparse_pass(transcoder, batch[0], inputs, objective, capacity=5).layers
-    assert [int(layer.found) for layer in short] == [len(layer.h) for layer in listed]  # type: ignore[attr-defined]
+    workspace.room = Room([5] * L)
+    forward = functools.partial(sparse_pass, workspace=workspace)
+    losses = [float(step_loss(transcoder, x, y, inputs, objective, forward=forward).loss.detach()) for _ in range(4)]
+    assert [loss != loss for loss in losses] == [True, True, True, False]
+    exact = step_loss(transcoder, x, y, inputs, objective).loss
+    assert losses[3] == pytest.approx(float(exact.detach()), rel=1e-12)
+
+    fresh = Workspace()
+    first = step_loss(transcoder, x, y, inputs, objective, forward=functools.partial(sparse_pass, workspace=fresh))
+    assert float(first.loss.detach()) == pytest.approx(losses[3], rel=1e-12) and fresh.room.of(0) is not None
 
 
 def test_gradient_memory_is_reused_and_gradients_accumulate(kernels):

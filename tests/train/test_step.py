@@ -1,6 +1,7 @@
 """One step: pieces equal the whole, the sparse pass equals the dense one, bad values change nothing."""
 
 import copy
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +10,14 @@ import torch
 from crosslace.train.collectives import SINGLE
 from crosslace.train.objective import dense_pass
 from crosslace.train.optimizers import Optimizers
+from crosslace.train.rows import RowGradient, form
 from crosslace.train.settings import TrainerSettings
 from crosslace.train.sparse import sparse_pass
 from crosslace.train.state import Counters, RunningState
 from crosslace.train.step import StepParts, objective_of, train_step
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.workspace import Workspace
+from torch.utils._python_dispatch import TorchDispatchMode
 
 L, D, F, B = 3, 8, 40, 24
 
@@ -89,7 +93,7 @@ def test_accumulation_in_float32_is_equal_to_1e_6(activation):
     runs = [make_parts(activation, {"accumulate": n, "optimizer": "adam"}, dtype=torch.float32) for n in (1, 3)]
     for parts in runs:
         x, y = data(dtype=torch.float32)
-        parts.optimizers.step = lambda *_: None  # the gradients are what is compared
+        parts.optimizers.step = lambda divisor, bad, rows=None: None  # the gradients are what is compared
         train_step(parts, x, y)
     for name, parameter in runs[0].transcoder.named_parameters():
         other = runs[1].transcoder.get_parameter(name).grad
@@ -131,7 +135,7 @@ def test_clipping_is_by_the_global_norm():
     loose, tight = (make_parts("relu", {"clip": clip, "optimizer": "adam"}) for clip in (0.0, 1e-3))
     seen = []
     for parts in (loose, tight):
-        parts.optimizers.step = lambda divisor, *_: seen.append(float(divisor))
+        parts.optimizers.step = lambda divisor, bad, rows=None: seen.append(float(divisor))
         train_step(parts, *data())
     norm = torch.stack([p.grad.norm() for p in tight.transcoder.parameters() if p.grad is not None]).norm()
     assert seen[0] == 1.0 and seen[1] == pytest.approx(float(norm) / 1e-3, rel=1e-9)
@@ -153,7 +157,7 @@ def test_decoder_norms_get_gradient_through_the_penalty():
     parts = make_parts("relu", {"sparsity": "tanh", "lam": 1.0, "lam_schedule": "constant", "lam_preactivation": 0.0})
     x, _ = data()
     y = parts.transcoder(x).detach()
-    parts.optimizers.step = lambda *_: None
+    parts.optimizers.step = lambda divisor, bad, rows=None: None
     train_step(parts, x, y)  # no error: all gradient comes from the penalty
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in parts.transcoder.W_dec)
 
@@ -165,7 +169,7 @@ def test_auxiliary_loss_gives_dead_features_a_gradient():
         parts.counters.step, parts.counters.use_aux = 9, use_aux
         for density in parts.state.density:
             density.fill_(0.1)[:6] = 0.0
-        parts.optimizers.step = lambda *_: None
+        parts.optimizers.step = lambda divisor, bad, rows=None: None
         train_step(parts, *data())
         gradients.append([weight.grad.clone() for weight in parts.transcoder.W_dec])
     for with_aux, without in zip(*gradients):
@@ -194,6 +198,50 @@ def test_fp16_scales_the_loss_and_gives_way_to_overflow():
     train_step(parts, x, y * 1e30)
     assert parts.state.loss_scale == scale / 2 and parts.state.bad_in_row == 0
     assert all(torch.equal(weight, before[name]) for name, weight in weights(parts).items())
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would make the host wait for an accelerator: a number read, a length that depends on numbers."""
+
+    waits = ("_local_scalar_dense", "is_nonzero", "nonzero.default", "masked_select", "unique", "equal.default")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("aten.")
+        masks = isinstance(args[1], (list, tuple)) and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in args[1]
+        ) if name.startswith("index.") else False  # fmt: skip
+        if masks or name.startswith(self.waits):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("activation", "trainer", "options"), KINDS, ids=ids(KINDS))
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_on_an_accelerator_reads_nothing_back(activation, trainer, options, accumulate, monkeypatch):
+    """With the branches that an accelerator takes, and plain operations in place of its kernels."""
+    monkeypatch.setenv("CROSSLACE_KERNELS", "torch")
+    for module in ("select", "sparse"):
+        monkeypatch.setattr(f"crosslace.train.{module}.read_freely", lambda tensor: False)
+    monkeypatch.setattr("crosslace.train.rows.RowGradient.chunks", whole_chunk)
+    forward = functools.partial(sparse_pass, workspace=Workspace())
+    parts = make_parts(activation, {**trainer, "accumulate": accumulate}, forward, **options)
+    reference = make_parts(activation, {**trainer, "accumulate": accumulate}, dense_pass, **options)
+    for step in range(3):
+        with Reads() as reads:
+            train_step(parts, *data(step))
+        train_step(reference, *data(step))
+        assert step == 0 or reads.seen == []
+    for name, weight in weights(reference).items():
+        assert torch.allclose(weight, parts.transcoder.get_parameter(name), atol=1e-9), name
+
+
+def whole_chunk(rows: RowGradient):
+    """The kernels of an accelerator find the ends of the lists by themselves."""
+    yield slice(0, len(rows.weight)), form(rows, torch.empty_like(rows.weight))
 
 
 def test_settings_say_what_is_wrong():
