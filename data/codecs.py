@@ -23,12 +23,17 @@ class Codec:
     read: torch.dtype
     """What a batch comes in."""
 
+    def check_range(self, largest: float) -> None:
+        """Refuse an activation that the dtype has no number for."""
+        if self.name == "float16" and largest > FLOAT16_MAX:
+            raise UserError(
+                f"an activation of {largest:.3g} is beyond float16: cache with store.dtype=bfloat16 or float32"
+            )
+
     def to_stored(self, x: torch.Tensor) -> np.ndarray:
         """The bytes of activations, for every dtype but int8."""
-        if self.name == "float16" and x.dtype != torch.float16 and x.numel() and x.abs().amax() > FLOAT16_MAX:
-            raise UserError(
-                f"an activation of {x.abs().amax():.3g} is beyond float16: cache with store.dtype=bfloat16 or float32"
-            )
+        if self.name == "float16" and x.dtype != torch.float16 and x.numel():
+            self.check_range(x.abs().amax().item())
         x = x.detach().to(dtype=self.read).cpu().contiguous()
         return (x.view(torch.uint16) if self.name == "bfloat16" else x).numpy()
 

@@ -47,6 +47,26 @@ class Norm:
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
+class Affine(NamedTuple):
+    """A weight [out, in] with its bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class MlpWeights(NamedTuple):
+    """An MLP with one list of neurons: down(act(gate x) * up x), or down(act(up x)) where it has no gate."""
+
+    gate: Affine | None
+    up: Affine
+    down: Affine
+    act: Callable[[Tensor], Tensor]
+
+    def neurons(self, *seen: Tensor) -> Tensor:
+        """What `down` reads, from what gate, where there is one, and up give."""
+        return self.act(seen[0]) if self.gate is None else self.act(seen[0]) * seen[1]
+
+
 @dataclass
 class LayerParts:
     """All that a linear map through one layer with frozen attention and norms needs."""
@@ -75,6 +95,8 @@ class LayerParts:
     """The block that a transcoder stands in for."""
     mlp_down: nn.Module | None
     """The last linear map of the MLP, whose input is its neurons; None for a mixture of experts."""
+    mlp_weights: MlpWeights | None
+    """The MLP's linear maps, unfused; None for a mixture of experts."""
     layer: nn.Module
     """The whole layer: its input is the residual stream."""
 
@@ -91,13 +113,6 @@ class LayerParts:
         v = v.unflatten(-1, (self.n_kv_heads, self.head_dim)).transpose(-3, -2)
         mixed = pattern.to(v.dtype) @ v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=-3)
         return nn.functional.linear(mixed.transpose(-3, -2).flatten(-2), self.W_O, self.b_O)
-
-
-class Affine(NamedTuple):
-    """A weight [out, in] with its bias."""
-
-    weight: Tensor
-    bias: Tensor | None
 
 
 def _separate_value(attn: nn.Module, n_heads: int) -> Affine:
@@ -133,6 +148,28 @@ def _conv1d_out(module: nn.Module) -> Affine:
     return Affine(module.weight.T, module.bias)  # type: ignore[arg-type, union-attr]
 
 
+def _gated(mlp: nn.Module) -> tuple[Affine, Affine]:
+    return _linear_out(mlp.gate_proj), _linear_out(mlp.up_proj)  # type: ignore[arg-type]
+
+
+def _phi3_gated(mlp: nn.Module) -> tuple[Affine, Affine]:
+    """[2 * neurons, D]: the gate's rows, then those of up."""
+    gate, up = mlp.gate_up_proj.weight.chunk(2)  # type: ignore[union-attr, operator]
+    return Affine(gate, None), Affine(up, None)
+
+
+def _gpt2_up(mlp: nn.Module) -> tuple[None, Affine]:
+    return None, _conv1d_out(mlp.c_fc)  # type: ignore[arg-type]
+
+
+def _neox_up(mlp: nn.Module) -> tuple[None, Affine]:
+    return None, _linear_out(mlp.dense_h_to_4h)  # type: ignore[arg-type]
+
+
+def _phi_up(mlp: nn.Module) -> tuple[None, Affine]:
+    return None, _linear_out(mlp.fc1)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Family:
     """Names of the parts inside a `...ForCausalLM` module; the defaults are Llama's."""
@@ -145,6 +182,9 @@ class Family:
     attn: str = "self_attn"
     mlp: str = "mlp"
     mlp_down: str | None = "down_proj"
+    mlp_in: Callable[[nn.Module], tuple[Affine | None, Affine]] = _gated
+    """The maps that the MLP's input goes through: gate, where there is one, and up."""
+    mlp_act: str = "act_fn"
     attn_norm: str | None = "input_layernorm"
     post_attn_norm: str | None = None
     mlp_norm: str | None = "post_attention_layernorm"
@@ -184,6 +224,8 @@ FAMILIES: dict[str, Family] = {
         position="wpe",
         attn="attn",
         mlp_down="c_proj",
+        mlp_in=_gpt2_up,
+        mlp_act="act",
         attn_norm="ln_1",
         mlp_norm="ln_2",
         norm="layer",
@@ -197,6 +239,8 @@ FAMILIES: dict[str, Family] = {
         final_norm="final_layer_norm",
         attn="attention",
         mlp_down="dense_4h_to_h",
+        mlp_in=_neox_up,
+        mlp_act="act",
         norm="layer",
         norm_eps="eps",
         value=_neox_value,
@@ -206,13 +250,15 @@ FAMILIES: dict[str, Family] = {
     "phi": Family(
         final_norm="final_layernorm",
         mlp_down="fc2",
+        mlp_in=_phi_up,
+        mlp_act="activation_fn",
         mlp_norm="input_layernorm",  # one norm feeds both attention and the MLP
         norm="layer",
         norm_eps="eps",
         out_name="dense",
         parallel=lambda config: True,
     ),
-    "phi3": Family(value=_phi3_value),
+    "phi3": Family(value=_phi3_value, mlp_in=_phi3_gated, mlp_act="activation_fn"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": _EXPERTS,
@@ -279,8 +325,21 @@ def _layer_parts(family: Family, layer: nn.Module, config: Any) -> LayerParts:
         attn=attn,
         mlp=(mlp := attrgetter(family.mlp)(layer)),
         mlp_down=None if family.mlp_down is None else attrgetter(family.mlp_down)(mlp),
+        mlp_weights=_mlp_weights(family, mlp),
         layer=layer,
     )
+
+
+def _mlp_weights(family: Family, mlp: nn.Module) -> MlpWeights | None:
+    if family.mlp_down is None:
+        return None
+    gate, up = family.mlp_in(mlp)
+    down = family.out(attrgetter(family.mlp_down)(mlp))
+    return MlpWeights(_detached(gate) if gate else None, _detached(up), _detached(down), getattr(mlp, family.mlp_act))
+
+
+def _detached(affine: Affine) -> Affine:
+    return Affine(affine.weight.detach(), None if affine.bias is None else affine.bias.detach())
 
 
 def find_final_norm(family: Family, model: nn.Module) -> Norm:

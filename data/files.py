@@ -1,5 +1,6 @@
 """The few file operations that a store needs, on a local folder or on any fsspec URL."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,13 +8,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import fsspec
 import numpy as np
 
+from .errors import UserError
+
 _OPEN_FILES = 256
+MAX_PARTS = 512  # pieces of one vectored write; systems take 1,024
 
 
 class Files(Protocol):
@@ -64,6 +69,30 @@ def write_json(files: Files, name: str, value: Any, sync: bool = True) -> None:
         out.write(json.dumps(value, indent=1, sort_keys=True).encode())
 
 
+@contextmanager
+def room(files: Files) -> Iterator[None]:
+    """Turn a full disk into a sentence."""
+    try:
+        yield
+    except OSError as cause:
+        if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"no room is left for {files.root}: free some and run `crosslace cache` with the same settings, which goes "
+            "on where it stopped"
+        ) from cause
+
+
+def write_parts(out: IO[bytes], parts: list[np.ndarray]) -> None:
+    """Write uint8 arrays one after another into a file that `Files.writing` gave."""
+    if not isinstance(out, FileIO):
+        for part in parts:
+            out.write(part.data)
+        return
+    while parts:
+        parts = _after(parts, os.writev(out.fileno(), parts[:MAX_PARTS]))  # type: ignore[arg-type]
+
+
 class LocalFiles:
     """A folder. Reads go straight from the page cache into the caller's buffers."""
 
@@ -98,7 +127,7 @@ class LocalFiles:
             raise
 
     def read_into(self, name: str, offset: int, buffers: list[np.ndarray]) -> None:
-        with self._descriptor(name) as descriptor:
+        with self.descriptor(name) as descriptor:
             got = os.preadv(descriptor, buffers, offset)  # type: ignore[arg-type]
             wanted = sum(buffer.nbytes for buffer in buffers)
             while got < wanted:
@@ -110,7 +139,7 @@ class LocalFiles:
                 got += more
 
     @contextmanager
-    def _descriptor(self, name: str) -> Iterator[int]:
+    def descriptor(self, name: str) -> Iterator[int]:
         """An open file, duplicated for the time of one read so that another thread may drop it from the cache."""
         with self._lock:
             descriptor = self._descriptors.get(name)

@@ -22,6 +22,7 @@ from .codecs import DTYPES
 from .corpus import TokenSequence
 from .errors import Progress, SettingsError, UserError, check_choice, check_range, silent
 from .files import open_files
+from .image import Rows
 from .layout import BLOCK_ROWS, StoreLayout
 from .model import SITES, LanguageModel
 from .plan import PlannedWindow, Sampling, Text, batches, plan_windows
@@ -197,7 +198,9 @@ class Harvester:
                 norms[layer].append(norm.cpu())
             if self.layout.dtype == "int8":
                 for site in self.layout.sites:
-                    rows[site].append(self._rows(sites[site], candidates.flatten().nonzero()[:, 0]).float().cpu())
+                    rows[site].append(
+                        self._rows(sites[site], candidates.flatten().nonzero()[:, 0]).stacked().float().cpu()
+                    )
         joined = {layer: torch.cat(values) for layer, values in norms.items()}
         if not all(len(norm) and norm.isfinite().all() for norm in joined.values()):
             raise UserError(
@@ -297,13 +300,9 @@ class Harvester:
             kept, tokens.flatten()[chosen], chosen % tokens.shape[1], documents.flatten()[chosen.cpu()], counts
         )
 
-    def _rows(self, by_layer: dict[int, Tensor], chosen: Tensor) -> Tensor:
-        """[rows, L, D] of a site's tensors [B, T, D]."""
-        first = by_layer[self.layout.layers[0]]
-        rows = first.new_empty(len(chosen), len(self.layout.layers), self.layout.d_model)
-        for place, layer in enumerate(self.layout.layers):
-            rows[:, place] = by_layer[layer].flatten(0, 1)[chosen]
-        return rows
+    def _rows(self, by_layer: dict[int, Tensor], chosen: Tensor) -> Rows:
+        """Chosen rows of a site's tensors [B, T, D]."""
+        return Rows([by_layer[layer].flatten(0, 1) for layer in self.layout.layers], chosen)
 
 
 def harvest(

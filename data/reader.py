@@ -1,16 +1,19 @@
 """Rows straight from the shards of a store on disk or at a URL, every byte checked before its first use."""
 
+import os
 import weakref
+from contextlib import ExitStack
 from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
 
+from . import kernels
 from .batch import Batch, Statistics, Straight
 from .codecs import CODECS, crc32c, dequantise
 from .errors import Progress, UserError
-from .files import Files, open_files, read_json
+from .files import Files, LocalFiles, open_files, read_json
 from .layout import CRC_BYTES, ArraySpec, StoreLayout
 from .shuffle import EpochOrder, Span
 
@@ -33,7 +36,8 @@ class BufferPool:
         try:
             owner = self._free[size, pin].pop()
         except (KeyError, IndexError):
-            owner = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+            # numpy asks for huge pages, which are sooner there
+            owner = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pin else torch.from_numpy(_bytes(size))
         lent = owner.numpy()
         weakref.finalize(lent, self._back, owner, pin).atexit = False
         return lent
@@ -42,6 +46,10 @@ class BufferPool:
         waiting = self._free.setdefault((len(owner), pin), [])
         if len(waiting) < self._keep:
             waiting.append(owner)
+
+
+def _bytes(*shape: int) -> np.ndarray:
+    return np.empty(shape, np.uint8)
 
 
 _POOL = BufferPool()
@@ -57,25 +65,62 @@ class ArrayReader:
         self._index_checked = np.zeros(layout.shards(rows), dtype=bool)
         self._checked = np.zeros((layout.shards(rows) * layout.blocks_per_shard, spec.layers), dtype=bool)
 
-    def read(self, span: Span, places: list[int], runs: list[np.ndarray]) -> None:
-        """Rows of one block, for each wanted layer, into the uint8 arrays `runs`."""
-        shard, within = divmod(span.block, self.layout.blocks_per_shard)
-        self._check_index(shard)
-        if len(span) == self.layout.block_rows:
-            self._read_whole(span.block, shard, within, places, runs)
-            return
+    def read(self, spans: list[Span], places: list[int], into: np.ndarray) -> None:
+        """Rows of some blocks, for each wanted layer, into uint8 memory [layers, bytes]."""
+        for shard in dict.fromkeys(span.block // self.layout.blocks_per_shard for span in spans):
+            self._check_index(shard)
         run = self.spec.run_bytes
-        for place, into in zip(places, runs):
-            whole = np.empty(self.layout.block_rows * run, np.uint8)
-            self._read_whole(span.block, shard, within, [place], [whole])
-            into[:] = whole[span.start * run : span.stop * run]
+        targets, copies, end = [], [], 0
+        for span in spans:
+            begin, end = end, end + len(span) * run
+            target = into[:, begin:end]
+            if len(span) < self.layout.block_rows:
+                # a chunk comes whole, so that it can be checked
+                whole = _bytes(len(places), self.layout.block_rows * run)
+                copies.append((target, whole[:, span.start * run : span.stop * run]))
+                target = whole
+            targets.append(target)
+        blocks = [span.block for span in spans]
+        if isinstance(self.files, LocalFiles) and kernels.load() is not None:
+            self._read_chunks(self.files, blocks, places, targets)
+        else:
+            for block, target in zip(blocks, targets):
+                self._read_block(block, places, target)
+        for target, rows in copies:
+            target[:] = rows
 
     def forget(self, first_shard: int, shards: int) -> None:
         per_shard = self.layout.blocks_per_shard
         self._index_checked[first_shard : first_shard + shards] = False
         self._checked[first_shard * per_shard : (first_shard + shards) * per_shard] = False
 
-    def _read_whole(self, block: int, shard: int, within: int, places: list[int], runs: list[np.ndarray]) -> None:
+    def _read_chunks(self, files: LocalFiles, blocks: list[int], places: list[int], targets: list[np.ndarray]) -> None:
+        """Chunks [layers, bytes] of every block into its target, in one call without Python's lock."""
+        shards, within = np.divmod(np.array(blocks), self.layout.blocks_per_shard)
+        which, columns = np.array(blocks)[:, None], np.array(places)
+        into = [target.ctypes.data + np.arange(len(places)) * target.strides[0] for target in targets]
+        with ExitStack() as stack:
+            held = {shard: self._descriptor(files, shard, stack) for shard in dict.fromkeys(shards.tolist())}
+            chunks = kernels.Chunks(
+                files=np.repeat(np.array([held[shard] for shard in shards.tolist()], np.int32), len(places)),
+                offsets=((within[:, None] * self.spec.layers + columns) * self._chunk).ravel(),
+                into=np.concatenate(into).astype(np.uintp),
+                trusted=self._checked[which, columns].ravel(),
+            )
+            outcome, at, code = kernels.read_chunks(chunks, self._chunk - CRC_BYTES)
+        block, place = blocks[at // len(places)], places[at % len(places)]
+        shard = block // self.layout.blocks_per_shard
+        if outcome == "damaged":
+            self._refuse(shard, block, place)
+        if outcome == "short":
+            raise self._cut_short(self._name(shard))
+        if outcome == "failed":
+            raise OSError(code, os.strerror(code), self._name(shard))
+        self._checked[which, columns] = True
+
+    def _read_block(self, block: int, places: list[int], target: np.ndarray) -> None:
+        """The same for one block, in plain Python, wherever the files are."""
+        shard, within = divmod(block, self.layout.blocks_per_shard)
         sums = np.empty((len(places), CRC_BYTES), np.uint8)
         first = 0
         while first < len(places):
@@ -83,10 +128,10 @@ class ArrayReader:
             last = first + 1
             while last < len(places) and places[last] == places[last - 1] + 1:
                 last += 1
-            buffers = [b for i in range(first, last) for b in (runs[i], sums[i])]
+            buffers = [b for i in range(first, last) for b in (target[i], sums[i])]
             self._fetch(shard, (within * self.spec.layers + places[first]) * self._chunk, buffers)
             first = last
-        for place, run, expected in zip(places, runs, sums.view("<u4")[:, 0]):
+        for place, run, expected in zip(places, target, sums.view("<u4")[:, 0]):
             if not self._checked[block, place]:
                 if crc32c(run) != expected:
                     self._refuse(shard, block, place)
@@ -107,17 +152,25 @@ class ArrayReader:
             )
         self._index_checked[shard] = True
 
+    def _descriptor(self, files: LocalFiles, shard: int, stack: ExitStack) -> int:
+        try:
+            return stack.enter_context(files.descriptor(self._name(shard)))
+        except FileNotFoundError as cause:
+            raise self._cut_short(self._name(shard)) from cause
+
     def _fetch(self, shard: int, offset: int, buffers: list[np.ndarray]) -> None:
         try:
             self.files.read_into(self._name(shard), offset, buffers)
         except (FileNotFoundError, EOFError) as cause:
-            raise UserError(
-                f"{self.files.root} is damaged: shard {self._name(shard)} is missing or cut short; copy it again or "
-                "cache the store anew"
-            ) from cause
+            raise self._cut_short(self._name(shard)) from cause
 
     def _name(self, shard: int) -> str:
         return self.prefix + self.spec.shard_key(shard)
+
+    def _cut_short(self, name: str) -> UserError:
+        return UserError(
+            f"{self.files.root} is damaged: shard {name} is missing or cut short; copy it again or cache the store anew"
+        )
 
     def _refuse(self, shard: int, block: int, place: int) -> None:
         start = block * self.layout.block_rows
@@ -166,11 +219,7 @@ class ShardedRows:
         array = self.arrays[name]
         run, count = array.spec.run_bytes, sum(map(len, spans))
         raw = _POOL.take(len(places) * count * run, pin)
-        into = raw.reshape(len(places), count * run)
-        row = 0
-        for span in spans:
-            array.read(span, places, list(into[:, row * run : (row + len(span)) * run]))
-            row += len(span)
+        array.read(spans, places, raw.reshape(len(places), count * run))
         shaped = raw.view(array.spec.dtype).reshape(len(places), count, array.spec.width)
         return self.codec.to_torch(shaped) if name in self.sites else torch.from_numpy(shaped)
 

@@ -22,7 +22,7 @@ import torch
 
 from .batch import Batch, Statistics, Straight
 from .errors import Progress, SettingsError, UserError, silent
-from .files import LocalFiles, read_json, write_json
+from .files import LocalFiles, read_json, room, write_json
 from .harvest import Harvester, cache_split
 from .model import LanguageModel
 from .plan import PlannedWindow
@@ -30,8 +30,8 @@ from .reader import HELD_OUT, ShardedRows, read_statistics
 from .shuffle import EpochOrder, Span
 from .store import ActivationStore
 from .units import format_bytes, parse_bytes
-from .window import SpilledWindow, Window, read_record, window_order, write_shard
-from .writer import StoreLock, StoreWriter, room, statistics_attributes
+from .window import SpilledWindow, Window, read_record, window_order
+from .writer import StoreLock, StoreWriter, statistics_attributes
 
 _POLL_SECONDS = 0.2
 
@@ -319,16 +319,12 @@ class RingSource:
 
     def _harvest(self, window: int) -> None:
         content = self._collect(window)
-        order = window_order(content.filled, self.harvester.settings.seed, window)
+        content.close()
         first, shards = self._shards_of(window)
-        size = self.layout.shard_rows
         with room(self.files):
             for shard in range(shards):
-                source = order[shard * size : (shard + 1) * size]
                 for name, spec in self.layout.arrays.items():
-                    write_shard(
-                        self.files, spec.shard_key(first + shard), self.layout, spec, content.array(name), source, False
-                    )
+                    content.write_shard(self.files, spec.shard_key(first + shard), name, shard, False)
             record = content.record()
             if window == 0 and self.files.read("statistics.json") is None:
                 _, moments = read_record(self.layout, record)
@@ -341,10 +337,11 @@ class RingSource:
     def _collect(self, window: int) -> Window:
         rows = self.window_limits[window]
         scales = self.harvester.channel_scale
+        order = window_order(rows, self.harvester.settings.seed, window)
         if rows * self.layout.row_bytes <= self.memory:
-            content = Window(self.layout, rows, scales)
+            content = Window(self.layout, rows, order, scales)
         else:
-            content = SpilledWindow(self.layout, rows, scales, self.files, f"spill-{window}")
+            content = SpilledWindow(self.layout, rows, order, scales, self.files, f"spill-{window}")
         self.harvester.fill(self._exact(self._planned(window)), content)
         return content
 

@@ -1,28 +1,31 @@
 """Rows on their way into a store: gathered in a window of a million or more, shuffled, written shard by shard.
 
-A window holds rows in the order in which the model made them. When it is full, a permutation of its rows (a function of
-the seed and the window's number) says which row goes where, and its shards are written. It lies in memory where
-two of them fit; else in files beside the shards, with a journal, so that a window that was cut off goes on.
+A permutation of a window's rows (a function of the seed and the window's number) says which row goes where. Where two
+windows fit into memory, each row is put at once at its place in an image of the shards, and a full window has but to
+be written. Else rows wait in files beside the shards, as they arrived, with a journal, so that a window that was cut
+off goes on, and are gathered when it is full.
 """
 
 import io
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
-from .codecs import CODECS, crc32c, quantise
-from .files import Files
-from .layout import CRC_BYTES, ArraySpec, StoreLayout
+from . import kernels
+from .codecs import CODECS, quantise
+from .files import Files, room, write_parts
+from .image import Image, Rows
+from .layout import ArraySpec, StoreLayout
 from .shuffle import permutation
 
 JOURNAL_SECONDS = 20.0
-_WRITE_BYTES = 2 << 20
+_GATHER_BYTES = 2 << 20
 
 
 class Moments:
@@ -33,16 +36,15 @@ class Moments:
         self.total = {site: np.zeros(shape) for site in layout.sites}
         self.square = {site: np.zeros(shape[0]) for site in layout.sites}
 
-    def add(self, sites: dict[str, torch.Tensor]) -> None:
-        """Rows [B, L, D] of each site, summed where they lie, a layer at a time to spare memory."""
-        for site, x in sites.items():
-            totals, squares = [], []
-            for layer in range(x.shape[1]):
-                wide = x[:, layer].detach().float()
-                totals.append(wide.sum(0))
-                squares.append(torch.linalg.vector_norm(wide, dim=-1).double().square().sum())
-            self.total[site] += torch.stack(totals).double().cpu().numpy()
-            self.square[site] += torch.stack(squares).cpu().numpy()
+    def add(self, site: str, x: torch.Tensor) -> None:
+        """Rows [B, L, D] of a site, summed where they lie, a layer at a time to spare memory."""
+        totals, squares = [], []
+        for layer in range(x.shape[1]):
+            wide = x[:, layer].detach().double()
+            totals.append(wide.sum(0))
+            squares.append(wide.square_().sum())
+        self.total[site] += torch.stack(totals).cpu().numpy()
+        self.square[site] += torch.stack(squares).cpu().numpy()
 
     def merge(self, other: "Moments") -> None:
         for site in self.total:
@@ -62,65 +64,99 @@ class Moments:
 
 
 class Window:
-    """The rows of one window while they arrive. `batches` counts the appends that are safe, for who goes on later."""
+    """The rows of one window while they arrive, in memory at the places where they will lie.
+
+    `batches` counts the appends that are safe, for who goes on later.
+    """
 
     def __init__(
         self,
         layout: StoreLayout,
         rows: int,
+        order: np.ndarray,
         channel_scale: dict[str, torch.Tensor] | None = None,
         spare: dict[str, np.ndarray] | None = None,
     ):
-        self.layout, self.rows = layout, rows
+        self.layout, self.rows, self.order = layout, rows, order
         self.channel_scale = channel_scale or {}
+        self.codec = CODECS[layout.dtype]
         self.moments = Moments(layout)
         self.counts: dict[str, int] = {}
         self.filled = self.batches = 0
-        # memory that an earlier window has left is there already; fresh memory costs more than what is copied into it
-        fits = spare is not None and all(len(buffer) >= rows for buffer in spare.values())
-        self._buffers = spare if spare and fits else _empty(layout, rows)
+        self._open(spare or {})
+
+    def _open(self, spare: dict[str, np.ndarray]) -> None:
+        arrays = self.layout.arrays
+        self._images = {name: Image(self.layout, arrays[name], self.rows, spare.get(name)) for name in arrays}
+        self._places = np.empty(self.rows, np.int64)
+        self._places[self.order] = np.arange(self.rows)
 
     def append(
         self,
-        sites: dict[str, torch.Tensor],
+        sites: Mapping[str, torch.Tensor | Rows],
         token: torch.Tensor,
         position: torch.Tensor,
         document: torch.Tensor,
         counts: dict[str, int] | None = None,
-        moments: bool = True,
     ) -> None:
-        """Take rows [B, L, D] of every site, as many as there is room for; `counts` says what was masked beside them.
-
-        `moments=False` is for a caller who has added them to `self.moments` already.
-        """
+        """Take rows [B, L, D] of every site, as many as there is room for; `counts` says what was left out."""
         room = min(len(token), self.rows - self.filled)
-        taken = {site: values[:room] for site, values in sites.items()}
-        if moments:
-            self.moments.add(taken)
-        for name, values in self._stored(taken, token, position, document):
-            self._put(name, values[:room].reshape(room, -1))
+        for site in self.layout.sites:
+            self._take(site, Rows.of(sites[site]).first(room))
+        for name, values in zip(("token", "position", "document"), (token, position, document)):
+            self._put(name, values[:room].cpu().numpy().astype(self.layout.arrays[name].dtype)[:, None])
         for reason, count in (counts or {}).items():
             self.counts[reason] = self.counts.get(reason, 0) + count
         self.filled += room
         self.batches += 1
 
-    def _stored(self, sites: dict[str, torch.Tensor], *where: torch.Tensor) -> Iterator[tuple[str, np.ndarray]]:
-        for site in self.layout.sites:
-            if self.layout.dtype == "int8":
-                values, scale = quantise(sites[site], self.channel_scale[site])
-                yield site, values
-                yield f"{site}_scale", scale
-            else:
-                yield site, CODECS[self.layout.dtype].to_stored(sites[site])
-        for name, values in zip(("token", "position", "document"), where):
-            yield name, values.cpu().numpy().astype(self.layout.arrays[name].dtype)
+    def _take(self, site: str, rows: Rows) -> None:
+        """Rows of a site, summed, converted and put."""
+        if self.layout.dtype != "int8" and kernels.puts(rows.layers[0], self.codec.read):
+            sums = self.moments.total[site], self.moments.square[site]
+            self.codec.check_range(self._convert(site, rows, *sums))
+            return
+        x = rows.stacked()
+        self.moments.add(site, x)
+        if self.layout.dtype == "int8":
+            values, scale = quantise(x, self.channel_scale[site])
+            self._put(f"{site}_scale", scale.reshape(len(x), -1))
+        else:
+            values = self.codec.to_stored(x)
+        self._put(site, values.reshape(len(x), -1))
+
+    def _new_places(self, count: int) -> np.ndarray:
+        return self._places[self.filled : self.filled + count]
+
+    def _convert(self, site: str, rows: Rows, total: np.ndarray, square: np.ndarray) -> float:
+        """Rows of a site by the kernel that sums and converts as well; the largest of what was narrowed."""
+        places, picked = self._new_places(len(rows)), rows.picked_array()
+        image, blocks = self._images[site].chunks, self.layout.block_rows
+        return kernels.put_rows(rows.layers, picked, image, places, blocks, self.codec.read, total, square)
 
     def _put(self, name: str, values: np.ndarray) -> None:
-        self._buffers[name][self.filled : self.filled + len(values)] = values
+        """Rows [B, layers * width] of an array as they are stored."""
+        self._images[name].put(values, self._new_places(len(values)))
 
-    def array(self, name: str) -> np.ndarray:
-        """The rows [filled, layers * width] of an array, in order of arrival."""
-        return self._buffers[name][: self.filled]
+    def close(self) -> None:
+        """No more rows will come: those that did close ranks, in the order that they have."""
+        if self.filled < self.rows:
+            places = np.flatnonzero(self.order < self.filled)
+            for image in self._images.values():
+                image.close_up(places)
+        for image in self._images.values():
+            image.clear(self.filled)
+
+    def write_shard(self, files: Files, key: str, name: str, shard: int, sync: bool) -> None:
+        """Write one of the window's own shards of an array, when the window is closed."""
+        spec, first = self.layout.arrays[name], shard * self.layout.blocks_per_shard
+        blocks = self.layout.blocks_in(shard, self.filled)
+        with files.writing(key, sync) as out:
+            self._write(out, spec, first, blocks)
+            write_parts(out, [np.frombuffer(self.layout.index(spec, blocks), np.uint8)])
+
+    def _write(self, out: IO[bytes], spec: ArraySpec, first: int, blocks: int) -> None:
+        self._images[spec.name].write(out, first, blocks)
 
     def record(self) -> bytes:
         """What the store has to remember of this window."""
@@ -128,60 +164,88 @@ class Window:
 
     def drop(self) -> dict[str, np.ndarray] | None:
         """Forget the rows; what comes back is memory for another window."""
-        buffers, self._buffers = self._buffers, {}
-        return buffers
-
-
-def _empty(layout: StoreLayout, rows: int) -> dict[str, np.ndarray]:
-    return {spec.name: np.empty((rows, spec.layers * spec.width), spec.dtype) for spec in layout.arrays.values()}
+        images, self._images = self._images, {}
+        return {name: image.memory for name, image in images.items()}
 
 
 class SpilledWindow(Window):
-    """A window whose rows lie in files of a local folder, and which goes on from its journal."""
+    """A window whose rows lie, as they arrived, in files of a local folder, and which goes on from its journal."""
 
-    def __init__(self, layout: StoreLayout, rows: int, channel_scale: dict | None, files: Files, name: str):
-        super().__init__(layout, 0, channel_scale)
-        self.rows = rows
-        self._files, self._journal = files, f"{name}.journal"
-        self._name = name
+    def __init__(
+        self, layout: StoreLayout, rows: int, order: np.ndarray, channel_scale: dict | None, files: Files, name: str
+    ):
+        self._files, self._journal, self._name = files, f"{name}.journal", name
         self._folder = Path(files.root, name)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._open_files: dict[str, int] = {}
+        super().__init__(layout, rows, order, channel_scale)
         journal = files.read(self._journal)
         if journal is not None:
             facts, self.moments = read_record(layout, journal)
             self.filled, self.batches, self.counts = facts["filled"], facts["batches"], facts["counts"]
-        self._open = {spec: os.open(self._folder / spec, os.O_RDWR | os.O_CREAT) for spec in layout.arrays}
         self._saved = time.monotonic()
 
+    def _open(self, spare: dict[str, np.ndarray]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._open_files = {n: os.open(self._folder / n, os.O_RDWR | os.O_CREAT) for n in self.layout.arrays}
+
     def append(self, *args: Any, **kwargs: Any) -> None:
-        super().append(*args, **kwargs)
+        with room(self._files):
+            super().append(*args, **kwargs)
+            self._note()
+
+    def _note(self) -> None:
+        """Now and then, put down in the journal what is safe."""
         if time.monotonic() - self._saved >= JOURNAL_SECONDS:
             # the rows first: a journal never speaks of rows that a power cut could take
-            for descriptor in self._open.values():
+            for descriptor in self._open_files.values():
                 os.fsync(descriptor)
             with self._files.writing(self._journal) as out:
                 out.write(self.record())
             self._saved = time.monotonic()
 
+    def _convert(self, site: str, rows: Rows, total: np.ndarray, square: np.ndarray) -> float:
+        spec = self.layout.arrays[site]
+        # as an image whose blocks have one row
+        image = np.empty((len(rows), spec.layers, spec.run_bytes), np.uint8)
+        places = np.arange(len(rows))
+        largest = kernels.put_rows(rows.layers, rows.picked_array(), image, places, 1, self.codec.read, total, square)
+        self._put(site, image.reshape(len(rows), -1))
+        return largest
+
     def _put(self, name: str, values: np.ndarray) -> None:
         data = np.ascontiguousarray(values).data.cast("B")
         place = self.filled * self.layout.arrays[name].row_bytes
         while data:
-            done = os.pwrite(self._open[name], data, place)
+            done = os.pwrite(self._open_files[name], data, place)
             data, place = data[done:], place + done
 
-    def array(self, name: str) -> np.ndarray:
-        spec = self.layout.arrays[name]
-        if not self.filled:
-            return np.empty((0, spec.layers * spec.width), spec.dtype)
-        return np.memmap(self._folder / name, spec.dtype, "r", shape=(self.filled, spec.layers * spec.width))
+    def close(self) -> None:
+        self.order = self.order[self.order < self.filled]
+
+    def _write(self, out: IO[bytes], spec: ArraySpec, first: int, blocks: int) -> None:
+        if not blocks:
+            return
+        rows = np.memmap(self._folder / spec.name, spec.dtype, "r", shape=(self.filled, spec.layers * spec.width))
+        step = self.layout.block_rows
+        at_once = max(1, _GATHER_BYTES // (step * spec.row_bytes))
+        image = Image(self.layout, spec, at_once * step)
+        for block in range(first, first + blocks, at_once):
+            count = min(at_once, first + blocks - block)
+            picked = self.order[block * step : (block + count) * step]
+            image.gather(rows, picked, np.arange(len(picked)))
+            image.clear(len(picked))
+            image.write(out, 0, count)
 
     def drop(self) -> None:
-        for descriptor in self._open.values():
+        for descriptor in self._open_files.values():
             os.close(descriptor)
-        self._open = {}
+        self._open_files = {}
         self._files.remove(self._journal)
         self._files.remove(self._name)
+
+    def __del__(self):
+        for descriptor in self._open_files.values():
+            os.close(descriptor)
 
 
 def _pack(facts: dict[str, Any], moments: Moments) -> bytes:
@@ -200,32 +264,3 @@ def read_record(layout: StoreLayout, data: bytes) -> tuple[dict[str, Any], Momen
 def window_order(rows: int, seed: int, window: int) -> np.ndarray:
     """Which row of the arrivals stands at each place of a window."""
     return permutation(rows, seed, 0x57494E44, window)
-
-
-def write_shard(
-    files: Files, name: str, layout: StoreLayout, spec: ArraySpec, rows: np.ndarray, source: np.ndarray, sync: bool
-) -> None:
-    """Write the shard that holds `rows[source]`, block by block, each layer of a block with its checksum."""
-    step, chunk = layout.block_rows, layout.chunk_bytes(spec)
-    blocks = -(-len(source) // step)
-    at_once = min(blocks, max(1, _WRITE_BYTES // (spec.layers * chunk)))
-    gathered = np.empty((at_once * step, rows.shape[1]), spec.dtype)
-    runs = gathered.view(np.uint8).reshape(at_once, step, spec.layers, spec.run_bytes)
-    image = np.empty((at_once, spec.layers, chunk), np.uint8)
-    body = image[..., :-CRC_BYTES].reshape(at_once, spec.layers, step, spec.run_bytes)
-    with files.writing(name, sync) as out:
-        for first in range(0, blocks, at_once):
-            picked = source[first * step : (first + at_once) * step]
-            held = -(-len(picked) // step)
-            np.take(rows, picked, axis=0, out=gathered[: len(picked)], mode="clip")
-            gathered[len(picked) : held * step] = 0
-            np.copyto(body[:held], runs[:held].transpose(0, 2, 1, 3))
-            for piece in image[:held].reshape(-1, chunk):
-                piece[-CRC_BYTES:] = np.frombuffer(crc32c(piece[:-CRC_BYTES]).to_bytes(CRC_BYTES, "little"), np.uint8)
-            _write_all(out, image[:held].data.cast("B"))
-        _write_all(out, memoryview(layout.index(spec, blocks)))
-
-
-def _write_all(out: Any, data: memoryview) -> None:
-    while data:
-        data = data[out.write(data) :]

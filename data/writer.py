@@ -7,14 +7,12 @@ itself which of its windows are done. Whoever sees the last record writes the ar
 `complete`, and removes `.progress`.
 """
 
-import errno
 import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,10 @@ import torch
 
 from .codecs import GROUP
 from .errors import UserError
-from .files import Files, LocalFiles, open_files, read_json, write_json
+from .files import Files, LocalFiles, open_files, read_json, room, write_json
 from .layout import StoreLayout
 from .reader import HELD_OUT
-from .window import Moments, SpilledWindow, Window, read_record, window_order, write_shard
+from .window import Moments, SpilledWindow, Window, read_record, window_order
 
 PROGRESS = ".progress"
 SHUFFLE_ROWS = 1 << 20
@@ -122,17 +120,17 @@ class StoreWriter:
 
     def window(self, split: str, window: int, rows: int) -> Window:
         """An empty window of at most `rows` rows, or one that was cut off."""
+        order = window_order(rows, self.identity["seed"], window)
         if 2 * rows * self.layout.row_bytes <= self.memory:
-            return Window(self.layout, rows, self.channel_scale, self._spare.pop() if self._spare else None)
+            return Window(self.layout, rows, order, self.channel_scale, self._spare.pop() if self._spare else None)
         if isinstance(self.files, LocalFiles):
             files: Files = self.files
         else:
             self._aside = self._aside or tempfile.TemporaryDirectory(prefix="crosslace-")
             files = LocalFiles(self._aside.name)
         with room(files):
-            return SpilledWindow(
-                self.layout, rows, self.channel_scale, files, f"{_prefix(split)}{PROGRESS}/spill-{window}"
-            )
+            name = f"{_prefix(split)}{PROGRESS}/spill-{window}"
+            return SpilledWindow(self.layout, rows, order, self.channel_scale, files, name)
 
     def write(self, split: str, window: int, content: Window) -> None:
         """Shuffle a window and write its shards, beside whatever the caller does next; one window at a time."""
@@ -140,22 +138,19 @@ class StoreWriter:
         self._writing = [self._pool.submit(self._write, split, window, content)]
 
     def _write(self, split: str, window: int, content: Window) -> None:
-        layout, rows = self.layout, content.filled
-        order = window_order(rows, self.identity["seed"], window)
+        layout = self.layout
         first_shard = window * self.shuffle_rows // layout.shard_rows
+        content.close()
 
         def write(shard: int, name: str) -> None:
-            spec = layout.arrays[name]
-            source = order[shard * layout.shard_rows : (shard + 1) * layout.shard_rows]
-            key = _prefix(split) + spec.shard_key(first_shard + shard)
-            write_shard(self.files, key, layout, spec, content.array(name), source, self.sync)
+            key = _prefix(split) + layout.arrays[name].shard_key(first_shard + shard)
+            content.write_shard(self.files, key, name, shard, self.sync)
             self._lock.refresh()
 
         with room(self.files):
             with ThreadPoolExecutor(_THREADS, thread_name_prefix="crosslace-shards") as pool:
-                tasks = [
-                    pool.submit(write, shard, name) for shard in range(layout.shards(rows)) for name in layout.arrays
-                ]
+                shards = range(layout.shards(content.filled))
+                tasks = [pool.submit(write, shard, name) for shard in shards for name in layout.arrays]
                 for task in tasks:
                     task.result()
             with self.files.writing(_record_name(split, window)) as out:
@@ -297,20 +292,6 @@ def statistics_attributes(layout: StoreLayout, moments: Moments, rows: int) -> d
 def default_memory() -> int:
     """A quarter of the machine's memory: what windows may take before they spill to disk."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-
-
-@contextmanager
-def room(files: Files) -> Iterator[None]:
-    """Turn a full disk into a sentence."""
-    try:
-        yield
-    except OSError as cause:
-        if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise UserError(
-            f"no room is left for {files.root}: free some and run `crosslace cache` with the same settings, which goes "
-            "on where it stopped"
-        ) from cause
 
 
 def _create_first(files: LocalFiles, name: str, value: Any) -> None:

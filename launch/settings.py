@@ -55,7 +55,8 @@ class TrainSettings(Common):
     run: str = ""
     """The folder for the run; a run that was cut off goes on when the same command is given again."""
     init: str | None = None
-    """A run or a transcoder's folder whose features the training begins with: other reach, activation, or fewer."""
+    """What the training begins with: a run or a transcoder's folder, of other reach or activation or with fewer
+    features; or mlp, the language model's own neurons."""
     plan: bool = False
     """Say what the run would take and whether it fits, and do nothing; `--plan` is short for it."""
 

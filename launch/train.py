@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 from ..data.errors import UserError
 from . import runs, tracking
 from .job import Job
-from .sources import open_stores
+from .sources import open_model, open_stores
 from .terminal import Closing, table
 
 if TYPE_CHECKING:
     from ..data.store import ActivationStore
     from ..train.sharding import ParallelSettings
     from ..train.trainer import TrainResult
-    from ..train.transcoder import Transcoder
 
 SAVED = ("init", "model", "dataset", "world", "stdlib", "store", "transcoder", "trainer", "parallel", "wandb")
 
@@ -75,8 +74,8 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
             device=device,
             sinks=tracking.sinks(job.section("wandb"), folder, settings) if comm.is_main else [],
             progress=job.progress,
-            init=first_features(job.config.values.get("init"), store),
             meta=masked(store),
+            **beginning(job, store),
         )
 
 
@@ -91,17 +90,21 @@ def mesh_for(job: Job, store: "ActivationStore", device: str) -> "ParallelSettin
     return decided(shape, transcoder, job.section("trainer"), job.section("parallel"), machine)
 
 
-def first_features(folder: str | None, store: Any) -> "Transcoder | None":
-    """The transcoder that a training begins with, which must be of the store's model."""
+def beginning(job: Job, store: "ActivationStore") -> dict[str, Any]:
+    """What a training begins with, as keywords of the trainer: the MLPs' neurons, or a transcoder of the same model."""
+    from ..train.neurons import model_neurons
     from ..train.transcoder import Transcoder
 
-    if folder is None:
-        return None
-    source = Transcoder.load(runs.transcoder_folder(Path(folder)))
+    init, shape = job.config.values.get("init"), job.section("transcoder")
+    if init is None:
+        return {}
+    if init == "mlp":
+        return {"neurons": model_neurons(open_model(job), store, shape.layers, shape.read)}
+    source = Transcoder.load(runs.transcoder_folder(Path(init)))
     made_of, needed = (meta.get("model", {}).get("fingerprint") for meta in (source.meta, store.attributes))
     if made_of != needed:
-        raise UserError(f"init={folder} was trained on model {made_of}, and the store is of {needed}; take another")
-    return source
+        raise UserError(f"init={init} was trained on model {made_of}, and the store is of {needed}; take another")
+    return {"init": source}
 
 
 def run_settings(job: Job) -> dict[str, Any]:

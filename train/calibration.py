@@ -1,4 +1,4 @@
-"""Thresholds that give a chosen L0 on held-out rows: what topk kinds export, and jumprelu's last correction."""
+"""Thresholds that give a chosen L0 on held-out rows: what topk kinds export, and the last correction of the others."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,8 +9,8 @@ from .activations import candidates
 from .collectives import SINGLE, Collectives
 from .transcoder import Transcoder
 
-# A threshold stands this much below the entry that it was found at, or rounding would say whether that one is active.
-_BELOW = 1 - 1e-5
+# A threshold stands this share below the entry that it was found at, or rounding would say whether that one is active.
+_BELOW = 1e-5
 
 
 @torch.no_grad()
@@ -21,10 +21,12 @@ def calibrated_thresholds(
     `batches` are this rank's.
 
     topk kinds get one number a layer (one for all layers where batchtopk lets layers compete); jumprelu's own
-    thresholds are all multiplied by one number a layer. The exact order statistic, from a pool of candidates.
+    thresholds are all multiplied by one number a layer; relu gets one number a layer. The last two may be negative, and
+    are then a shift (see `Transcoder.activate`). The exact order statistic, from a pool of candidates.
     """
     own = [transcoder.theta(l) for l in range(transcoder.n_layers)]
     relative = transcoder.settings.activation == "jumprelu"
+    topk_kind = transcoder.settings.activation in ("topk", "batchtopk")
     together = transcoder.settings.activation == "batchtopk" and transcoder.settings.k_scope == "all"
     groups = [list(range(transcoder.n_layers))] if together else [[l] for l in range(transcoder.n_layers)]
     counts = [max(1, round(sum(target[l] for l in group) * rows)) for group in groups]
@@ -36,7 +38,9 @@ def calibrated_thresholds(
             pools[g] = candidates(torch.cat([pools[g], *(candidates(scores[l], counts[g]) for l in group)]), counts[g])
     thresholds: list[Tensor] = [own[0]] * transcoder.n_layers
     for g, group in enumerate(groups):
-        level = comm.top_threshold(pools[g], counts[g]).clamp_min(1e-30) * _BELOW
+        level = comm.top_threshold(pools[g], counts[g])
+        level = level.clamp_min(1e-30) if topk_kind else level
+        level = level - _BELOW * level.abs()
         for l in group:
             thresholds[l] = own[l] * level if relative else level.expand(transcoder.features[l]).clone()
     return thresholds

@@ -23,7 +23,7 @@ class Evaluation(NamedTuple):
     report: dict[str, Any]
     """overall, layers, tokens."""
     thresholds: list[Tensor] | None
-    """Per layer [F]: calibrated, where L0 has a target; None where the activation's own are kept."""
+    """Per layer [F]: calibrated (relu: shifts), where L0 has a target; None where the activation's own are kept."""
     densities: list[Tensor]
 
 
@@ -67,7 +67,7 @@ def evaluate(
     """Reconstruction on held-out rows, at the thresholds that an export would have."""
     rows, device = held_out.rows(tokens), transcoder.device
     thresholds = None
-    if targets is not None and transcoder.settings.activation != "relu":
+    if targets is not None:
         inputs = (x for x, _ in held_out.pairs(tokens, device))
         thresholds = calibrated_thresholds(transcoder, inputs, rows, targets, comm)
     metrics = ReconstructionMetrics(transcoder.features, transcoder.d_model, device, comm)

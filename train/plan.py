@@ -228,7 +228,7 @@ def work_of(
         active=active,
         auxiliary=min(trainer.aux_k or max(1, D // 2), max(sizes)) if topk_kind and trainer.aux_weight else 0,
         sparse=_is_sparse(transcoder, trainer, active, L, sum(sizes), device),
-        norms=not topk_kind and (trainer.lam_preactivation > 0 or trainer.penalty(transcoder.activation) in NORMED),
+        norms=not topk_kind and (trainer.lam_preactivation > 0 or trainer.penalty() in NORMED),
         activation=transcoder.activation,
     )
 
@@ -305,7 +305,7 @@ def _activations(
         entries = piece * work.active * work.layers * ENTRY_BYTES
         return piece * max(work.sizes) // m * FLOAT + entries * (1 / m + everyones)
     copies = {"topk": 2.0, "batchtopk": 2.0, "relu": 3.0, "jumprelu": 3.0}[transcoder.activation]
-    if transcoder.activation in ("relu", "jumprelu") and trainer.penalty(transcoder.activation) != "target":
+    if transcoder.activation in ("relu", "jumprelu") and trainer.penalty() != "target":
         copies += 0.7
     return ((copies + 1.6 / work.layers) / m + everyones) * piece * sum(work.sizes) * FLOAT
 

@@ -84,8 +84,8 @@ class TrainerSettings:
     """topk kinds: share of the run over which k falls to its final value; 0 keeps it there from the start."""
 
     sparsity: str = "auto"
-    """relu, jumprelu: the penalty, tanh, l1, l0, or target (quadratic in L0 around target_l0); auto is target for
-    jumprelu with a target_l0, and tanh otherwise."""
+    """relu, jumprelu: the penalty, tanh, l1, l0, or target (quadratic in L0 around target_l0, for jumprelu); auto is
+    tanh, whose coefficient target_l0 steers."""
 
     lam: float | None = None
     """The penalty's coefficient (not given, 0.1 for target and 0.001 for the others); where target_l0 steers tanh, l1
@@ -193,16 +193,13 @@ class TrainerSettings:
         if self.betas is not None and len(self.betas) != 2:
             raise SettingsError(f"trainer.betas={self.betas} must be two numbers")
 
-    def penalty(self, activation: str) -> str:
+    def penalty(self) -> str:
         """The sparsity penalty that `auto` stands for."""
-        if self.sparsity != "auto":
-            return self.sparsity
-        targeted = self.target_l0 is not None or self.target_l0_per_layer is not None
-        return "target" if activation == "jumprelu" and targeted else "tanh"
+        return "tanh" if self.sparsity == "auto" else self.sparsity
 
-    def coefficients(self, activation: str, n_layers: int) -> list[float]:
+    def coefficients(self, n_layers: int) -> list[float]:
         """The penalty's coefficient for each covered layer."""
-        default = LAM_TARGET if self.penalty(activation) == "target" else LAM
+        default = LAM_TARGET if self.penalty() == "target" else LAM
         return self.per_layer("lam", n_layers) or [default] * n_layers
 
     def first_k(self, k: float, features: int) -> float:

@@ -14,9 +14,11 @@ from .objective import StepLoss
 from .settings import TrainerSettings
 from .transcoder import Transcoder
 
-# How the penalty follows L0: log lam moves by _GAIN * log(L0 / target) a step, and _DAMPING * log(L0 / target) is added
-# to it at once, without which L0 would swing about its target.
-_GAIN = 0.02
+# How the penalty follows L0: log lam moves by gain * log(L0 / target) a step, and _DAMPING * log(L0 / target) is added
+# to it at once, without which L0 would swing about its target. Features that a penalty has silenced come back slowly
+# when it falls, so it falls faster than it rises; and as long as L0 stays on one side of its target, the gain grows.
+_GAIN_UP, _GAIN_DOWN = 0.02, 0.1
+_BOOST, _MOST_BOOST, _CALMING = 1.02, 8.0, 0.3
 _DAMPING = 2.0
 _L0_MEMORY = 0.95
 _FORGETTING = 8.0
@@ -56,9 +58,10 @@ class RunningState:
         self.dead_below = math.exp(-1) / settings.dead_after
         self.steps_to_judge = settings.dead_after / settings.batch
         self.density = [zeros(size) for size in transcoder.features]
-        lam = settings.coefficients(transcoder.settings.activation, layers)
+        lam = settings.coefficients(layers)
         self.log_lam = torch.tensor([math.log(max(value, 1e-12)) for value in lam], device=device)
         self.l0 = zeros(layers)
+        self.side, self.boost = zeros(layers), zeros(layers) + 1
         self.bad_in_row, self.bad_total = zeros(), zeros()
         self.fp16 = settings.precision == "fp16"
         self.loss_scale = torch.full((), _FIRST_LOSS_SCALE if self.fp16 else 1.0, device=device)
@@ -115,7 +118,9 @@ class RunningState:
     def steer(self, target: Tensor, settling: float) -> None:
         """Move log lam so that L0 approaches its target; `settling` in (0, 1] slows it down at the end."""
         offset = (self.l0.clamp_min(1e-3) / target).log().clamp(-1, 1)
-        self.log_lam += _GAIN * settling * offset
+        self.boost.mul_(torch.where(offset.sign() == self.side, _BOOST, _CALMING)).clamp_(1.0, _MOST_BOOST)
+        self.side.copy_(offset.sign())
+        self.log_lam += torch.where(offset > 0, _GAIN_UP, _GAIN_DOWN) * self.boost * settling * offset
 
     def read_sums(self) -> dict[str, Tensor]:
         """Means since the last reading, on the CPU in one transfer's worth of reads; the sums start again."""
@@ -128,6 +133,7 @@ class RunningState:
     def tensors(self) -> dict[str, Tensor]:
         """All device state by name, in place."""
         named = {f"density.{l}": density for l, density in enumerate(self.density)}
-        named |= {"log_lam": self.log_lam, "l0": self.l0, "bad_in_row": self.bad_in_row, "bad_total": self.bad_total}
+        named |= {"log_lam": self.log_lam, "l0": self.l0, "side": self.side, "boost": self.boost}
+        named |= {"bad_in_row": self.bad_in_row, "bad_total": self.bad_total}
         named |= {"loss_scale": self.loss_scale, "good_in_row": self.good_in_row}
         return named | {f"sums.{name}": value for name, value in self.sums.items()}

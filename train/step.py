@@ -43,7 +43,7 @@ def objective_of(settings: TrainerSettings, transcoder: Transcoder) -> Objective
     """Which terms this activation takes."""
     topk_kind = transcoder.settings.activation in TOPK
     return Objective(
-        sparsity=None if topk_kind else settings.penalty(transcoder.settings.activation),
+        sparsity=None if topk_kind else settings.penalty(),
         tanh_c=settings.tanh_c,
         preactivation=not topk_kind and settings.lam_preactivation > 0,
         preactivation_over_dead=settings.preactivation_over == "dead",

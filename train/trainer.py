@@ -7,7 +7,7 @@ train/evaluation.py  held-out figures          train/checkpoint.py  exact resume
 import dataclasses
 import errno
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from .evaluation import Evaluation, HeldOut, evaluate
 from .export import save_whole
 from .initialisation import initialise, rows_for
 from .interruption import StopRequest
+from .neurons import Neurons
 from .normalisation import Normalisation, normalisation_of
 from .objective import Pass, StepInputs, dense_pass
 from .optimizers import Optimizers
@@ -37,7 +38,7 @@ from .sparse import sparse_pass, use_sparse
 from .state import Counters, RunningState
 from .step import TOPK, StepParts, autocast, objective_of, step_inputs, train_step
 from .transcoder import Transcoder, TranscoderSettings
-from .warmstart import Neurons, start_from, start_from_neurons
+from .warmstart import start_from, start_from_neurons
 from .workspace import Workspace
 
 # Steps between looks at the densities, which decide whether the sparse step and the auxiliary loss are worth it.
@@ -75,11 +76,11 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         progress: Progress = silent,
         init: Transcoder | None = None,
-        neurons: Sequence[Neurons] | None = None,
+        neurons: Iterable[Neurons] | None = None,
         meta: dict[str, Any] | None = None,
     ) -> None:
         # Settings. What begins with a finished transcoder's features need not find places for them.
-        if init is not None and settings.k_first is None:
+        if (init is not None or neurons is not None) and settings.k_first is None:
             settings = dataclasses.replace(settings, k_share=0.0)
         self.settings, self.transcoder_settings, self.comm = settings, transcoder_settings, comm
         self.device = torch.device(device) if device is not None else pick_device(settings)
@@ -196,7 +197,7 @@ class Trainer:
 
     # The beginning.
 
-    def _new_transcoder(self, init: Transcoder | None, neurons: Sequence[Neurons] | None) -> Transcoder:
+    def _new_transcoder(self, init: Transcoder | None, neurons: Iterable[Neurons] | None) -> Transcoder:
         shape, d_model, seed = self.transcoder_settings, self.store.d_model, self.settings.seed
         rates = self._rates()
         sample = min(len(self.store), rows_for(min(rates)))

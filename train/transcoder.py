@@ -236,17 +236,24 @@ class Transcoder(nn.Module):
     def activate(
         self, h: list[Tensor], thresholds: Sequence[Tensor] | None = None, comm: Collectives = SINGLE
     ) -> list[Tensor]:
-        """h_l [B, F] -> a_l [B, F]. `thresholds` ([], [F] or [B, 1] a layer) take the place of the activation's own."""
-        if thresholds is not None:
-            return [above(h_BF, tau) for h_BF, tau in zip(h, thresholds, strict=True)]
+        """h_l [B, F] -> a_l [B, F]. `thresholds` ([], [F] or [B, 1] a layer) take the place of the activation's own;
+        what a threshold cannot do, a shift does: relu has none, and below zero there is nothing left to let in."""
         if self.settings.activation in ("topk", "batchtopk"):
-            return [above(h_BF, tau) for h_BF, tau in zip(h, self.select(h, comm), strict=True)]
+            chosen = self.select(h, comm) if thresholds is None else thresholds
+            return [above(h_BF, tau) for h_BF, tau in zip(h, chosen, strict=True)]
+        if thresholds is not None:
+            pairs = [(h_BF - self._shift(tau), tau) for h_BF, tau in zip(h, thresholds, strict=True)]
+            return [h_BF.relu() if self.settings.activation == "relu" else above(h_BF, tau) for h_BF, tau in pairs]
         if self.settings.activation == "relu":
             return [h_BF.relu() for h_BF in h]
         return [
             jumprelu(h_BF, self.theta(l), self.settings.bandwidth, self.settings.ste_reaches_h)
             for l, h_BF in enumerate(h)
         ]
+
+    def _shift(self, threshold: Tensor) -> Tensor:
+        """What a calibrated threshold takes off the pre-activations: all of it for relu, else what is negative."""
+        return threshold if self.settings.activation == "relu" else threshold.clamp_max(0)
 
     def select(self, h: list[Tensor], comm: Collectives = SINGLE, k: float | None = None) -> list[Tensor]:
         """The thresholds by which topk ([B, 1] a layer) or batchtopk ([] a layer) choose among these tokens."""
@@ -315,7 +322,7 @@ class Transcoder(nn.Module):
         """The same map on raw activations: reads x where this one reads x * in_scale, writes y^ / out_scale ([L] each).
 
         Pre-activations, and so thresholds, keep their values: the scales go into the encoder's and decoder's weights.
-        topk and batchtopk become jumprelu with the given `thresholds`, a number or [F] per layer.
+        topk and batchtopk become jumprelu with the given `thresholds`, a number or [F] per layer (see `activate`).
         """
         settings = replace(self.settings, theta_init=max(self.settings.theta_init, 1e-6))
         if self.settings.activation in ("topk", "batchtopk"):
@@ -335,8 +342,10 @@ class Transcoder(nn.Module):
             if len(other.W_skip):
                 other.W_skip[l].copy_(self.W_skip[l] * (scale_in[l] / scale_out[l]))
             if thresholds is not None:
-                theta = torch.as_tensor(thresholds[l], dtype=torch.float64).clamp_min(1e-30)
-                other.log_theta[l].copy_(theta.log().expand(self.features[l]))
+                theta = torch.as_tensor(thresholds[l], dtype=torch.float64)
+                other.b_enc[l].sub_(self._shift(theta))
+                if len(other.log_theta):
+                    other.log_theta[l].copy_(theta.clamp_min(1e-30).log().expand(self.features[l]))
             elif len(other.log_theta):
                 other.log_theta[l].copy_(self.log_theta[l])
         return other

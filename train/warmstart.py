@@ -1,27 +1,13 @@
 """Starting from something: a finished transcoder, or the MLP's own neurons."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from ..data.errors import UserError
+from .neurons import Neurons
 from .normalisation import Normalisation
 from .transcoder import Transcoder
-
-
-class Neurons(NamedTuple):
-    """One layer's MLP as features: what each neuron reads at the transcoder's site and what it adds to mlp_out."""
-
-    W_in: Tensor
-    """[N, D]; for a gated MLP the gate's rows; a norm's weight is folded in where the site lies before it."""
-    b_in: Tensor
-    """[N]"""
-    W_out: Tensor
-    """[N, D]"""
-    b_out: Tensor
-    """[D]"""
 
 
 @torch.no_grad()
@@ -61,16 +47,19 @@ def start_from(transcoder: Transcoder, source: Transcoder, normalisation: Normal
 
 
 @torch.no_grad()
-def start_from_neurons(transcoder: Transcoder, neurons: Sequence[Neurons], normalisation: Normalisation) -> None:
-    """Make the MLPs' neurons the first features, the most influential ones where there are more than features."""
-    if len(neurons) != transcoder.n_layers:
-        raise UserError(f"init=mlp gave neurons of {len(neurons)} layers for {transcoder.n_layers}")
+def start_from_neurons(transcoder: Transcoder, neurons: Iterable[Neurons], normalisation: Normalisation) -> None:
+    """Make the MLPs' neurons the first features, the strongest ones where there are more than features; further ones
+    keep their fresh encoders and write nothing at first, as do those in place of neurons that were silent on the rows.
+    Activations count in units of what they write."""
     for l, mlp in enumerate(neurons):
-        n = min(len(mlp.W_in), transcoder.features[l])
-        best = (mlp.W_in.norm(dim=1) * mlp.W_out.norm(dim=1)).topk(n).indices
+        count = min(int((mlp.strength > 0).sum()), transcoder.features[l])
+        best = mlp.strength.topk(count).indices.sort().values
+        n, W_enc = len(best), transcoder.W_enc[l]
         scale_in, scale_out = normalisation.in_scale[l], normalisation.out_scale[l]
-        transcoder.W_enc[l][:n] = mlp.W_in[best].to(transcoder.W_enc[l]) / scale_in
-        transcoder.b_enc[l][:n] = mlp.b_in[best].to(transcoder.b_enc[l])
+        written = mlp.W_out[best].to(W_enc) * scale_out
+        norm = written.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W_enc.dtype).tiny)
+        W_enc[:n] = mlp.W_in[best].to(W_enc) / scale_in * norm
+        transcoder.b_enc[l][:n] = mlp.b_in[best].to(W_enc) * norm[:, 0]
         transcoder.W_dec[l].zero_()
-        transcoder.W_dec[l][:n, 0] = mlp.W_out[best].to(transcoder.W_dec[l]) * scale_out
-        transcoder.b_dec[l].copy_(mlp.b_out.to(transcoder.b_dec[l]) * scale_out)
+        transcoder.W_dec[l][:n, 0] = written / norm
+        transcoder.b_dec[l].copy_(mlp.b_out.to(W_enc) * scale_out)

@@ -3,16 +3,18 @@
 import errno
 import hashlib
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from crosslace.data import window
+from crosslace.data import image, window
 from crosslace.data.corpus import TokenSequence
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.harvest import HarvestSettings, harvest, weigh
@@ -188,22 +190,74 @@ def test_says_what_it_will_weigh(lm, tmp_path, monkeypatch):
 def test_full_disk_ends_with_a_sentence_and_goes_on(lm, tmp_path, monkeypatch, spilled):
     assert harvest(lm, RandomText(), to(tmp_path / "whole"))
     settings = to(tmp_path / "s", memory="1B" if spilled else "auto")
-    calls, write = [0], window._write_all
+    calls, write = [0], window.write_parts
 
-    def fill_up(out, data):
+    def fill_up(out, parts):
         calls[0] += 1
         if calls[0] > 40:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(out, data)
+        write(out, parts)
 
-    monkeypatch.setattr(window, "_write_all", fill_up)
+    for module in (image, window):
+        monkeypatch.setattr(module, "write_parts", fill_up)
     with pytest.raises(UserError, match=r"no room is left for .* with the same settings"):
         harvest(lm, RandomText(), settings)
     with pytest.raises(UserError, match="is incomplete: run `crosslace cache`"):
         ActivationStore.open(tmp_path / "s")
-    monkeypatch.setattr(window, "_write_all", write)
+    for module in (image, window):
+        monkeypatch.setattr(module, "write_parts", write)
     assert harvest(lm, RandomText(), settings)
     assert tree(tmp_path / "s") == tree(tmp_path / "whole")
+
+
+class SmallDisk:
+    """A file system of a few MB."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def mount(self, size: str, *options: str) -> bool:
+        given = ",".join([*options, f"size={size}"])
+        command = ["mount", "-t", "tmpfs", "-o", given, "tmpfs", str(self.path)]
+        return shutil.which("mount") is not None and not subprocess.run(command, capture_output=True).returncode
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[SmallDisk]:
+    small = SmallDisk(tmp_path / "disk")
+    small.path.mkdir()
+    if not small.mount("6m"):
+        pytest.skip("may not mount a file system")
+    yield small
+    subprocess.run(["umount", "--lazy", str(small.path)], check=True)
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+def test_a_disk_that_is_really_full(lm, tmp_path, disk, spilled):
+    settings = to(disk.path / "s", memory="1B" if spilled else "auto")
+    with pytest.raises(UserError, match=r"would weigh 7\.\d+ MB.* has room for [56]\.\d+ MB"):
+        harvest(lm, RandomText(), settings)
+    assert not list(disk.path.rglob("c/**/*"))
+
+    disk.mount("32m", "remount")
+    ballast = disk.path / "ballast"
+
+    def fill_up(label, done, total=None, note=""):
+        if note == "window 2" and not ballast.exists():
+            with suppress(OSError), ballast.open("wb", buffering=0) as out:
+                while out.write(bytes(1 << 16)):
+                    pass
+
+    with pytest.raises(UserError, match=r"no room is left for .* with the same settings"):
+        harvest(lm, RandomText(), settings, fill_up)
+    assert ballast.exists()
+    with pytest.raises(UserError, match="is incomplete: run `crosslace cache`"):
+        ActivationStore.open(disk.path / "s")
+
+    disk.mount("64m", "remount")
+    assert harvest(lm, RandomText(), settings)
+    assert harvest(lm, RandomText(), to(tmp_path / "whole"))
+    assert tree(disk.path / "s") == tree(tmp_path / "whole")
 
 
 def test_other_model_does_not_go_on_with_a_store(lm, tmp_path):

@@ -6,6 +6,7 @@ from crosslace.data.errors import SettingsError, UserError
 from crosslace.train.calibration import calibrated_thresholds
 from crosslace.train.collectives import SINGLE
 from crosslace.train.initialisation import initialise, quantile_bias
+from crosslace.train.neurons import Neurons
 from crosslace.train.normalisation import Normalisation, normalisation_of
 from crosslace.train.objective import StepInputs
 from crosslace.train.optimizers import Optimizers
@@ -14,7 +15,7 @@ from crosslace.train.schedules import annealed_k, default_lr, learning_rate, ram
 from crosslace.train.settings import TrainerSettings
 from crosslace.train.state import RunningState
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
-from crosslace.train.warmstart import Neurons, start_from, start_from_neurons
+from crosslace.train.warmstart import start_from, start_from_neurons
 
 L, D = 3, 8
 
@@ -72,12 +73,17 @@ def test_features_start_at_the_chosen_rate(activation, features):
     assert torch.allclose(quantile_bias(normal(100, 2), torch.zeros(2), 1.0), -normal(100, 2).min(0).values)
 
 
-@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
-@pytest.mark.parametrize("scope", ["layer", "all"])
-def test_calibrated_thresholds_give_the_target(activation, scope):
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize(("scope", "bias"), [("layer", 0.0), ("layer", -1.0), ("all", 0.0)])
+def test_calibrated_thresholds_give_the_target(activation, scope, bias):
     settings = TranscoderSettings(features=50, activation=activation, k=5, k_scope=scope, theta_init=0.1)
     transcoder = Transcoder(settings, D, L)
     x, targets = normal(1000, L, D), [3.0, 5.0, 7.5]
+    if activation in ("relu", "jumprelu"):  # with a low bias, too few are above zero: the others must be let in
+        with torch.no_grad():
+            for b_enc in transcoder.b_enc:
+                b_enc.fill_(bias)
+        assert bias == 0 or all((h > 0).sum(1).float().mean() < 2 for h in transcoder.preactivations(x))
     thresholds = calibrated_thresholds(transcoder, x.split(130), 1000, targets)
     acts = transcoder.activate(transcoder.preactivations(x), thresholds)
     l0 = [float((a > 0).sum()) / 1000 for a in acts]
@@ -127,9 +133,33 @@ def test_warm_starts_that_cannot_be_are_refused():
         start_from(Transcoder(TranscoderSettings(features=32), D, [7]), source, NORM)
 
 
+def test_a_steered_penalty_falls_faster_than_it_rises_and_gains_speed():
+    transcoder = Transcoder(TranscoderSettings(features=30, activation="relu"), D, L)
+    settings = TrainerSettings(target_l0=4.0)
+    moved = {}
+    for name, l0 in (("above", 8.0), ("below", 2.0)):
+        state = RunningState(transcoder, settings)
+        state.l0.fill_(l0)
+        start = state.log_lam.clone()
+        steps = []
+        for _ in range(50):
+            before = state.log_lam.clone()
+            state.steer(torch.full((L,), 4.0), settling=1.0)
+            steps.append(state.log_lam - before)
+        moved[name] = state.log_lam - start
+        assert (steps[-1].abs() > 2 * steps[0].abs()).all()
+        state.l0.fill_(16 / l0)  # on the other side of the target, it goes carefully again
+        before = state.log_lam.clone()
+        state.steer(torch.full((L,), 4.0), settling=1.0)
+        assert ((state.log_lam - before).sign() == -steps[0].sign()).all()
+        assert (state.boost < 1.2).all()
+    assert (moved["above"] > 0).all() and (moved["below"] < -2 * moved["above"]).all()
+
+
 def test_an_mlps_own_neurons_are_an_exact_start():
     neurons = [
-        Neurons(normal(12, D, seed=l), normal(12, seed=l + 9), normal(12, D, seed=l + 20), normal(D)) for l in range(L)
+        Neurons(normal(12, D, seed=l), normal(12, seed=l + 9), normal(12, D, seed=l + 20), normal(D), torch.ones(12))
+        for l in range(L)
     ]
     transcoder = Transcoder(TranscoderSettings(features=12, activation="relu", reach="all"), D, L)
     start_from_neurons(transcoder, neurons, NORM)

@@ -13,7 +13,7 @@ WORKER = Path(__file__).with_name("resume_worker.py")
 CASES = [
     ({"reach": "all", "activation": "batchtopk"}, {"accumulate": 2}),
     ({"reach": "1", "activation": "batchtopk"}, {"resample_every": 10, "optimizer": "muon"}),
-    ({"reach": "all", "activation": "jumprelu"}, {"target_l0": 3.0}),
+    ({"reach": "all", "activation": "jumprelu"}, {"target_l0": 3.0, "sparsity": "target"}),
     (
         {"reach": "1", "activation": "jumprelu"},
         {"accumulate": 2, "sparsity": "tanh", "target_l0": 3.0, "sparse": "off"},

@@ -60,7 +60,11 @@ def weights(parts: StepParts) -> dict[str, torch.Tensor]:
 KINDS = [
     ("relu", {"sparsity": "tanh", "lam": 0.1, "lam_preactivation": 0.01}, {}),
     ("jumprelu", {"sparsity": "tanh", "lam": 0.1, "lam_preactivation": 0.01, "preactivation_over": "all"}, {}),
-    ("jumprelu", {"target_l0": 3.0, "lam": 0.5, "lam_preactivation": 0.01}, {"ste_reaches_h": False}),
+    (
+        "jumprelu",
+        {"sparsity": "target", "target_l0": 3.0, "lam": 0.5, "lam_preactivation": 0.01},
+        {"ste_reaches_h": False},
+    ),
     ("jumprelu", {"sparsity": "l1", "lam": 0.1, "target_l0": 3.0}, {"reach": "1"}),
     ("topk", {"target_l0": 3.0}, {"skip": True}),
     ("batchtopk", {"target_l0_per_layer": [2.0, 3.0, 5.0]}, {}),

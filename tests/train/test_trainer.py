@@ -37,9 +37,14 @@ class Sink:
         self.summary = summary
 
 
-@pytest.mark.parametrize("activation", ["jumprelu", "batchtopk", "topk"])
-def test_asked_for_an_l0_it_ends_there_on_held_out_rows(planted, tmp_path, activation):
-    settings = TrainerSettings(steps=250, batch=128, target_l0=4.0, dead_after=10_000, eval_every=0, checkpoint_every=0)
+KINDS = [("batchtopk", "auto"), ("topk", "auto"), ("jumprelu", "auto"), ("jumprelu", "target"), ("jumprelu", "tanh"),
+         ("jumprelu", "l1"), ("jumprelu", "l0"), ("relu", "tanh"), ("relu", "l1")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("activation", "sparsity"), KINDS)
+def test_asked_for_an_l0_it_ends_there_on_held_out_rows(planted, tmp_path, activation, sparsity):
+    quick = {"steps": 250, "batch": 128, "dead_after": 10_000, "eval_every": 0, "checkpoint_every": 0}
+    settings = TrainerSettings(target_l0=4.0, sparsity=sparsity, **quick)
     shape = TranscoderSettings(features=64, activation=activation)
     result = train(settings, shape, planted.train, planted.held_out, tmp_path)
     exported = Transcoder.load(tmp_path / "transcoder")
@@ -49,13 +54,22 @@ def test_asked_for_an_l0_it_ends_there_on_held_out_rows(planted, tmp_path, activ
     error = (exported(batch.x) - batch.y).square().sum((0, 2)) / batch.y.square().sum((0, 2))
     assert [row["nmse"] for row in result.evaluation["layers"]] == pytest.approx(error.tolist(), rel=0.02)
     assert result.evaluation["overall"]["nmse"] < 0.5
-
-
-def test_a_steered_penalty_moves_towards_the_target(planted, tmp_path):
-    settings = replace(QUICK, steps=300, target_l0=4.0, sparsity="tanh", eval_every=0, log_every=50)
-    train(settings, replace(SMALL, activation="relu"), planted.train, planted.held_out, tmp_path)
+    # Steering brought L0 near already: what calibration adds is the last correction.
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert records[-2]["l0"] == pytest.approx(4.0, rel=0.3)
+    reached = [line for line in records if "loss" in line][-1]
+    assert [reached["l0/0"], reached["l0/1"]] == pytest.approx([4.0, 4.0], rel=0.25)
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+def test_half_precision_trains_as_well(planted, tmp_path, activation):
+    settings = replace(QUICK, steps=150, eval_every=0, checkpoint_every=0, target_l0=4.0, log_every=50)
+    shape = replace(SMALL, activation=activation)
+    nmse = {}
+    for precision in ("float32", "bf16"):
+        chosen, folder = replace(settings, precision=precision), tmp_path / precision
+        nmse[precision] = train(chosen, shape, planted.train, planted.held_out, folder).evaluation["overall"]["nmse"]
+        assert all(W.dtype == torch.float32 for W in Transcoder.load(folder / "transcoder").parameters())
+    assert nmse["bf16"] == pytest.approx(nmse["float32"], rel=0.1) and nmse["bf16"] != nmse["float32"]
 
 
 def test_what_a_run_writes(planted, tmp_path):

@@ -1,0 +1,36 @@
+"""What a training begins with, on the command line, and that it is a run like any other."""
+
+import json
+from pathlib import Path
+
+from crosslace import Transcoder
+
+QUICK = ["trainer.batch=256", "trainer.steps=40", "trainer.log_every=10", "trainer.eval_tokens=512"]
+SHAPE = ["transcoder.features=96", "transcoder.reach=1", "trainer.target_l0=4", "wandb.mode=disabled"]
+
+
+def nmse(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["nmse"] for line in lines if "nmse" in line]
+
+
+def test_training_begins_with_the_mlps_own_neurons(crosslace, demo: Path, tmp_path: Path) -> None:
+    train = ["train", f"store={demo / 'store'}", *QUICK, *SHAPE]
+    for name, words in (("fresh", ["trainer.k_share=0"]), ("mlp", ["init=mlp"])):
+        ended = crosslace(*train, f"run={tmp_path / name}", *words)
+        assert ended.code == 0, ended.err
+    assert nmse(tmp_path / "mlp")[-1] < 0.9 * nmse(tmp_path / "fresh")[-1]
+    ended = crosslace(*train, f"run={tmp_path / 'mlp'}")
+    assert ended.code == 2 and "init was mlp, not" in ended.err
+    ended = crosslace(*train, f"run={tmp_path / 'mlp'}", "init=mlp")
+    assert ended.code == 0 and "trained already" in ended.out
+
+
+def test_training_begins_with_another_run(crosslace, demo: Path, tmp_path: Path) -> None:
+    train = ["train", f"store={demo / 'store'}", *QUICK, "wandb.mode=disabled", f"init={demo / 'plt'}"]
+    ended = crosslace(*train, f"run={tmp_path / 'clt'}", "transcoder=clt", "transcoder.features=32")
+    assert ended.code == 2 and "fewer" in ended.err
+    features = Transcoder.load(demo / "plt" / "transcoder").features[0]
+    ended = crosslace(*train, f"run={tmp_path / 'wide'}", "transcoder=clt", f"transcoder.features={features + 8}")
+    assert ended.code == 0, ended.err
+    assert Transcoder.load(tmp_path / "wide" / "transcoder").kind == "clt"
