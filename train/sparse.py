@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from .activations import jumprelu
 from .actives import add_written, share_entries, whole_norms
 from .collectives import SINGLE, Collectives
-from .gather import Entries, gather_sum, make_entries, row_norms
+from .gather import Entries, backend, gather_sum, make_entries, row_norms
 from .objective import Objective, Pass, StepInputs
 from .rows import RowGradient
 from .select import (
@@ -49,8 +49,9 @@ from .select import (
 from .transcoder import Transcoder
 from .workspace import Memory, Workspace
 
-# Share of entries listed up to which the sparse step is taken, estimated from the cost per entry (docs/fast_path.md).
-SPARSE_BELOW = {"cpu": 0.1, "cuda": 0.02}
+# Share of entries listed up to which the sparse step is taken. On a CPU the two take equally long at 0.3 to 0.36 on one
+# thread (docs/fast_path.md); on a GPU it is an estimate.
+SPARSE_BELOW = {"cpu": 0.2, "cuda": 0.02}
 
 
 def use_sparse(switch: str, density: float, device: torch.device | str) -> bool:
@@ -108,7 +109,7 @@ class _Decode(torch.autograd.Function):
             gather_sum(W.flatten(1), *entries.by_row(a), y_RC, add=True)
         norms = [row_norms(W.flatten(1)) for W in decoders] if want_norms else []
         ctx.save_for_backward(*tensors, *norms)
-        ctx.lists, ctx.memory = lists, memory
+        ctx.lists, ctx.memory, ctx.errors = lists, memory, _error_type(decoders[0])
         ctx.set_materialize_grads(False)
         return y.view(n_rows, n_layers, d_model), *norms
 
@@ -123,7 +124,7 @@ class _Decode(torch.autograd.Function):
         if grads[0] is None:
             grad_RC = torch.zeros(n_rows, n_layers * d_model, dtype=decoders[0].dtype, device=decoders[0].device)
         else:
-            grad_RC = grads[0].reshape(n_rows, n_layers * d_model).to(decoders[0].dtype)
+            grad_RC = grads[0].reshape(n_rows, n_layers * d_model).to(ctx.errors)
         grad_values, grad_decoders = [], []
         for l, (entries, a, W) in enumerate(zip(ctx.lists, values, decoders, strict=True)):
             grad_norm = grads[1 + l] if norms else None
@@ -137,6 +138,14 @@ class _Decode(torch.autograd.Function):
             grad_values.append(grad_a.to(a.dtype))
             grad_decoders.append(grad_W)
         return None, None, None, None, *grad_values, *grad_decoders
+
+
+def _error_type(weight: Tensor) -> torch.dtype:
+    """How the error rows are kept. They are gathered twice an entry, most of a GPU's traffic: where autocast would have
+    the dense products take them in bfloat16, so do the kernels that take mixed types."""
+    kind = weight.device.type
+    halved = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return torch.bfloat16 if halved and backend(weight) == "triton" else weight.dtype
 
 
 @dataclass(frozen=True)
