@@ -4,8 +4,10 @@
 
 The dense reference is the trainer's own dense step (`objective.dense_pass`: one product per source layer), with the
 same losses and the same optimizer. Each measurement runs in a process of its own, so that its peak is its own.
-`*_peak` is the highest memory during a step beyond parameters and optimizer state, gradients included;
-`gradients` says how much of it they are.
+`*_peak` is the highest memory during a step beyond parameters and optimizer state, gradients included; `gradients`
+is what they take where they are formed (the dense step forms all of them, the sparse one next to none).
+
+On a GPU, `python -m benchmarks.train_step --json` takes the shapes of GPT-2 small and of a wider model in bf16.
 """
 
 import argparse
@@ -101,6 +103,8 @@ def measure(case: Case, sparse: bool) -> dict[str, Any]:
     optimizers.set_lr(1e-4)
     for tensor in optimizers.tensors().values():
         tensor.fill_(0)  # touch the pages: the optimizer's state is not the step's own memory
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else resident()
     forward = functools.partial(sparse_pass, workspace=Workspace()) if sparse else dense_pass
     parts: dict[str, list[float]] = {"forward": [], "backward": [], "clip and Adam": []}
@@ -144,19 +148,28 @@ def measure(case: Case, sparse: bool) -> dict[str, Any]:
     }
 
 
-def _in_process(case: Case, sparse: bool) -> dict[str, Any]:
+def _measure_if_it_fits(case: Case, sparse: bool) -> dict[str, Any] | None:
+    try:
+        return measure(case, sparse)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _in_process(case: Case, sparse: bool) -> dict[str, Any] | None:
+    """The figures, or None where the device's memory does not suffice."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (case, sparse))
+        return pool.apply(_measure_if_it_fits, (case, sparse))
 
 
 def bandwidth_share(case: Case, seconds: float) -> float | None:
-    """Bytes that a step cannot do without (parameters, moments and gradients by Adam; the decoder twice more), over
-    the time taken, as a share of what a large copy reaches on this device."""
+    """Bytes that a step cannot do without (Adam reads and writes parameters and moments; the encoder is read once more,
+    the decoder twice), over the time taken, as a share of what a large copy reaches on this device."""
     if not case.device.startswith("cuda"):
         return None
     s = case.shape
     decoder = s.F * s.D * (s.L * (s.L + 1) // 2 if case.transcoder == "clt" else s.L)
-    floor = 4 * (8 * (decoder + s.L * s.F * s.D) + 2 * decoder)
+    encoder = s.L * s.F * s.D
+    floor = 4 * (6 * (decoder + encoder) + encoder + 2 * decoder)
     big = torch.empty(1 << 28, device=case.device)
     other = torch.empty_like(big)
     other.copy_(big)
@@ -165,31 +178,50 @@ def bandwidth_share(case: Case, seconds: float) -> float | None:
     for _ in range(10):
         other.copy_(big)
     torch.cuda.synchronize()
-    return floor / seconds / (20 * big.numel() * 4 / (time.perf_counter() - start))
+    return round(floor / seconds / (20 * big.numel() * 4 / (time.perf_counter() - start)), 3)
 
 
 def compare(case: Case) -> dict[str, Any]:
-    """One line of the output."""
+    """One line of the output; null where the dense step does not fit into the device."""
     sparse, dense = _in_process(case, True), _in_process(case, False)
+    if sparse is None:
+        raise SystemExit(f"{case} does not fit into this device's memory")
     s = case.shape
     line = {
         "transcoder": case.transcoder, "activation": case.activation, "L": s.L, "D": s.D, "F": s.F, "B": s.B,
         "k": s.k, "device": case.device, "dtype": case.precision, "aux": case.aux, "l0": round(sparse["l0"], 2),
-        "dense_s": round(dense["seconds"], 4), "sparse_s": round(sparse["seconds"], 4),
-        "ratio": round(dense["seconds"] / sparse["seconds"], 2), "dense_peak": dense["peak"],
-        "sparse_peak": sparse["peak"], "gradients": sparse["gradients"], "sparse_parts": sparse["parts"],
-        "dense_parts": dense["parts"], "first_s": round(sparse["first_s"], 3),
-        "tokens_per_s": round(s.B / sparse["seconds"]),
-        "loss_difference": abs(dense["loss"] - sparse["loss"]) / abs(dense["loss"]),
+        "dense_s": None, "sparse_s": round(sparse["seconds"], 4), "ratio": None, "dense_peak": None,
+        "sparse_peak": sparse["peak"], "peak_ratio": None, "gradients": sparse["gradients"],
+        "sparse_parts": sparse["parts"], "dense_parts": None, "first_s": round(sparse["first_s"], 3),
+        "tokens_per_s": round(s.B / sparse["seconds"]), "loss_difference": None,
+        "bandwidth_share": bandwidth_share(case, sparse["seconds"]),
     }  # fmt: skip
-    share = bandwidth_share(case, sparse["seconds"])
-    return line if share is None else line | {"bandwidth_share": round(share, 3)}
+    if dense is not None:
+        line |= {
+            "dense_s": round(dense["seconds"], 4), "ratio": round(dense["seconds"] / sparse["seconds"], 2),
+            "dense_peak": dense["peak"], "peak_ratio": round(sparse["peak"] / dense["peak"], 3),
+            "dense_parts": dense["parts"],
+            "loss_difference": abs(dense["loss"] - sparse["loss"]) / abs(dense["loss"]),
+        }  # fmt: skip
+    return line
+
+
+def summary(name: str, line: dict[str, Any]) -> str:
+    """The same for a reader."""
+    dense = "does not fit"
+    if line["dense_s"] is not None:
+        dense = f"{line['dense_s']:.3f} s, {line['dense_peak'] / 2**20:.0f} MiB"
+    ratios = "" if line["ratio"] is None else f": {line['ratio']:.1f}x, memory {line['peak_ratio']:.2f}"
+    share = "" if line["bandwidth_share"] is None else f", {line['bandwidth_share']:.0%} of bandwidth"
+    sparse = f"{line['sparse_s']:.3f} s, {line['sparse_peak'] / 2**20:.0f} MiB"
+    words = f"{name:6} {line['transcoder']} {line['activation']:9} dense {dense}; sparse {sparse}{ratios}"
+    return f"{words}; {line['tokens_per_s']} tokens/s{share}; {line['sparse_parts']}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--shape", default="small", help=f"comma-separated: {', '.join(SHAPES)}")
+    parser.add_argument("--shape", help=f"comma-separated: {', '.join(SHAPES)}; small, or gpt2,wide on a GPU")
     parser.add_argument("--transcoder", default="clt,plt", help="comma-separated: clt, plt")
     parser.add_argument("--activation", default="batchtopk,jumprelu", help="comma-separated")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -203,8 +235,9 @@ def main() -> None:
         kernels = "C++" if native.load() is not None else "none"
         print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, kernels: {kernels}")
     precision = options.precision or ("bf16" if options.device.startswith("cuda") else "float32")
+    names = options.shape or ("gpt2,wide" if options.device.startswith("cuda") else "small")
     ks = [int(k) for k in options.k.split(",")] if options.k else [None]
-    shapes = [(name, replace(SHAPES[name], k=k or SHAPES[name].k)) for name in options.shape.split(",") for k in ks]
+    shapes = [(name, replace(SHAPES[name], k=k or SHAPES[name].k)) for name in names.split(",") for k in ks]
     for name, shape in shapes:
         for transcoder in options.transcoder.split(","):
             for activation in options.activation.split(","):
@@ -214,16 +247,7 @@ def main() -> None:
                     measure(replace(case, profile=True), sparse=True)
                     continue
                 line = compare(case)
-                if options.json:
-                    print(json.dumps(line), flush=True)
-                else:
-                    beyond = [(line[f"{path}_peak"] - line["gradients"]) / 2**20 for path in ("dense", "sparse")]
-                    print(
-                        f"{name:6} {transcoder} {activation:9} dense {line['dense_s']:.3f} s, sparse "
-                        f"{line['sparse_s']:.3f} s: {line['ratio']:.1f}x; peak beyond gradients "
-                        f"{beyond[0]:.0f} and {beyond[1]:.0f} MiB; {line['sparse_parts']}",
-                        flush=True,
-                    )
+                print(json.dumps(line) if options.json else summary(name, line), flush=True)
 
 
 if __name__ == "__main__":

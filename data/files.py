@@ -7,9 +7,10 @@ import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from stat import S_ISREG
 from typing import IO, Any, Protocol
 
 import fsspec
@@ -156,7 +157,13 @@ class LocalFiles:
 
     def sizes(self, folder: str) -> dict[str, int]:
         start = self.folder / folder
-        return {str(p.relative_to(self.folder)): p.stat().st_size for p in start.rglob("*") if p.is_file()}
+        found = {}
+        for path in start.rglob("*"):
+            with suppress(FileNotFoundError):  # another process may have renamed or removed it since it was listed
+                status = path.stat()
+                if S_ISREG(status.st_mode):
+                    found[str(path.relative_to(self.folder))] = status.st_size
+        return found
 
     def forget(self, name: str) -> None:
         """Let go of a file that was read, so that its room is free once it is removed."""

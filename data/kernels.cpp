@@ -344,12 +344,31 @@ extern "C" {
 
 uint32_t crc32c(const uint8_t* data, int64_t size) { return checksum(data, size); }
 
-// The checksum of each of `count` chunks of `size` bytes, `stride` apart, written behind it.
-void seal(uint8_t* chunks, int64_t count, int64_t stride, int64_t size) {
-  for (int64_t i = 0; i < count; i++) {
-    const uint32_t sum = checksum(chunks + i * stride, size);
-    std::memcpy(chunks + i * stride + size, &sum, 4);
+// Chunks of `size` bytes, `stride` apart: the checksum of each is written behind it, and all to a file while they are
+// in the cache. Returns errno, or 0.
+int64_t write_chunks(int64_t file, uint8_t* chunks, int64_t count, int64_t stride, int64_t size) {
+  constexpr int64_t kParts = 256, kTogether = 1 << 20;
+  const int64_t at_once = std::max<int64_t>(1, std::min(kParts, kTogether / size));
+  iovec parts[kParts];
+  for (int64_t start = 0; start < count; start += at_once) {
+    const int64_t n = std::min(at_once, count - start);
+    for (int64_t i = 0; i < n; i++) {
+      uint8_t* chunk = chunks + (start + i) * stride;
+      const uint32_t sum = checksum(chunk, size);
+      std::memcpy(chunk + size, &sum, 4);
+      parts[i] = {chunk, static_cast<size_t>(size + 4)};
+    }
+    for (int64_t first = 0; first < n;) {
+      ssize_t done = writev(static_cast<int>(file), parts + first, static_cast<int>(n - first));
+      if (done < 0 && errno != EINTR) return errno;
+      for (; first < n && done >= static_cast<ssize_t>(parts[first].iov_len); first++) done -= parts[first].iov_len;
+      if (first < n && done > 0) {
+        parts[first].iov_base = static_cast<uint8_t*>(parts[first].iov_base) + done;
+        parts[first].iov_len -= done;
+      }
+    }
   }
+  return 0;
 }
 
 // Rows to their places in an image [blocks, layers, stride] of a store's chunks. Row i is row picked[i] (or i) of every

@@ -4,6 +4,7 @@ Nothing depends on them: where there is no compiler the callers take the plain w
 """
 
 import ctypes
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -30,7 +31,7 @@ def load() -> ctypes.CDLL | None:
     if library is not None:
         library.crc32c.restype = ctypes.c_uint32
         library.put_rows.restype = ctypes.c_float
-        library.read_chunks.restype = ctypes.c_int64
+        library.read_chunks.restype = library.write_chunks.restype = ctypes.c_int64
     return library
 
 
@@ -52,10 +53,12 @@ def crc32c(data: np.ndarray) -> int:
     return _library().crc32c(_address(data), _int(data.nbytes))
 
 
-def seal(chunks: np.ndarray, size: int) -> None:
-    """Write behind each of the chunks [.., stride] of `size` bytes its checksum."""
+def write_chunks(file: int, chunks: np.ndarray, size: int) -> None:
+    """Write chunks [.., stride] of `size` bytes to a descriptor, each with its checksum, which is put behind it."""
     stride = chunks.shape[-1]
-    _library().seal(_address(chunks), _int(chunks.size // stride), _int(stride), _int(size))
+    code = _library().write_chunks(_int(file), _address(chunks), _int(chunks.size // stride), _int(stride), _int(size))
+    if code:
+        raise OSError(code, os.strerror(code))
 
 
 def puts(source: torch.Tensor, stored: torch.dtype) -> bool:

@@ -8,7 +8,7 @@ one number that serves the rows best.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ..data.errors import UserError
 from ..data.families import Affine, LayerParts, MlpWeights, Norm
-from ..data.model import LanguageModel
 from ..data.store import ActivationStore
+
+if TYPE_CHECKING:  # it brings transformers, which a training does not need
+    from ..data.model import LanguageModel
 
 # Rows of the store on which neurons are measured.
 ROWS = 8192
@@ -39,7 +41,7 @@ class Neurons(NamedTuple):
 
 
 def model_neurons(
-    lm: LanguageModel, store: ActivationStore, layers: Sequence[int] | None, read: str
+    lm: "LanguageModel", store: ActivationStore, layers: Sequence[int] | None, read: str
 ) -> Iterator[Neurons]:
     """The neurons of each covered layer, one layer at a time; refuses at once what has none."""
     store.check_model(lm.fingerprint, lm.name)

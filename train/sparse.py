@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activations import jumprelu
+from .actives import add_written, share_entries, whole_norms
 from .collectives import SINGLE, Collectives
-from .gather import Entries, gather_sum, make_entries, row_norms
+from .gather import Entries, backend, gather_sum, make_entries, row_norms
 from .objective import Objective, Pass, StepInputs
 from .rows import RowGradient
 from .select import (
@@ -48,8 +49,9 @@ from .select import (
 from .transcoder import Transcoder
 from .workspace import Memory, Workspace
 
-# Share of entries listed up to which the sparse step is taken, estimated from the cost per entry (docs/fast_path.md).
-SPARSE_BELOW = {"cpu": 0.1, "cuda": 0.02}
+# Share of entries listed up to which the sparse step is taken. On a CPU the two take equally long at 0.3 to 0.36 on one
+# thread (docs/fast_path.md); on a GPU it is an estimate.
+SPARSE_BELOW = {"cpu": 0.2, "cuda": 0.02}
 
 
 def use_sparse(switch: str, density: float, device: torch.device | str) -> bool:
@@ -107,7 +109,7 @@ class _Decode(torch.autograd.Function):
             gather_sum(W.flatten(1), *entries.by_row(a), y_RC, add=True)
         norms = [row_norms(W.flatten(1)) for W in decoders] if want_norms else []
         ctx.save_for_backward(*tensors, *norms)
-        ctx.lists, ctx.memory = lists, memory
+        ctx.lists, ctx.memory, ctx.errors = lists, memory, _error_type(decoders[0])
         ctx.set_materialize_grads(False)
         return y.view(n_rows, n_layers, d_model), *norms
 
@@ -122,7 +124,7 @@ class _Decode(torch.autograd.Function):
         if grads[0] is None:
             grad_RC = torch.zeros(n_rows, n_layers * d_model, dtype=decoders[0].dtype, device=decoders[0].device)
         else:
-            grad_RC = grads[0].reshape(n_rows, n_layers * d_model).to(decoders[0].dtype)
+            grad_RC = grads[0].reshape(n_rows, n_layers * d_model).to(ctx.errors)
         grad_values, grad_decoders = [], []
         for l, (entries, a, W) in enumerate(zip(ctx.lists, values, decoders, strict=True)):
             grad_norm = grads[1 + l] if norms else None
@@ -136,6 +138,14 @@ class _Decode(torch.autograd.Function):
             grad_values.append(grad_a.to(a.dtype))
             grad_decoders.append(grad_W)
         return None, None, None, None, *grad_values, *grad_decoders
+
+
+def _error_type(weight: Tensor) -> torch.dtype:
+    """How the error rows are kept. They are gathered twice an entry, most of a GPU's traffic: where autocast would have
+    the dense products take them in bfloat16, so do the kernels that take mixed types."""
+    kind = weight.device.type
+    halved = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return torch.bfloat16 if halved and backend(weight) == "triton" else weight.dtype
 
 
 @dataclass(frozen=True)
@@ -256,7 +266,7 @@ def sparse_pass(
     # 3. The lists become leaves of autograd, the decoders write what the entries hold.
     n_rows = 2 * tokens if want_aux else tokens
     memory = Memory(workspace, inputs.rows)
-    layers, lists, written = [], [], []
+    layers, lists, written, empty = [], [], [], []
     for l, chosen in enumerate(main):
         rows, features, h = chosen.tokens, chosen.features, chosen.h
         if want_aux:
@@ -272,18 +282,22 @@ def sparse_pass(
         shape = (tokens, transcoder.features[l])
         layers.append(SparseActs(chosen.tokens, chosen.features, h[:n], acts, h_sum, shape, chosen.found))
         lists.append(entries)
+        empty.append(absent)
         written.append(torch.cat([acts, h[n:].relu()]) if want_aux else acts)
     want_norms = objective.needs_norms and inputs.norms is None
+    lists, written = share_entries(lists, written, empty, comm)
     y, *norms = _Decode.apply(lists, n_rows, want_norms, memory, *written, *transcoder.W_dec)  # type: ignore[misc]
-    y = comm.sum(y.to(x.dtype))
+    y = add_written(y.to(x.dtype), comm)
     y_hat = y[:tokens] + _whole(main, torch.stack(list(transcoder.b_dec)))
     if len(transcoder.W_skip):
         y_hat = y_hat + transcoder.skip(x).to(x.dtype)
 
+    norms = whole_norms(norms, comm) if want_norms else inputs.norms
+
     def preactivation(l: int, theta: Tensor, n: Tensor, over: Tensor | None) -> Tensor:
         return preactivation_penalty(layers[l], theta, n, over)
 
-    return Pass(y_hat, y[tokens:] if want_aux else None, layers, norms if want_norms else inputs.norms, preactivation)
+    return Pass(y_hat, y[tokens:] if want_aux else None, layers, norms, preactivation)
 
 
 def _whole(chosen: Sequence[Chosen], b_dec: Tensor) -> Tensor:

@@ -35,13 +35,17 @@ def test_checksums_are_those_of_crc32c():
             assert kernels.crc32c(part) == google_crc32c.value(part.tobytes())
 
 
-def test_chunks_are_sealed_where_they_lie():
-    chunks = np.random.default_rng(0).integers(0, 256, (5, 3, 1088), dtype=np.uint8)
-    before = chunks.copy()
-    kernels.seal(chunks, 1030)
-    for sealed, chunk in zip(chunks.reshape(-1, 1088), before.reshape(-1, 1088)):
-        expected = google_crc32c.value(chunk[:1030].tobytes()).to_bytes(4, "little")
-        assert sealed.tobytes() == chunk[:1030].tobytes() + expected + chunk[1034:].tobytes()
+@pytest.mark.parametrize("size", [1030, 700_000, 1_500_000])
+def test_chunks_are_written_with_their_checksums(tmp_path, size):
+    chunks = np.random.default_rng(0).integers(0, 256, (3, 2, -(-size // 64) * 64 + 64), dtype=np.uint8)
+    with open(tmp_path / "out", "wb", buffering=0) as out:
+        kernels.write_chunks(out.fileno(), chunks, size)
+    expected = b""
+    for chunk in chunks.reshape(6, -1):
+        expected += chunk[:size].tobytes() + google_crc32c.value(chunk[:size].tobytes()).to_bytes(4, "little")
+    assert (tmp_path / "out").read_bytes() == expected
+    with pytest.raises(OSError, match="Bad file descriptor"), open(tmp_path / "out", "rb", buffering=0) as closed:
+        kernels.write_chunks(closed.fileno(), chunks, size)
 
 
 @pytest.mark.parametrize("width", [16, 33, 320])
