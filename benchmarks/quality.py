@@ -35,6 +35,7 @@ from crosslace.data.stdlib import StdlibSettings, build_stdlib
 from crosslace.data.store import ActivationStore
 from crosslace.data.world.build import build_world
 from crosslace.data.world.settings import WorldSettings
+from crosslace.train.neurons import model_neurons
 from crosslace.train.settings import TrainerSettings
 from crosslace.train.trainer import train
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
@@ -117,12 +118,14 @@ def measure(
     )
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as run:
-        result = train(settings, shape, bench.train, bench.held_out, run)
+        begin = {"neurons": model_neurons(bench.lm, bench.train, None, shape.read)} if options.init == "mlp" else {}
+        result = train(settings, shape, bench.train, bench.held_out, run, **begin)
         transcoder = Transcoder.load(Path(run) / "transcoder")
     overall = result.evaluation["overall"]
     return {
         "model": bench.name,
         "transcoder": kind,
+        "init": options.init,
         "activation": activation,
         "features": features,
         "parameters": sum(parameter.numel() for parameter in transcoder.parameters()),
@@ -147,7 +150,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line for the seeds of one transcoder."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        key = row["model"], row["steps"], row["activation"], row["target_l0"], row["transcoder"]
+        kind = row["transcoder"] + (", init=mlp" if row["init"] == "mlp" else "")
+        key = row["model"], row["steps"], row["activation"], row["target_l0"], kind
         groups.setdefault(key, []).append(row)
     lines = [
         "| model | steps | activation | L0 | transcoder | weights | seeds | NMSE | dead | top1 | KL |",
@@ -169,6 +173,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="world", choices=("world", "stdlib"))
     parser.add_argument("--size", default="small", help="of the bundled model")
     parser.add_argument("--transcoder", default="plt,clt,plt-wide")
+    parser.add_argument("--init", choices=("mlp",), help="begin with the MLPs' neurons; random features if not given")
     parser.add_argument("--activation", default=",".join(ACTIVATIONS))
     parser.add_argument("--l0", default="5,10,20")
     parser.add_argument("--seeds", default="0,1,2")
