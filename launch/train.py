@@ -92,14 +92,20 @@ def mesh_for(job: Job, store: "ActivationStore", device: str) -> "ParallelSettin
 
 def beginning(job: Job, store: "ActivationStore") -> dict[str, Any]:
     """What a training begins with, as keywords of the trainer: the MLPs' neurons, or a transcoder of the same model."""
-    from ..train.neurons import model_neurons
+    from ..train.neurons import has_neurons, model_neurons
     from ..train.transcoder import Transcoder
 
-    init, shape = job.config.values.get("init"), job.section("transcoder")
-    if init is None:
+    init, shape = job.config.values.get("init", "auto"), job.section("transcoder")
+    if init == "random":
         return {}
-    if init == "mlp":
-        return {"neurons": model_neurons(open_model(job), store, shape.layers, shape.read)}
+    if init in ("auto", "mlp"):
+        try:
+            model = open_model(job)
+        except UserError as error:
+            raise UserError(f"{error} (it is needed for its neurons; init=random begins without it)") from error
+        if init == "auto" and not has_neurons(model, store, shape.layers):
+            return {}
+        return {"neurons": model_neurons(model, store, shape.layers, shape.read)}
     source = Transcoder.load(runs.transcoder_folder(Path(init)))
     made_of, needed = (meta.get("model", {}).get("fingerprint") for meta in (source.meta, store.attributes))
     if made_of != needed:

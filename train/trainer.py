@@ -203,17 +203,16 @@ class Trainer:
         sample = min(len(self.store), rows_for(min(rates)))
         batch = self.store.batch(0, 0, sample)
         x, y_mean = self.normalisation.x(batch.sites[self.read]), self.normalisation.y_mean
-        if init is None and neurons is None:
-            part = new_part(shape, d_model, self.layers, seed, self.meta, self.comm)
-            initialise(part, x, own_slice(y_mean, self.comm), rates, self.settings.init_decoder)
-            return part.to(self.device)
-        whole = Transcoder(shape, d_model, self.layers, seed=seed, meta=self.meta)
-        initialise(whole, x, y_mean, rates, self.settings.init_decoder)
-        if neurons is not None:
-            start_from_neurons(whole, neurons, self.normalisation)
         if init is not None:
+            whole = Transcoder(shape, d_model, self.layers, seed=seed, meta=self.meta)
+            initialise(whole, x, y_mean, rates, self.settings.init_decoder)
             start_from(whole, init, self.normalisation)
-        return part_of(whole, self.comm).to(self.device)
+            return part_of(whole, self.comm).to(self.device)
+        part = new_part(shape, d_model, self.layers, seed, self.meta, self.comm)
+        initialise(part, x, own_slice(y_mean, self.comm), rates, self.settings.init_decoder)
+        if neurons is not None:
+            start_from_neurons(part, neurons, self.normalisation, self.comm)
+        return part.to(self.device)
 
     def _rates(self) -> list[float]:
         """The share of tokens on which a feature fires at first."""
