@@ -7,8 +7,9 @@ train/evaluation.py  held-out figures          train/checkpoint.py  exact resume
 import dataclasses
 import errno
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from ..data.store import ActivationStore, Batch
 from .checkpoint import Checkpoints
 from .checks import check_run, check_same_run, store_identity
 from .collectives import SINGLE, Collectives
+from .compiled import compiled_pass
 from .evaluation import Evaluation, HeldOut, evaluate
 from .export import save_whole
 from .initialisation import initialise, rows_for
@@ -57,6 +59,8 @@ class TrainResult(NamedTuple):
     message: str
     by_person: bool = False
     """Interrupted by Ctrl-C, not by a cluster that takes its machine back."""
+    speed: Mapping[str, float] = MappingProxyType({})
+    """This process's first_step_seconds, tokens_per_second after it, and compile_seconds where it compiled."""
 
 
 class Trainer:
@@ -120,7 +124,10 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", settings.keep_checkpoints, comm)
         self.records = Records(self.folder / "metrics.jsonl", comm.is_main)
         self.evaluation: Evaluation | None = None
-        self.compiled = torch.compile(dense_pass) if settings.compile else dense_pass
+        self.dense_pass = dense_pass
+        if settings.compile:
+            self.dense_pass = compiled_pass()
+            self.records.compiling.start()
 
     # The run.
 
@@ -142,6 +149,8 @@ class Trainer:
                 if settings.resample_every and self._due(settings.resample_every, before_step=True):
                     self._resample(x, y)
                 train_step(self.parts, x, y)
+                if not self.records.speed:
+                    self.records.set_apart(counters.step, loader.stall_seconds, self.device)
                 counters.seconds = time.perf_counter() - begun
                 self.progress("training", counters.step, settings.steps)
                 if self._due(settings.log_every):
@@ -166,7 +175,7 @@ class Trainer:
     def _forward(self, *arguments: Any) -> Pass:
         if self.parts.counters.use_sparse:
             return sparse_pass(*arguments, workspace=self.workspace)
-        return self.compiled(*arguments)
+        return self.dense_pass(*arguments)
 
     def _look(self, x: Tensor) -> None:
         """Decide, from a reading that is the same after a resume, which step to take and whether anything is dead."""
@@ -334,18 +343,19 @@ class Trainer:
         report = {} if self.evaluation is None else self.evaluation.report
         self._close(report)
         message = f"stopped at step {step} of {self.settings.steps} and saved: run the same command again to go on"
-        return TrainResult("interrupted", step, self.folder, report, message, by_person)
+        return TrainResult("interrupted", step, self.folder, report, message, by_person, self.records.speed)
 
     def _finish(self) -> TrainResult:
         evaluation = self._evaluate(max(self.settings.calibrate_tokens, self.settings.eval_tokens))
         folder = self._export("transcoder", evaluation)
         self._close(evaluation.report)
-        return TrainResult("finished", self.settings.steps, self.folder, evaluation.report, f"wrote {folder}")
+        message, speed = f"wrote {folder}", self.records.speed
+        return TrainResult("finished", self.settings.steps, self.folder, evaluation.report, message, speed=speed)
 
     def _close(self, report: dict[str, Any]) -> None:
         summary = {f"held_out/{name}": value for name, value in report.get("overall", {}).items()}
         for sink in self.sinks if self.comm.is_main else []:
-            sink.close(summary)
+            sink.close(summary | self.records.speed)
         self.records.close()
 
 

@@ -25,7 +25,7 @@ CASES = {
     "batchtopk": (TRAINER, TranscoderSettings(features=16, k=3, k_scope="all", skip=True)),
     "jumprelu": (replace(TRAINER, target_l0=3.0), TranscoderSettings(features=16, activation="jumprelu", reach="1")),
 }
-TIMES = ("tokens_per_second", "loader_stall", "memory", "seconds")
+TIMES = ("tokens_per_second", "loader_stall", "memory", "seconds", "first_step_seconds")
 
 
 @pytest.fixture(scope="module")

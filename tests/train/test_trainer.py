@@ -1,6 +1,8 @@
 """Whole runs in one process: what they reach, write, resume from, and refuse."""
 
+import functools
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,8 @@ from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.store import in_memory_store
 from crosslace.train.collectives import SingleProcess
 from crosslace.train.settings import TrainerSettings
+from crosslace.train.state import RunningState
+from crosslace.train.step import train_step
 from crosslace.train.trainer import Trainer, train
 from crosslace.train.transcoder import TranscoderSettings
 
@@ -116,6 +120,48 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning(planted, tmp_path):
         (path / "state.json").write_text("{")
     with pytest.warns(UserWarning, match="step-40"):
         assert train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "run").evaluation == whole.evaluation
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(planted, tmp_path, monkeypatch):
+    settings, kept = replace(QUICK, target_l0=3.0, eval_every=0), RunningState.tensors
+
+    def before(state):  # the controller had no memory of sides once
+        return {name: tensor for name, tensor in kept(state).items() if name not in ("side", "boost")}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunningState, "tensors", before)
+        train(settings, SMALL, planted.train, planted.held_out, tmp_path)
+    with pytest.raises(UserError, match=r"step-60 was written by another version, which kept no state/boost, state/si"):
+        train(settings, SMALL, planted.train, planted.held_out, tmp_path)
+
+
+def test_the_first_step_and_compiling_are_no_part_of_the_rate(planted, tmp_path, monkeypatch):
+    settings = replace(QUICK, steps=12, log_every=1, eval_every=0, sparse="off", resample_every=0)
+
+    def slow_at_first(parts, x, y):
+        if parts.counters.step == 0:
+            time.sleep(0.5)
+        train_step(parts, x, y)
+
+    monkeypatch.setattr("crosslace.train.trainer.train_step", slow_at_first)
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))  # takes no C++ compiler
+    sinks, nmse, last = {}, {}, {}
+    for compiled in (False, True):
+        sinks[compiled], folder = Sink(), tmp_path / str(compiled)
+        chosen = replace(settings, compile=compiled)
+        result = train(chosen, SMALL, planted.train, planted.held_out, folder, sinks=[sinks[compiled]])
+        nmse[compiled] = result.evaluation["overall"]["nmse"]
+        assert result.speed["first_step_seconds"] > 0.5 + result.speed.get("compile_seconds", 0)
+        assert result.speed["tokens_per_second"] > 12 * 64 / 0.5
+        assert sinks[compiled].summary.items() >= result.speed.items()
+        first, second, *_, last[compiled] = [line for _, line in sinks[compiled].lines if "loss" in line]
+        assert "tokens_per_second" not in first and second["tokens_per_second"] > 0
+        assert first["first_step_seconds"] == last[compiled]["first_step_seconds"] == result.speed["first_step_seconds"]
+    assert nmse[True] == pytest.approx(nmse[False], rel=1e-4)
+    # k falls from step to step, and nothing is compiled anew for it.
+    assert "compile_seconds" not in last[False]
+    steps = [line["compile_seconds"] for _, line in sinks[True].lines if "loss" in line]
+    assert len(steps) == 12 and steps[0] == steps[-1] > 0
 
 
 def test_changed_settings_are_refused_by_name(planted, tmp_path):
