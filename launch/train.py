@@ -1,5 +1,6 @@
 """`crosslace train`: a transcoder from a store."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from .terminal import Closing, table
 
 if TYPE_CHECKING:
     from ..data.store import ActivationStore
+    from ..train.sharding import ParallelSettings
     from ..train.trainer import TrainResult
 
 SAVED = ("init", "model", "dataset", "world", "stdlib", "store", "transcoder", "trainer", "parallel", "wandb")
@@ -59,7 +61,7 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
 
     settings = run_settings(job)
     device = pick_device(job.section("trainer"))
-    with open_stores(job) as (store, held_out), processes(job.section("parallel"), device) as comm:
+    with open_stores(job) as (store, held_out), processes(mesh_for(job, store, device.type), device) as comm:
         if comm.is_main:
             runs.claim(folder, settings)
         comm.barrier()
@@ -78,6 +80,17 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
             meta=masked(store),
             **beginning(job, store),
         )
+
+
+def mesh_for(job: Job, store: "ActivationStore", device: str) -> "ParallelSettings":
+    """The processes, and what they exchange."""
+    from ..train.plan import Shape, decided
+
+    transcoder = job.section("transcoder")
+    layers = transcoder.layers or store.layers
+    shape = Shape(len(layers), store.d_model, len(store), store.dtype.itemsize)
+    machine = replace(job.section("machine"), device="cuda" if device == "cuda" else "cpu")
+    return decided(shape, transcoder, job.section("trainer"), job.section("parallel"), machine)
 
 
 def beginning(job: Job, store: "ActivationStore") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from .actives import decoder_norms
 from .compiled import CompileClock
 from .metrics import DENSE_ABOVE
 from .step import StepParts, scheduled_lr
@@ -111,7 +112,7 @@ def training_values(
     columns["lam"] = means["lam"]
     columns["dead"] = share(state.dead(counters.step))
     columns["dense"] = share([density > DENSE_ABOVE for density in densities])
-    norms = [transcoder.decoder_norms(l) for l in range(transcoder.n_layers)]
+    norms = decoder_norms(transcoder, comm)
     columns["decoder_norm"] = comm.sum_shards(torch.stack([norm.sum() for norm in norms])).cpu() / sizes
     if len(transcoder.log_theta):
         thetas = [transcoder.theta(l) for l in range(transcoder.n_layers)]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data.errors import Progress, SettingsError, UserError, silent
 from ..data.store import ActivationStore, Batch
+from .actives import own_slice
 from .checkpoint import Checkpoints
 from .checks import check_run, check_same_run, store_identity
 from .collectives import SINGLE, Collectives
@@ -213,7 +214,7 @@ class Trainer:
         x, y_mean = self.normalisation.x(batch.sites[self.read]), self.normalisation.y_mean
         if init is None and neurons is None:
             part = new_part(shape, d_model, self.layers, seed, self.meta, self.comm)
-            initialise(part, x, y_mean, rates, self.settings.init_decoder)
+            initialise(part, x, own_slice(y_mean, self.comm), rates, self.settings.init_decoder)
             return part.to(self.device)
         whole = Transcoder(shape, d_model, self.layers, seed=seed, meta=self.meta)
         initialise(whole, x, y_mean, rates, self.settings.init_decoder)

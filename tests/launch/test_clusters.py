@@ -24,8 +24,7 @@ EVAL = ["eval.tokens=2000", "eval.calibration_tokens=1000", "eval.prompts=3", "e
 
 
 def environment() -> dict[str, str]:
-    # Without the second, a restarted job may read the dead processes' addresses from the agents' store.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def finished(command: Sequence[object], code: int = 0, **options) -> subprocess.CompletedProcess[str]:
