@@ -29,6 +29,8 @@ class Records:
         self.clock = time.perf_counter()
         self.stalled = 0.0
         self.last_step = 0
+        self.note = ""
+        """The last line in short, for the progress bar."""
         self.compiling = CompileClock()
         self.compiled = 0.0
         self.speed: dict[str, float] = {}

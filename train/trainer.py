@@ -153,7 +153,7 @@ class Trainer:
                 if not self.records.speed:
                     self.records.set_apart(counters.step, loader.stall_seconds, self.device)
                 counters.seconds = time.perf_counter() - begun
-                self.progress("training", counters.step, settings.steps)
+                self.progress("training", counters.step, settings.steps, self.records.note)
                 if self._due(settings.log_every):
                     self._log(loader.stall_seconds)
                 if self._due(settings.eval_every):
@@ -285,6 +285,7 @@ class Trainer:
                 f"training stopped at step {parts.counters.step}: loss or gradient was not finite for "
                 f"{values['bad_steps_in_row']:.0f} steps in a row; lower trainer.lr or look at the store's values{cure}"
             )
+        self.records.note = f"nmse {values['nmse']:.4f}  l0 {values['l0']:.1f}  dead {values['dead']:.1%}"
         self._emit(values, histograms)
 
     def _emit(self, values: dict[str, float], histograms: dict[str, Tensor]) -> None:
@@ -303,6 +304,10 @@ class Trainer:
         values = {f"held_out/{name}": value for name, value in report["overall"].items()}
         for layer, figures in zip(self.layers, report["layers"], strict=True):
             values |= {f"held_out/{name}/{layer}": value for name, value in figures.items()}
+        if self.evaluation.thresholds is not None:
+            own = torch.stack([theta.mean() for theta in self.evaluation.thresholds])
+            means = (self.comm.sum_shards(own) / self.comm.feature_ranks).tolist()
+            values |= {f"held_out/theta/{layer}": mean for layer, mean in zip(self.layers, means, strict=True)}
         histograms = {f"held_out/density/{l}": d.cpu() for l, d in zip(self.layers, self.evaluation.densities)}
         self._emit(values | {"held_out/tokens": report["tokens"]}, histograms)
         score = self._score(report)

@@ -89,8 +89,12 @@ def test_half_precision_trains_as_well(planted, tmp_path, activation):
 
 
 def test_what_a_run_writes(planted, tmp_path):
-    sink = Sink()
-    result = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path, sinks=[sink])
+    sink, notes = Sink(), []
+
+    def progress(label, done, total=None, note=""):
+        notes.append(note)
+
+    result = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path, sinks=[sink], progress=progress)
     assert result.status == "finished" and result.step == 60
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     training = [r for r in records if "loss" in r]
@@ -100,7 +104,8 @@ def test_what_a_run_writes(planted, tmp_path):
     assert {"grad_norm", "lr", "tokens_per_second", "loader_stall", "memory", "bad_steps"} <= training[-1].keys()
     assert training[-1]["tokens"] == 60 * 64
     held_out = [r for r in records if "held_out/nmse" in r]
-    assert [r["step"] for r in held_out] == [30, 60, 60]
+    assert [r["step"] for r in held_out] == [30, 60, 60] and held_out[-1]["held_out/theta/1"] > 0
+    assert notes[9] == "" and notes[10].startswith(f"nmse {training[0]['nmse']:.4f}  l0 {training[0]['l0']:.1f}")
     assert sink.resumed == {} and [step for step, _ in sink.lines][-1] == 60
     assert {"density/0", "density/1"} <= sink.histograms.keys() and sink.summary["held_out/nmse"] > 0
     for name in ("transcoder", "best"):
@@ -220,11 +225,14 @@ def test_values_that_stay_bad_stop_the_run(planted, tmp_path):
 def test_bad_input_is_refused_before_any_work(planted, tmp_path):
     empty = in_memory_store(torch.randn(1, 2, 16), torch.randn(1, 2, 16))
     narrow = in_memory_store(torch.randn(90, 2, 4), torch.randn(90, 2, 4))
+    named = {"model": {"name": "other", "fingerprint": "other"}}
+    foreign = in_memory_store(torch.randn(90, 2, 16), torch.randn(90, 2, 16), attributes=named)
     train_store, held_out = planted
     for settings, shape, stores, message in (
         (replace(QUICK, batch=10_000), SMALL, planted, "trainer.batch"),
         (QUICK, SMALL, (empty, held_out), "trainer.batch"),
         (QUICK, SMALL, (train_store, narrow), "4 wide"),
+        (QUICK, SMALL, (train_store, foreign), "rows are of model planted and the held-out rows of other"),
         (QUICK, replace(SMALL, layers=[0, 5]), planted, "layer 5"),
         (QUICK, replace(SMALL, read="mlp_in"), planted, "transcoder.read"),
         (QUICK, replace(SMALL, k=49), planted, "transcoder.k=49"),
