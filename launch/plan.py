@@ -74,9 +74,8 @@ def model_shape(job: Job) -> tuple[int, int]:
     if name in SHAPES:
         return SHAPES[name]
     if name in ("world", "stdlib"):
-        raise UserError(
-            f"{name} has no store at store={job.config.values['store']['path']} to plan for; cache it first"
-        )
+        path = job.config.values["store"]["path"]
+        raise UserError(f"{name} has no store{f' at store={path}' if path else ''} to plan for; cache it first")
     from transformers import AutoConfig
 
     try:

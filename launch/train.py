@@ -33,7 +33,10 @@ def run(job: Job) -> Closing:
     overall = result.evaluation["overall"]
     return Closing(
         "trained",
-        tables=[table("held-out", ("", "value"), [(name, value) for name, value in overall.items()])],
+        tables=[
+            table("held-out", ("", "value"), [(name, value) for name, value in overall.items()]),
+            *([table("speed", ("", "value"), list(result.speed.items()))] if result.speed else []),
+        ],
         wrote=[
             (str(folder / "transcoder"), "the transcoder, on the model's own activations"),
             (str(folder / "metrics.jsonl"), "one line a logged step"),

@@ -85,6 +85,11 @@ class Checkpoints:
         """Read into `tensors` in place, whatever mesh wrote them."""
         with quiet():
             reader = dcp.HuggingFaceStorageReader(str(path))
+            if missing := sorted(tensors.keys() - reader.read_metadata().state_dict_metadata.keys()):
+                raise UserError(
+                    f"{path} was written by another version, which kept no {', '.join(missing)}: finish this run with "
+                    "the version that began it, or begin another"
+                )
             dcp.load(self._global(tensors), storage_reader=reader, no_dist=self._alone)
 
     def paths(self) -> list[Path]:

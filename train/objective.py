@@ -120,12 +120,22 @@ class Pass(NamedTuple):
     """(layer, theta, norms, mask) -> the pre-activation penalty of that layer, mean over tokens."""
 
 
+def choose(transcoder: Transcoder, h: list[Tensor], k: Sequence[float], comm: Collectives) -> list[Tensor] | None:
+    """The thresholds of topk kinds for these tokens; None for the others."""
+    if transcoder.settings.activation not in ("topk", "batchtopk"):
+        return None
+    if transcoder.settings.activation == "batchtopk" and transcoder.settings.k_scope == "all":
+        return transcoder.select(h, comm, sum(k) / len(k))
+    return [transcoder.select([h_BF], comm, k_l)[0] for h_BF, k_l in zip(h, k, strict=True)]
+
+
 def dense_pass(
-    transcoder: Transcoder, x: Tensor, inputs: StepInputs, objective: Objective, comm: Collectives = SINGLE
-) -> Pass:
+    transcoder: Transcoder, x: Tensor, inputs: StepInputs, objective: Objective, comm: Collectives = SINGLE,
+    chosen_by: Callable[..., list[Tensor] | None] = choose,
+) -> Pass:  # fmt: skip
     """Stages 1 to 3 with every entry in memory."""
     h = transcoder.preactivations(x)
-    acts = transcoder.activate(h, inputs.thresholds or choose(transcoder, h, inputs.k, comm), comm)
+    acts = transcoder.activate(h, inputs.thresholds or chosen_by(transcoder, h, inputs.k, comm), comm)
     y_hat = decode_own(transcoder, acts, x, comm)
     y_aux = None
     if objective.aux_weight and inputs.use_aux:
@@ -139,15 +149,6 @@ def dense_pass(
         return losses.preactivation_penalty(h[l], theta, n, x.shape[0], over)
 
     return Pass(y_hat, y_aux, [DenseActs(*pair) for pair in zip(h, acts, strict=True)], norms, preactivation)
-
-
-def choose(transcoder: Transcoder, h: list[Tensor], k: Sequence[float], comm: Collectives) -> list[Tensor] | None:
-    """The thresholds of topk kinds for these tokens; None for the others."""
-    if transcoder.settings.activation not in ("topk", "batchtopk"):
-        return None
-    if transcoder.settings.activation == "batchtopk" and transcoder.settings.k_scope == "all":
-        return transcoder.select(h, comm, sum(k) / len(k))
-    return [transcoder.select([h_BF], comm, k_l)[0] for h_BF, k_l in zip(h, k, strict=True)]
 
 
 def step_loss(

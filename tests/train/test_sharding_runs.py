@@ -28,7 +28,7 @@ CASES = {
         TranscoderSettings(features=16, activation="jumprelu", reach="1"),
     ),
 }
-TIMES = ("tokens_per_second", "loader_stall", "memory", "seconds")
+TIMES = ("tokens_per_second", "loader_stall", "memory", "seconds", "first_step_seconds")
 
 
 @pytest.fixture(scope="module")
