@@ -83,8 +83,8 @@ class Trainer:
         neurons: Iterable[Neurons] | None = None,
         meta: dict[str, Any] | None = None,
     ) -> None:
-        # Settings. What begins with a finished transcoder's features need not find places for them.
-        if (init is not None or neurons is not None) and settings.k_first is None:
+        # Settings. A finished transcoder's features need not find their places.
+        if init is not None and settings.k_first is None:
             settings = dataclasses.replace(settings, k_share=0.0)
         self.settings, self.transcoder_settings, self.comm = settings, transcoder_settings, comm
         self.device = torch.device(device) if device is not None else pick_device(settings)
