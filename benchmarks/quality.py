@@ -2,16 +2,24 @@
 
     python -m benchmarks.quality                       # the world, all activations, three seeds: hours on a CPU
     python -m benchmarks.quality --quick               # one seed, two activations, fewer steps
-    python -m benchmarks.quality --json --model stdlib --activation batchtopk,jumprelu --l0 5,10,20
+    python -m benchmarks.quality --json --model stdlib --activation batchtopk,jumprelu --l0 5,10,20 >> rows.jsonl
+    python -m benchmarks.quality --table rows.jsonl    # mean and spread over seeds of what was measured
 
 One line a transcoder: `nmse`, `dead` and `l0` on held-out rows at the exported thresholds; `top1` and `kl` of the
 language model with all its MLPs replaced, against the clean model on held-out text (position 0 and BOS keep the
-model's own output). `parameters` counts weights: `--transcoder plt-wide` is a PLT with as many as the CLT has.
+model's own output). What `--transcoder` takes:
+
+plt         a feature writes to its own layer
+plt-wide    the same with as many weights as the CLT of `--features`
+clt         a feature writes to all later layers; batchtopk shares its k out over the layers, as `transcoder=clt` does
+clt-even    the same with k in every layer
 """
 
 import argparse
 import itertools
 import json
+import math
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,11 +35,18 @@ from crosslace.data.stdlib import StdlibSettings, build_stdlib
 from crosslace.data.store import ActivationStore
 from crosslace.data.world.build import build_world
 from crosslace.data.world.settings import WorldSettings
+from crosslace.train.neurons import model_neurons
 from crosslace.train.settings import TrainerSettings
 from crosslace.train.trainer import train
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
 from torch.nn.functional import kl_div
 
+KINDS: dict[str, dict[str, Any]] = {
+    "plt": {"reach": "1"},
+    "plt-wide": {"reach": "1"},
+    "clt": {"reach": "all", "k_scope": "all"},
+    "clt-even": {"reach": "all"},
+}
 ACTIVATIONS = ("batchtopk", "topk", "jumprelu", "relu")
 SEQUENCES_AT_ONCE = 64
 
@@ -51,7 +66,7 @@ def prepare(name: str, size: str, rows: str, folder: Path) -> Bench:
     built = build_world(WorldSettings(size=size)) if name == "world" else build_stdlib(StdlibSettings(size=size))
     lm = load_model(str(built))
     corpus = load_corpus(DatasetSettings(name=str(built) if name == "world" else "stdlib"), lm.tokenizer)
-    path = str(folder / "store")
+    path = str(folder / f"{name}-{size}-{rows}")
     harvest(lm, corpus, HarvestSettings(path=path, tokens=rows, held_out="16K", dtype="float32"))
     return Bench(name, lm, corpus, ActivationStore.open(path), ActivationStore.open(path, split="held_out"))
 
@@ -97,18 +112,20 @@ def measure(
 ) -> dict[str, Any]:
     """Train one transcoder and evaluate it."""
     features = features_for(kind, options.features, bench.train.n_layers)
-    shape = TranscoderSettings(features=features, reach="all" if kind == "clt" else "1", activation=activation)
+    shape = TranscoderSettings(features=features, activation=activation, **KINDS[kind])
     settings = TrainerSettings(
         steps=options.steps, batch=options.batch, seed=seed, target_l0=l0, eval_every=0, checkpoint_every=0
     )
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as run:
-        result = train(settings, shape, bench.train, bench.held_out, run)
+        begin = {"neurons": model_neurons(bench.lm, bench.train, None, shape.read)} if options.init == "mlp" else {}
+        result = train(settings, shape, bench.train, bench.held_out, run, **begin)
         transcoder = Transcoder.load(Path(run) / "transcoder")
     overall = result.evaluation["overall"]
     return {
         "model": bench.name,
         "transcoder": kind,
+        "init": options.init,
         "activation": activation,
         "features": features,
         "parameters": sum(parameter.numel() for parameter in transcoder.parameters()),
@@ -122,6 +139,33 @@ def measure(
     }
 
 
+def spread(seeds: list[dict[str, Any]], name: str, digits: int) -> str:
+    """Mean and (standard deviation)."""
+    values = [row[name] for row in seeds]
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.{digits}f} ({deviation:.{digits}f})"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line for the seeds of one transcoder."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        kind = row["transcoder"] + (", init=mlp" if row["init"] == "mlp" else "")
+        key = row["model"], row["steps"], row["activation"], row["target_l0"], kind
+        groups.setdefault(key, []).append(row)
+    lines = [
+        "| model | steps | activation | L0 | transcoder | weights | seeds | NMSE | dead | top1 | KL |",
+        "|---" * 11 + "|",
+    ]
+    for (model, steps, activation, l0, kind), seeds in sorted(groups.items()):
+        measured = " | ".join(
+            spread(seeds, name, digits) for name, digits in (("nmse", 4), ("dead", 3), ("top1", 3), ("kl", 3))
+        )
+        weights = f"{seeds[0]['parameters'] / 1e6:.2f}M"
+        lines.append(f"| {model} | {steps} | {activation} | {l0:g} | {kind} | {weights} | {len(seeds)} | {measured} |")
+    return "\n".join(lines)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -129,9 +173,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="world", choices=("world", "stdlib"))
     parser.add_argument("--size", default="small", help="of the bundled model")
     parser.add_argument("--transcoder", default="plt,clt,plt-wide")
+    parser.add_argument("--init", choices=("mlp",), help="begin with the MLPs' neurons; random features if not given")
     parser.add_argument("--activation", default=",".join(ACTIVATIONS))
     parser.add_argument("--l0", default="5,10,20")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--stores", type=Path, help="folder where the store stays for the next run; none is kept if not given"
+    )
+    parser.add_argument(
+        "--table", nargs="+", type=Path, help="print the table of these --json lines, and measure nothing"
+    )
     parser.add_argument("--features", type=int, default=768)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=1024)
@@ -140,19 +191,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         options.transcoder, options.activation, options.l0 = "plt,clt", "batchtopk,jumprelu", "10"
-        options.seeds, options.steps = 1, 400
+        options.seeds, options.steps = "0", 400
     return options
 
 
 def main() -> None:
     options = parse()
+    if options.table:
+        print(table([json.loads(line) for file in options.table for line in file.read_text().splitlines()]))
+        return
     kinds, activations = options.transcoder.split(","), options.activation.split(",")
     levels = [float(level) for level in options.l0.split(",")]
     if not options.json:
         print(f"{'':9} {'activation':10} {'L0':>6} {'seed':>4} {'nmse':>7} {'dead':>6} {'top1':>6} {'kl':>7} {'s':>5}")
     with tempfile.TemporaryDirectory() as folder:
-        bench = prepare(options.model, options.size, options.rows, Path(folder))
-        every = [(s, l0, a, k) for s in range(options.seeds) for l0 in levels for a in activations for k in kinds]
+        bench = prepare(options.model, options.size, options.rows, options.stores or Path(folder))
+        seeds = map(int, options.seeds.split(","))
+        every = [(s, l0, a, k) for s in seeds for l0 in levels for a in activations for k in kinds]
         for seed, l0, activation, kind in every:
             row = measure(bench, kind, activation, l0, seed, options)
             if options.json:

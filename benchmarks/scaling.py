@@ -4,6 +4,8 @@
     python -m benchmarks.scaling --json            # one JSON object a line
     python -m benchmarks.scaling --memory          # peak memory of three whole runs against the plan
 
+Where features are shared, both exchanges are measured (`parallel.exchange`).
+
 efficiency      seconds of a step on one process / (processes x seconds on a mesh), the same batch in all; a thread each
 sent, planned   bytes that a rank hands to collectives in a step, counted where they are sent, and by `train.plan`
 peak, planned   memory of a run of three steps, checkpoint and export included, beyond what its process had before
@@ -52,7 +54,15 @@ MEMORY = {
         2048,
     ),
 }
-NAMES = {"reconstructions": "sum", "thresholds": "top_threshold", "gradients": "reduce_gradients"}
+NAMES = {
+    "reconstructions": "sum",
+    "actives": "gather_parts",
+    "active_gradients": "sum_parts",
+    "thresholds": "top_threshold",
+    "token_thresholds": "row_threshold",
+    "gradients": "reduce_gradients",
+}
+"""What the plan calls that which a collective counts."""
 
 
 def step_parts(shape: Shape, transcoder: TranscoderSettings, trainer: TrainerSettings, comm: Collectives) -> StepParts:
@@ -63,11 +73,11 @@ def step_parts(shape: Shape, transcoder: TranscoderSettings, trainer: TrainerSet
     )  # fmt: skip
 
 
-def measure_steps(size: str, mesh: tuple[int, int]) -> None:
+def measure_steps(size: str, mesh: ParallelSettings) -> None:
     """In each process: seconds of a step and bytes sent, printed by the first."""
     shape, transcoder, batch = SIZES[size]
-    trainer = TrainerSettings(batch=batch, steps=100, lr_warmup=0.0)
-    with processes(ParallelSettings(*mesh), local_device()) as comm:
+    trainer = steady(batch)
+    with processes(mesh, local_device()) as comm:
         parts = step_parts(shape, transcoder, trainer, comm)
         parts.counters.use_aux = False
         random = torch.Generator().manual_seed(comm.data_rank)
@@ -84,6 +94,11 @@ def measure_steps(size: str, mesh: tuple[int, int]) -> None:
         sent = {name: size / STEPS for name, size in getattr(comm, "sent", {}).items()}
         if comm.is_main:
             print(json.dumps({"seconds": sorted(seconds[WARM:])[STEPS // 2], "sent": sent}))
+
+
+def steady(batch: int) -> TrainerSettings:
+    """As in the last third of a run: k is final, nothing is dead."""
+    return TrainerSettings(batch=batch, steps=100, lr_warmup=0.0, k_share=0.0, aux_weight=0.0, sparse="on")
 
 
 def measure_memory(size: str) -> None:
@@ -127,21 +142,21 @@ def scaling(count: int) -> list[dict[str, Any]]:
     """One line a size and mesh."""
     lines = []
     for size, (shape, transcoder, batch) in SIZES.items():
-        one = child(["--steps-of", size, "1", "1"])["seconds"]
-        for mesh in ((count, 1), (1, count)):
+        one = child(["--steps-of", size, "1", "1", "auto"])["seconds"]
+        machine = MachineSettings(device="cuda" if torch.cuda.is_available() else "cpu")
+        trainer = steady(batch)
+        for mesh in ((count, 1, "auto"), (1, count, "reconstructions"), (1, count, "actives")):
             found = child(["--steps-of", size, *map(str, mesh)], count)
-            machine = MachineSettings(device="cuda" if torch.cuda.is_available() else "cpu")
-            trainer = TrainerSettings(batch=batch, aux_weight=0.0)
             plan = make_plan(shape, transcoder, trainer, ParallelSettings(*mesh), machine)
-            sent = {name: found["sent"].get(method, 0.0) for name, method in NAMES.items()}
+            sent = {name: found["sent"].get(NAMES[name], 0.0) for name in plan.sent}
             lines.append(
                 {
                     "transcoder": size, "L": shape.n_layers, "D": shape.d_model, "F": transcoder.features, "B": batch,
-                    "data": mesh[0], "features": mesh[1], "one_s": one, "mesh_s": found["seconds"],
-                    "efficiency": one / (count * found["seconds"]),
-                    **{f"sent_{name}": value for name, value in sent.items() if value},
+                    "data": mesh[0], "features": mesh[1], **({"exchange": mesh[2]} if mesh[1] > 1 else {}),
+                    "one_s": one, "mesh_s": found["seconds"], "efficiency": one / (count * found["seconds"]),
+                    **{f"sent_{name}": value for name, value in sent.items()},
                     **{f"planned_{name}": value for name, value in plan.sent.items()},
-                    "sent_in_all": sum(found["sent"].values()),
+                    "sent_in_all": sum(found["sent"].values()), "planned_to_leave_a_rank": plan.moved,
                 }
             )  # fmt: skip
     return lines
@@ -175,11 +190,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--steps-of", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--steps-of", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.steps_of:
-        measure_steps(asked.steps_of[0], (int(asked.steps_of[1]), int(asked.steps_of[2])))
+        size, data, features, exchange = asked.steps_of
+        measure_steps(size, ParallelSettings(int(data), int(features), exchange))
     elif asked.memory_of:
         measure_memory(asked.memory_of)
     else:

@@ -7,6 +7,8 @@ same losses and the same optimizer. Each measurement runs in a process of its ow
 `*_peak` is the highest memory during a step beyond parameters and optimizer state, gradients included; `gradients`
 is what they take where they are formed (the dense step forms all of them, the sparse one next to none).
 
+`--compile` compares the dense step plain and under torch.compile (`trainer.compile`) instead, first step apart.
+
 On a GPU, `python -m benchmarks.train_step --json` takes the shapes of GPT-2 small and of a wider model in bf16.
 """
 
@@ -18,6 +20,7 @@ import multiprocessing
 import platform
 import pstats
 import resource
+import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +29,7 @@ from typing import Any
 import torch
 from crosslace.train import native
 from crosslace.train.collectives import global_norm
+from crosslace.train.compiled import CompileClock, compiled_pass
 from crosslace.train.objective import Objective, StepInputs, dense_pass, step_loss
 from crosslace.train.optimizers import Optimizers
 from crosslace.train.rows import RowGradients
@@ -47,6 +51,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(4, 64, 512, 128, 8),
+    "mid": Shape(4, 256, 2048, 512),
     "small": Shape(12, 256, 4096, 512),
     "large": Shape(12, 768, 8192, 512),
     "gpt2": Shape(12, 768, 24576, 4096),
@@ -66,6 +71,7 @@ class Case:
     aux: bool
     repeats: int
     profile: bool = False
+    compiled: bool = False
 
 
 def build(case: Case) -> tuple[Transcoder, Tensor, Tensor, StepInputs, Objective]:
@@ -107,6 +113,10 @@ def measure(case: Case, sparse: bool) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else resident()
     forward = functools.partial(sparse_pass, workspace=Workspace()) if sparse else dense_pass
+    compiling = CompileClock()
+    if case.compiled:
+        forward = compiled_pass()
+        compiling.start()
     parts: dict[str, list[float]] = {"forward": [], "backward": [], "clip and Adam": []}
     found: Any = None
     profile = cProfile.Profile()
@@ -139,7 +149,9 @@ def measure(case: Case, sparse: bool) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "first_s": totals[0],
+        "compile_s": compiling.seconds,
         "seconds": min(totals[1:]),
+        "median": statistics.median(totals[1:]),
         "parts": {name: round(min(values[1:]), 4) for name, values in parts.items()},
         "peak": peak - before,
         "gradients": sum(p.numel() * p.element_size() for p in transcoder.parameters()),
@@ -206,6 +218,21 @@ def compare(case: Case) -> dict[str, Any]:
     return line
 
 
+def compare_compiled(name: str, case: Case, json_wanted: bool) -> str:
+    """The dense step without and with torch.compile: medians of the steps after the first, and the first."""
+    plain, compiled = _in_process(case, False), _in_process(replace(case, compiled=True), False)
+    if plain is None or compiled is None:
+        raise SystemExit(f"{case} does not fit into this device's memory")
+    line = {
+        "shape": name, "transcoder": case.transcoder, "activation": case.activation, "device": case.device,
+        "dtype": case.precision, "plain_s": round(plain["median"], 4), "compiled_s": round(compiled["median"], 4),
+        "ratio": round(plain["median"] / compiled["median"], 3), "plain_first_s": round(plain["first_s"], 3),
+        "compiled_first_s": round(compiled["first_s"], 3), "compile_s": round(compiled["compile_s"], 3),
+        "loss_difference": abs(plain["loss"] - compiled["loss"]) / abs(plain["loss"]),
+    }  # fmt: skip
+    return json.dumps(line) if json_wanted else "; ".join(f"{key} {value}" for key, value in line.items())
+
+
 def summary(name: str, line: dict[str, Any]) -> str:
     """The same for a reader."""
     dense = "does not fit"
@@ -229,6 +256,7 @@ def main() -> None:
     parser.add_argument("--aux", action="store_true", help="topk kinds: with the auxiliary loss (5%% dead)")
     parser.add_argument("--k", help="comma-separated; other k than the shape's (to find where dense wins)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="the dense step plain and compiled, and nothing else")
     parser.add_argument("--profile", action="store_true", help="where the sparse step's time goes, and nothing else")
     options = parser.parse_args()
     if not options.json:
@@ -243,6 +271,9 @@ def main() -> None:
             for activation in options.activation.split(","):
                 aux = options.aux and activation != "jumprelu"
                 case = Case(transcoder, activation, shape, options.device, precision, aux, options.repeats)
+                if options.compile:
+                    print(compare_compiled(name, case, options.json), flush=True)
+                    continue
                 if options.profile:
                     measure(replace(case, profile=True), sparse=True)
                     continue

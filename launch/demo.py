@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ..circuit.replacement import ReplacementModel
     from ..data.world.world import World
 
-KINDS = {"clt": "all", "plt": "1"}
-"""The two runs, and the reach of their features."""
+KINDS = {"clt": {"reach": "all", "k_scope": "all"}, "plt": {"reach": "1", "k_scope": "layer"}}
+"""The two runs, and what their presets set."""
 PROMPT = "the capital of the state containing Dallas is"
 SLUG = "dallas"
 KEPT = ("demo", "world", "store", "transcoder", "trainer", "eval", "trace", "features")
@@ -199,7 +199,7 @@ class Demo:
         values["model"]["name"] = values["dataset"]["name"] = "world"
         values["store"]["path"] = str(self.folder / "store")
         values["run"] = str(self.folder / kind)
-        values["transcoder"]["reach"] = KINDS[kind]
+        values["transcoder"] |= KINDS[kind]
         progress = self.job.progress.named(kind) if verb == "train" else self.job.progress
         return replace(self.job, verb=verb, config=Config("demo", values, self.job.config.given), progress=progress)
 

@@ -74,9 +74,8 @@ def model_shape(job: Job) -> tuple[int, int]:
     if name in SHAPES:
         return SHAPES[name]
     if name in ("world", "stdlib"):
-        raise UserError(
-            f"{name} has no store at store={job.config.values['store']['path']} to plan for; cache it first"
-        )
+        path = job.config.values["store"]["path"]
+        raise UserError(f"{name} has no store{f' at store={path}' if path else ''} to plan for; cache it first")
     from transformers import AutoConfig
 
     try:
@@ -103,8 +102,11 @@ def memory_table(plan: "Plan"):
 
 def traffic_table(plan: "Plan", steps: int):
     rows = [(f"sent a step: {name}", format_bytes(size)) for name, size in plan.sent.items()]
-    if "reconstructions" in plan.sent:
-        rows.append(("  in their place, values and indices", format_bytes(plan.instead)))
+    if plan.moved:
+        rows.append(("leaves a rank in a step", format_bytes(plan.moved)))
+    for name, size in plan.exchanges.items():
+        taken = " (taken)" if name == plan.exchange else ""
+        rows.append((f"  of it with parallel.exchange={name}{taken}", format_bytes(size)))
     rows.append(("store", format_bytes(plan.store)))
     rows += [(f"seconds a step: {name}", f"{seconds:.3g}") for name, seconds in plan.seconds.items()]
     rows.append((f"hours for {steps} steps", f"{plan.step_seconds * steps / 3600:.3g}"))

@@ -54,9 +54,10 @@ class TrainSettings(Common):
 
     run: str = ""
     """The folder for the run; a run that was cut off goes on when the same command is given again."""
-    init: str | None = None
-    """What the training begins with: a run or a transcoder's folder, of other reach or activation or with fewer
-    features; or mlp, the language model's own neurons."""
+    init: str = "auto"
+    """What the training begins with: mlp, the language model's own neurons; random, fresh features; or a run or a
+    transcoder's folder, of other reach or activation or with fewer features. auto is mlp, and random for mixtures of
+    experts."""
     plan: bool = False
     """Say what the run would take and whether it fits, and do nothing; `--plan` is short for it."""
 

@@ -1,5 +1,6 @@
 """`crosslace train`: a transcoder from a store."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from .terminal import Closing, table
 
 if TYPE_CHECKING:
     from ..data.store import ActivationStore
+    from ..train.sharding import ParallelSettings
     from ..train.trainer import TrainResult
 
 SAVED = ("init", "model", "dataset", "world", "stdlib", "store", "transcoder", "trainer", "parallel", "wandb")
@@ -31,7 +33,10 @@ def run(job: Job) -> Closing:
     overall = result.evaluation["overall"]
     return Closing(
         "trained",
-        tables=[table("held-out", ("", "value"), [(name, value) for name, value in overall.items()])],
+        tables=[
+            table("held-out", ("", "value"), [(name, value) for name, value in overall.items()]),
+            *([table("speed", ("", "value"), list(result.speed.items()))] if result.speed else []),
+        ],
         wrote=[
             (str(folder / "transcoder"), "the transcoder, on the model's own activations"),
             (str(folder / "metrics.jsonl"), "one line a logged step"),
@@ -56,7 +61,7 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
 
     settings = run_settings(job)
     device = pick_device(job.section("trainer"))
-    with open_stores(job) as (store, held_out), processes(job.section("parallel"), device) as comm:
+    with open_stores(job) as (store, held_out), processes(mesh_for(job, store, device.type), device) as comm:
         if comm.is_main:
             runs.claim(folder, settings)
         comm.barrier()
@@ -77,16 +82,33 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
         )
 
 
+def mesh_for(job: Job, store: "ActivationStore", device: str) -> "ParallelSettings":
+    """The processes, and what they exchange."""
+    from ..train.plan import Shape, decided
+
+    transcoder = job.section("transcoder")
+    layers = transcoder.layers or store.layers
+    shape = Shape(len(layers), store.d_model, len(store), store.dtype.itemsize)
+    machine = replace(job.section("machine"), device="cuda" if device == "cuda" else "cpu")
+    return decided(shape, transcoder, job.section("trainer"), job.section("parallel"), machine)
+
+
 def beginning(job: Job, store: "ActivationStore") -> dict[str, Any]:
     """What a training begins with, as keywords of the trainer: the MLPs' neurons, or a transcoder of the same model."""
-    from ..train.neurons import model_neurons
+    from ..train.neurons import has_neurons, model_neurons
     from ..train.transcoder import Transcoder
 
-    init, shape = job.config.values.get("init"), job.section("transcoder")
-    if init is None:
+    init, shape = job.config.values.get("init", "auto"), job.section("transcoder")
+    if init == "random":
         return {}
-    if init == "mlp":
-        return {"neurons": model_neurons(open_model(job), store, shape.layers, shape.read)}
+    if init in ("auto", "mlp"):
+        try:
+            model = open_model(job)
+        except UserError as error:
+            raise UserError(f"{error} (it is needed for its neurons; init=random begins without it)") from error
+        if init == "auto" and not has_neurons(model, store, shape.layers):
+            return {}
+        return {"neurons": model_neurons(model, store, shape.layers, shape.read)}
     source = Transcoder.load(runs.transcoder_folder(Path(init)))
     made_of, needed = (meta.get("model", {}).get("fingerprint") for meta in (source.meta, store.attributes))
     if made_of != needed:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..data.errors import UserError
 from .collectives import SINGLE, Collectives
-from .partition import SHARDED
+from .partition import cut_dim
 
 STATE_FILE = "state.json"
 FORMAT_VERSION = 1
@@ -85,6 +85,11 @@ class Checkpoints:
         """Read into `tensors` in place, whatever mesh wrote them."""
         with quiet():
             reader = dcp.HuggingFaceStorageReader(str(path))
+            if missing := sorted(tensors.keys() - reader.read_metadata().state_dict_metadata.keys()):
+                raise UserError(
+                    f"{path} was written by another version, which kept no {', '.join(missing)}: finish this run with "
+                    "the version that began it, or begin another"
+                )
             dcp.load(self._global(tensors), storage_reader=reader, no_dist=self._alone)
 
     def paths(self) -> list[Path]:
@@ -97,7 +102,8 @@ class Checkpoints:
         return self.comm.data_ranks * self.comm.feature_ranks == 1
 
     def _global(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        return {name: self.comm.shard(t) if _is_cut(name) else t.detach() for name, t in tensors.items()}
+        cuts = {name: _cut_dim(name, self.comm) for name in tensors}
+        return {n: t.detach() if (dim := cuts[n]) is None else self.comm.shard(t, dim) for n, t in tensors.items()}
 
     def _seal(self, aside: Path, final: Path, step: int, state: dict[str, Any]) -> None:
         files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(aside.iterdir())}
@@ -133,10 +139,12 @@ def checksum(path: Path) -> int:
     return value
 
 
-def _is_cut(name: str) -> bool:
-    """Whether this tensor is cut along its features: `weights/W_enc.0`, `exp_avg/b_enc.1`, `state/density.2`."""
+def _cut_dim(name: str, comm: Collectives) -> int | None:
+    """Where this tensor is cut: `weights/W_enc.0`, `exp_avg/b_enc.1`, `state/density.2`; a `step/...` is a number."""
     group, _, rest = name.partition("/")
-    return group != "step" and rest.split(".")[0] in (*SHARDED, "density")
+    if group == "step":
+        return None
+    return 0 if rest.startswith("density.") else cut_dim(rest, comm)
 
 
 def _sync(path: Path) -> None:

@@ -36,6 +36,9 @@ def check_run(
         )
     if held_out.d_model != store.d_model:
         raise UserError(f"the held-out rows are {held_out.d_model} wide and the training rows {store.d_model}")
+    models = [part.attributes.get("model", {}).get("fingerprint") for part in (store, held_out)]
+    if None not in models and models[0] != models[1]:
+        raise UserError(f"the training rows are of model {models[0]} and the held-out rows of {models[1]}")
     store.steps_per_epoch(settings.batch)
     check_sparsity(settings, transcoder, len(layers))
     if settings.precision == "fp16" and device.type == "cpu":

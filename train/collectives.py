@@ -19,6 +19,8 @@ class Collectives(Protocol):
     data_ranks: int
     feature_rank: int
     feature_ranks: int
+    slices: int
+    """Into how many slices decoders are cut along their width: 1 where they are cut by feature, else feature_ranks."""
 
     @property
     def is_main(self) -> bool:
@@ -64,8 +66,16 @@ class Collectives(Protocol):
         """Concatenate the shards' `x` along its feature dimension (rare: export, resampling), without gradient."""
         ...
 
-    def shard(self, x: Tensor) -> Tensor:
-        """This rank's features `x` [F/m, ...] as a DTensor of all [F, ...] that shares its memory (checkpoints)."""
+    def gather_parts(self, x: Tensor) -> Tensor:
+        """[m, ...]: every feature rank's `x`, all of one shape, without gradient."""
+        ...
+
+    def sum_parts(self, x: Tensor) -> Tensor:
+        """[m, ...] -> [...]: of the sum over feature ranks, the entry of this one, without gradient."""
+        ...
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        """This feature rank's part `x` as a DTensor of the whole, cut along `dim`, that shares its memory."""
         ...
 
     def barrier(self) -> None:
@@ -81,7 +91,7 @@ class SingleProcess:
     """One process: every collective is the identity."""
 
     data_rank = feature_rank = 0
-    data_ranks = feature_ranks = 1
+    data_ranks = feature_ranks = slices = 1
     is_main = True
 
     def sum(self, x: Tensor) -> Tensor:
@@ -111,7 +121,13 @@ class SingleProcess:
     def gather_features(self, x: Tensor, dim: int = 0) -> Tensor:
         return x
 
-    def shard(self, x: Tensor) -> Tensor:
+    def gather_parts(self, x: Tensor) -> Tensor:
+        return x[None]
+
+    def sum_parts(self, x: Tensor) -> Tensor:
+        return x[0]
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
         return x
 
     def barrier(self) -> None:

@@ -1,10 +1,12 @@
 """One ordinary transcoder folder from the parts that feature ranks hold, without any rank holding the whole.
 
-A tensor that is cut along its features lies in the file as one stretch after another, so each rank writes its own.
+A tensor that is cut along its first dimension lies in the file as one stretch after another, and each rank writes its
+own. Of one that is cut along another, rows are put together a few at a time, and the ranks take turns in writing them.
 """
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .collectives import Collectives
-from .partition import is_sharded
+from .partition import cut_dim
 from .transcoder import DESCRIPTION_FILE, WEIGHTS_FILE, Transcoder, TranscoderSettings
 
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
+_WRITTEN_AT_ONCE = 64 * 2**20
 
 
 def save_whole(
@@ -42,9 +45,9 @@ def save_whole(
     if comm.data_rank == 0:
         with aside.open("r+b") as file:
             for name, tensor in part.state_dict().items():
-                if is_sharded(name) or comm.is_main:
-                    file.seek(places[name] + comm.feature_rank * tensor.nbytes * is_sharded(name))
-                    file.write(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+                for offset, stretch in _stretches(tensor.detach(), cut_dim(name, comm), comm):
+                    file.seek(places[name] + offset)
+                    file.write(stretch.contiguous().cpu().view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
     comm.barrier()
@@ -53,6 +56,21 @@ def save_whole(
         whole.describe(folder / DESCRIPTION_FILE)
     comm.barrier()
     return folder
+
+
+def _stretches(own: Tensor, dim: int | None, comm: Collectives) -> Iterator[tuple[int, Tensor]]:
+    """What this rank writes of a tensor, each with its place in the whole, in bytes."""
+    if dim is None:
+        if comm.is_main:
+            yield 0, own
+    elif dim == 0:
+        yield comm.feature_rank * own.nbytes, own
+    else:
+        row = own[0].nbytes * comm.feature_ranks
+        for turn, rows in enumerate(own.split(rows_at_once := max(1, _WRITTEN_AT_ONCE // row))):
+            together = comm.gather_features(rows, dim)
+            if turn % comm.feature_ranks == comm.feature_rank:
+                yield turn * rows_at_once * row, together
 
 
 def layout(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int], int]:

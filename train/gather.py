@@ -64,22 +64,28 @@ def backend(tensor: Tensor) -> str:
 
 def make_entries(rows: Tensor, features: Tensor, n_rows: int, n_features: int, absent: Tensor | None = None) -> Entries:
     """Entries from pairs listed by row, some of them perhaps `absent` (bool [N]). No host synchronisation."""
-    row_order = None
-    listed = rows
+    row_order, listed, keys, n_keys = None, rows, features, n_features
     if absent is not None:
         # Left where they are, empty places would make the list of one row and of one feature very long.
         row_order = absent.to(torch.uint8).argsort(stable=True)
         listed = rows.masked_fill(absent, n_rows)[row_order]
+        keys, n_keys = features.masked_fill(absent, n_features), n_features + 1
     row_pointer = torch.searchsorted(listed, torch.arange(n_rows + 1, device=rows.device))
-    if backend(rows) == "native" and absent is None:
-        order, ordered_rows = torch.empty_like(rows), torch.empty_like(rows)
-        feature_pointer = torch.zeros(n_features + 1, dtype=torch.int64)
-        native.call("by_feature", features, rows, len(rows), n_features, feature_pointer, order, ordered_rows)
-        return Entries(rows, features, row_pointer, order, ordered_rows, feature_pointer)
-    key = features if absent is None else features.masked_fill(absent, n_features)
-    ordered_features, order = key.sort(stable=True)
-    feature_pointer = torch.searchsorted(ordered_features, torch.arange(n_features + 1, device=rows.device))
-    return Entries(rows, features, row_pointer, order, rows[order], feature_pointer, row_order)
+    feature_pointer, order, ordered_rows = sort_by(keys, rows, n_keys)
+    return Entries(rows, features, row_pointer, order, ordered_rows, feature_pointer[: n_features + 1], row_order)
+
+
+def sort_by(keys: Tensor, others: Tensor, n_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs [N] in the order of their keys, equal ones as they were: where each key begins [n_keys + 1], the order [N],
+    and the others in that order [N]."""
+    if backend(keys) == "native":
+        order, ordered = torch.empty_like(keys), torch.empty_like(keys)
+        pointer = torch.zeros(n_keys + 1, dtype=torch.int64)
+        native.call("by_feature", keys, others, len(keys), n_keys, pointer, order, ordered)
+        return pointer, order, ordered
+    ordered_keys, order = keys.sort(stable=True)
+    pointer = torch.searchsorted(ordered_keys, torch.arange(n_keys + 1, device=keys.device))
+    return pointer, order, others[order]
 
 
 def gather_sum(rows: Tensor, index: Tensor, pointer: Tensor, weights: Tensor, out: Tensor, add: bool = False) -> Tensor:

@@ -40,14 +40,19 @@ class Neurons(NamedTuple):
     """[N]: the mean square of what each wrote on the rows."""
 
 
+def has_neurons(lm: "LanguageModel", store: ActivationStore, layers: Sequence[int] | None) -> bool:
+    """Whether the MLP of each covered layer is one list of neurons, and no mixture of experts."""
+    return all(lm.layers[layer].mlp_weights is not None for layer in layers or store.layers)
+
+
 def model_neurons(
     lm: "LanguageModel", store: ActivationStore, layers: Sequence[int] | None, read: str
 ) -> Iterator[Neurons]:
     """The neurons of each covered layer, one layer at a time; refuses at once what has none."""
     store.check_model(lm.fingerprint, lm.name)
-    layers = list(layers or store.layers)
-    if any(lm.layers[layer].mlp_weights is None for layer in layers):
+    if not has_neurons(lm, store, layers):
         raise UserError(f"init=mlp needs MLPs of one list of neurons, and those of {lm.family} are mixtures of experts")
+    layers = list(layers or store.layers)
     batch = store.batch(0, 0, min(ROWS, len(store)), layers)
     return (neurons_of(lm.layers[layer], read, batch.sites[read][:, l]) for l, layer in enumerate(layers))
 

@@ -2,14 +2,14 @@
 
     1. pre-activations     h_l = x_l W_enc_l^T + b_enc_l               one product a layer
     2. active set          a_l = act(h_l)                              who fires
-    3. decode              y^  = sum of what sources write + b_dec     summed over feature shards
+    3. decode              y^  = sum of what sources write + b_dec     over all feature ranks (train/actives.py)
     4. losses              train/losses.py, over the entries of 2
 
 `dense_pass` does 1 to 3 on [B, F] tensors and is the reference; `train/sparse.py` offers the same quantities on the
 active entries alone. Step 4 is written once, for both.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import losses
 from .activations import above
+from .actives import add_written, all_slices, decoder_norms, over_slices, own_slice, share_dense
 from .collectives import SINGLE, Collectives
 from .rows import RowGradients
 from .transcoder import Transcoder
@@ -111,32 +112,12 @@ class Pass(NamedTuple):
     """Stages 1 to 3."""
 
     y_hat: Tensor
+    """[B, L, D]; where decoders are cut along their width, this rank's slice, here and in y_aux."""
     y_aux: Tensor | None
     layers: Sequence[LayerActs]
     norms: Sequence[Tensor] | None
     preactivation: Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
     """(layer, theta, norms, mask) -> the pre-activation penalty of that layer, mean over tokens."""
-
-
-def dense_pass(
-    transcoder: Transcoder, x: Tensor, inputs: StepInputs, objective: Objective, comm: Collectives = SINGLE
-) -> Pass:
-    """Stages 1 to 3 with every entry in memory."""
-    h = transcoder.preactivations(x)
-    acts = transcoder.activate(h, inputs.thresholds or choose(transcoder, h, inputs.k, comm), comm)
-    y_hat = decode_whole(transcoder, acts, x, comm)
-    y_aux = None
-    if objective.aux_weight and inputs.use_aux:
-        silent = [_aux_acts(h_BF, dead, objective.aux_k, comm) for h_BF, dead in zip(h, inputs.dead, strict=True)]
-        y_aux = comm.sum(torch.stack(transcoder.decode_features(silent), dim=-2).to(x.dtype))
-    norms = inputs.norms
-    if norms is None and objective.needs_norms:
-        norms = [transcoder.decoder_norms(l) for l in range(transcoder.n_layers)]
-
-    def preactivation(l: int, theta: Tensor, n: Tensor, over: Tensor | None) -> Tensor:
-        return losses.preactivation_penalty(h[l], theta, n, x.shape[0], over)
-
-    return Pass(y_hat, y_aux, [DenseActs(*pair) for pair in zip(h, acts, strict=True)], norms, preactivation)
 
 
 def choose(transcoder: Transcoder, h: list[Tensor], k: Sequence[float], comm: Collectives) -> list[Tensor] | None:
@@ -146,6 +127,28 @@ def choose(transcoder: Transcoder, h: list[Tensor], k: Sequence[float], comm: Co
     if transcoder.settings.activation == "batchtopk" and transcoder.settings.k_scope == "all":
         return transcoder.select(h, comm, sum(k) / len(k))
     return [transcoder.select([h_BF], comm, k_l)[0] for h_BF, k_l in zip(h, k, strict=True)]
+
+
+def dense_pass(
+    transcoder: Transcoder, x: Tensor, inputs: StepInputs, objective: Objective, comm: Collectives = SINGLE,
+    chosen_by: Callable[..., list[Tensor] | None] = choose,
+) -> Pass:  # fmt: skip
+    """Stages 1 to 3 with every entry in memory."""
+    h = transcoder.preactivations(x)
+    acts = transcoder.activate(h, inputs.thresholds or chosen_by(transcoder, h, inputs.k, comm), comm)
+    y_hat = decode_own(transcoder, acts, x, comm)
+    y_aux = None
+    if objective.aux_weight and inputs.use_aux:
+        silent = [_aux_acts(h_BF, dead, objective.aux_k, comm) for h_BF, dead in zip(h, inputs.dead, strict=True)]
+        y_aux = _written(transcoder, silent, x.dtype, comm)
+    norms = inputs.norms
+    if norms is None and objective.needs_norms:
+        norms = decoder_norms(transcoder, comm)
+
+    def preactivation(l: int, theta: Tensor, n: Tensor, over: Tensor | None) -> Tensor:
+        return losses.preactivation_penalty(h[l], theta, n, x.shape[0], over)
+
+    return Pass(y_hat, y_aux, [DenseActs(*pair) for pair in zip(h, acts, strict=True)], norms, preactivation)
 
 
 def step_loss(
@@ -162,7 +165,8 @@ def step_loss(
     done = forward(transcoder, x, inputs, objective, comm)
     fired = [layer.counts() for layer in done.layers]
     l0 = comm.sum_shards(torch.stack([counts.sum() for counts in fired]).to(x.dtype)) / tokens
-    terms = {"reconstruction": losses.reconstruction(done.y_hat, y)}
+    own_y = own_slice(y, comm)
+    terms = {"reconstruction": over_slices(losses.reconstruction(done.y_hat, own_y), comm)}
     with torch.autocast(x.device.type, enabled=False):
         if objective.sparsity is not None:
             terms["sparsity"] = inputs.lam * _sparsity(transcoder, done, inputs, objective, tokens, comm)
@@ -174,7 +178,8 @@ def step_loss(
             terms["preactivation"] = inputs.lam_preactivation * comm.sum(torch.stack(parts))
         if done.y_aux is not None:
             any_dead = comm.sum_shards(torch.stack([dead.any() for dead in inputs.dead]).any().to(x.dtype)) > 0
-            terms["auxiliary"] = objective.aux_weight * any_dead * losses.auxiliary(done.y_aux, done.y_hat, y)
+            auxiliary = over_slices(losses.auxiliary(done.y_aux, done.y_hat, own_y), comm)
+            terms["auxiliary"] = objective.aux_weight * any_dead * auxiliary
     loss = torch.stack(list(terms.values())).sum()
     detached = {name: term.detach() for name, term in terms.items()}
     return StepLoss(loss, detached, fired, l0, y.square().mean(dim=(0, 2)))
@@ -205,11 +210,20 @@ def _sparsity(
     return losses.quadratic_target(penalty, inputs.target_l0, around)
 
 
-def decode_whole(transcoder: Transcoder, acts: list[Tensor], x: Tensor, comm: Collectives = SINGLE) -> Tensor:
-    """y^ [B, L, D] of dense activations: all shards' parts, then b_dec and skip once."""
-    written = comm.sum(torch.stack(transcoder.decode_features(acts), dim=-2).to(x.dtype))
-    y_hat = written + torch.stack(list(transcoder.b_dec))
+def decode_own(transcoder: Transcoder, acts: Iterable[Tensor], x: Tensor, comm: Collectives = SINGLE) -> Tensor:
+    """y^ [B, L, D] of dense activations, or this rank's slice of it: what all features write, b_dec and skip once."""
+    y_hat = _written(transcoder, acts, x.dtype, comm) + torch.stack(list(transcoder.b_dec))
     return y_hat + transcoder.skip(x).to(x.dtype) if len(transcoder.W_skip) else y_hat
+
+
+def decode_whole(transcoder: Transcoder, acts: Iterable[Tensor], x: Tensor, comm: Collectives = SINGLE) -> Tensor:
+    """The same, whole on every rank; without gradient where it is cut."""
+    return all_slices(decode_own(transcoder, acts, x, comm), comm)
+
+
+def _written(transcoder: Transcoder, acts: Iterable[Tensor], dtype: torch.dtype, comm: Collectives) -> Tensor:
+    parts = transcoder.decode_features(share_dense(acts, comm))
+    return add_written(torch.stack(parts, dim=-2).to(dtype), comm)
 
 
 def _aux_acts(h_BF: Tensor, dead_F: Tensor, aux_k: int, comm: Collectives) -> Tensor:

@@ -10,15 +10,20 @@ from ..data.errors import SettingsError
 from .collectives import Collectives
 from .transcoder import Transcoder, TranscoderSettings
 
-SHARDED = ("W_enc", "b_enc", "W_dec", "log_theta")
+BY_FEATURE = ("W_enc", "b_enc", "W_dec", "log_theta")
+BY_WIDTH = {"W_dec": 2, "b_dec": 0, "W_skip": 0}
+"""What writes, where decoders are cut along their width (`parallel.exchange=actives`), and its dimension D."""
 
 
-def is_sharded(name: str) -> bool:
-    """Whether this parameter (or what belongs to it) is cut along its features."""
-    return name.split(".")[0] in SHARDED
+def cut_dim(name: str, comm: Collectives) -> int | None:
+    """The dimension along which this parameter (or what belongs to it) is cut; None: every rank holds it whole."""
+    kind = name.split(".")[0]
+    if comm.slices > 1 and kind in BY_WIDTH:
+        return BY_WIDTH[kind]
+    return 0 if kind in BY_FEATURE else None
 
 
-def part_settings(settings: TranscoderSettings, n_layers: int, comm: Collectives) -> TranscoderSettings:
+def part_settings(settings: TranscoderSettings, n_layers: int, d_model: int, comm: Collectives) -> TranscoderSettings:
     """The settings of this rank's part."""
     if comm.feature_ranks == 1:
         return settings
@@ -28,6 +33,11 @@ def part_settings(settings: TranscoderSettings, n_layers: int, comm: Collectives
             raise SettingsError(
                 f"transcoder.features={size} does not divide into parallel.features={comm.feature_ranks} equal parts"
             )
+    if d_model % comm.slices:
+        raise SettingsError(
+            f"a width of {d_model} does not divide into parallel.features={comm.slices} equal slices: take "
+            "parallel.exchange=reconstructions"
+        )
     return replace(settings, features_per_layer=[size // comm.feature_ranks for size in sizes])
 
 
@@ -36,32 +46,33 @@ def new_part(
     comm: Collectives,
 ) -> Transcoder:  # fmt: skip
     """This rank's part of a new transcoder, of which no rank holds the whole."""
-    own = part_settings(settings, len(layers), comm)
-    part = Transcoder(own, d_model, layers, seed=None, meta=meta)
+    own = part_settings(settings, len(layers), d_model, comm)
+    part = Transcoder(own, d_model, layers, seed=None, meta=meta, slices=comm.slices)
     part.reset_parameters(seed, comm.feature_rank, comm.feature_ranks)
     return part
 
 
 @torch.no_grad()
 def part_of(whole: Transcoder, comm: Collectives) -> Transcoder:
-    """This rank's F/m features of each layer; b_dec and W_skip are on every rank."""
+    """What this rank holds of each parameter."""
     if comm.feature_ranks == 1:
         return whole
-    settings = part_settings(whole.settings, whole.n_layers, comm)
+    settings = part_settings(whole.settings, whole.n_layers, whole.d_model, comm)
     part = Transcoder(
-        settings, whole.d_model, whole.layers, seed=None, device=whole.device, dtype=whole.dtype, meta=whole.meta
-    )
+        settings, whole.d_model, whole.layers, seed=None, device=whole.device, dtype=whole.dtype, meta=whole.meta,
+        slices=comm.slices,
+    )  # fmt: skip
     for name, parameter in part.named_parameters():
-        source = whole.get_parameter(name)
-        if is_sharded(name):
-            source = source.narrow(0, comm.feature_rank * parameter.shape[0], parameter.shape[0])
+        source, dim = whole.get_parameter(name), cut_dim(name, comm)
+        if dim is not None:
+            source = source.narrow(dim, comm.feature_rank * parameter.shape[dim], parameter.shape[dim])
         parameter.copy_(source)
     return part
 
 
 @torch.no_grad()
 def whole_of(part: Transcoder, comm: Collectives) -> Transcoder:
-    """All features, gathered on every rank: what is exported and evaluated."""
+    """The whole transcoder, gathered on every rank."""
     if comm.feature_ranks == 1:
         return part
     settings = replace(part.settings, features_per_layer=[size * comm.feature_ranks for size in part.features])
@@ -69,6 +80,6 @@ def whole_of(part: Transcoder, comm: Collectives) -> Transcoder:
         settings, part.d_model, part.layers, seed=None, device=part.device, dtype=part.dtype, meta=part.meta
     )
     for name, parameter in whole.named_parameters():
-        source = part.get_parameter(name)
-        parameter.copy_(comm.gather_features(source.detach()) if is_sharded(name) else source)
+        source, dim = part.get_parameter(name).detach(), cut_dim(name, comm)
+        parameter.copy_(source if dim is None else comm.gather_features(source, dim))
     return whole

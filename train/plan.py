@@ -9,6 +9,8 @@ for the largest:
     checkpoint   weights, gradients, moments; in host memory twice the weights and moments, as they are and as a file
     export       weights, moments, the weights once more, scaled to raw activations
 
+Gradients of encoders and decoders are there only where they are formed (train/rows.py says when they need not be).
+
 On a CPU all of it is one memory; with a GPU the start, the checkpoint's copies and the batches that wait are in the
 host's.
 """
@@ -19,10 +21,11 @@ from typing import NamedTuple
 from ..data.errors import check_choice, check_range
 from ..data.units import parse_bytes
 from .settings import TrainerSettings
-from .sharding import BUCKET_BYTES, ParallelSettings
+from .sharding import BUCKET_BYTES, EXCHANGES, ParallelSettings
+from .traffic import FLOAT, Work, actives_are_fewer, all_flows, moved
 from .transcoder import TranscoderSettings
 
-FLOAT, INDEX = 4, 8
+NORMED = ("tanh", "l1")
 LIBRARIES = {"cpu": 130e6, "cuda": 1.2e9}
 """What PyTorch and its libraries take by themselves; measured on a CPU, CUDA's context and workspaces otherwise."""
 ENTRY_BYTES = 76
@@ -98,9 +101,13 @@ class Plan:
     host: dict[str, float]
     """Host memory by phase; on a CPU it is in `phases`."""
     sent: dict[str, float]
-    """Bytes that a rank hands to each collective in a step (an all-reduce moves about twice as many over the wire)."""
-    instead: float
-    """Bytes that active values and indices would take in place of the reconstructions."""
+    """Bytes that a rank hands to each collective in a step."""
+    moved: float
+    """Bytes that leave a rank in a step, all collectives together (train/traffic.py)."""
+    exchange: str
+    """What feature ranks exchange: reconstructions or actives."""
+    exchanges: dict[str, float]
+    """Bytes that leave a rank for each of the two; empty where features are not shared."""
     store: float
     seconds: dict[str, float]
     """A step's arithmetic, memory traffic, communication, and reading (which goes on beside them)."""
@@ -130,62 +137,100 @@ def make_plan(
     machine: MachineSettings,
 ) -> Plan:
     """Count everything."""
+    parallel = decided(shape, transcoder, trainer, parallel, machine)
     L, D = shape.n_layers, shape.d_model
     sizes, reach = transcoder.sizes(L), transcoder.reach_of(L)
     reaches = [min(reach, L - l) for l in range(L)]
     m, on_cpu = parallel.features, machine.device == "cpu"
+    work = work_of(shape, transcoder, trainer, parallel, machine.device)
+    slices = m if parallel.exchange == "actives" else 1
     thresholds = 1 if transcoder.activation == "jumprelu" else 0
     cut = [F * (D + 1 + thresholds + r * D) for F, r in zip(sizes, reaches, strict=True)]
     shared = L * (D + (D * D if transcoder.skip else 0))
-    whole, own = sum(cut) + shared, sum(cut) // m + shared
+    whole, own = sum(cut) + shared, sum(cut) // m + shared // slices
     W, F = own * FLOAT, max(sizes) // m
+    gradients = W - _unformed(trainer, parallel, work, reaches) * FLOAT
 
-    rows = -(-trainer.batch // parallel.data)
+    rows, sparse = work.rows, work.sparse
     piece = -(-rows // trainer.accumulate)
-    final, active = _active(transcoder, trainer, L)
-    sparse = _is_sparse(transcoder, trainer, active, L, sum(sizes), machine.device)
-    written = piece * L * D * FLOAT
-    activations = _activations(transcoder, trainer, sizes, m, piece, active, sparse) + 5 * written
+    written = piece * L * D * FLOAT / slices
+    activations = _activations(transcoder, trainer, work, piece, m, slices) + 5 * written
     normalised = 2 * rows * L * D * FLOAT
     waiting = (trainer.prefetch + WAITING) * 2 * rows * L * D * shape.itemsize
-    auxiliary = _auxiliary(transcoder, trainer, sizes, m, piece, D, sparse)
-    buffers = _buffers(parallel, cut, written, active, rows)
+    auxiliary = _auxiliary(work, piece, m, slices, written)
+    buffers = _buffers(parallel, cut, written, work, slices)
+    final, _ = _active(transcoder, trainer, L)
     sample = _first_rows(shape, [size // m for size in sizes], final / m)
 
     libraries = LIBRARIES[machine.device]
     kept = libraries + (sample.kept + waiting if on_cpu else 0)
     parts = [
-        Part("weights", W), Part("gradients", W), Part("moments", 2 * W), Part("activations", activations),
+        Part("weights", W), Part("gradients", gradients), Part("moments", 2 * W), Part("activations", activations),
         Part("auxiliary loss", auxiliary), Part("batches", normalised + (waiting if on_cpu else 0)),
         Part("communication", buffers), Part("libraries and kept rows", kept - (waiting if on_cpu else 0)),
     ]  # fmt: skip
     evaluated = 2.3 * EVALUATED_AT_ONCE * sum(sizes) // m * FLOAT
+    evaluated += 3 * EVALUATED_AT_ONCE * max(sizes) * FLOAT if slices > 1 else 0  # a layer of all ranks at a time
     scratch = piece * F * FLOAT if sparse else 0.0
     phases = {
         "step": sum(part.bytes for part in parts),
-        "evaluation": 4 * W + kept + scratch + evaluated,
+        "evaluation": 3 * W + gradients + kept + scratch + evaluated,
         "export": 4 * W + kept,
     }
     start = sample.peak
     checkpoint = 6 * W
     host: dict[str, float] = {}
     if on_cpu:
-        phases |= {"start": 3 * W + libraries + start, "checkpoint": 4 * W + kept + scratch + normalised + checkpoint}
+        held = 3 * W + gradients + kept + scratch + normalised
+        phases |= {"start": 3 * W + libraries + start, "checkpoint": held + checkpoint}
     else:
         host = {"start": W + start, "training": sample.kept + waiting, "checkpoint": sample.kept + waiting + checkpoint}
 
-    pieces, sent = trainer.accumulate, {}
-    if m > 1:
-        sent["reconstructions"] = float(written * pieces) * (2 if auxiliary else 1)
-    if transcoder.activation == "batchtopk" and parallel.processes > 1:
-        sent["thresholds"] = active * trainer.batch * L * FLOAT
-    if parallel.data > 1:
-        sent["gradients"] = float(W)
-    instead = rows * active * L * (FLOAT + INDEX) / m
+    flows = all_flows(work, parallel, own)
+    sent, moving = {name: flow.handed for name, flow in flows.items()}, sum(flow.moved for flow in flows.values())
+    exchanges = {name: moved(work, name, m) for name in EXCHANGES if name != "auto" and m > 1}
     store = shape.rows * L * D * 2 * shape.itemsize
-    seconds = _seconds(sizes, reaches, D, m, rows, active, sparse, W, sent, machine)
+    seconds = _seconds(work, reaches, m, W, gradients, machine)
+    seconds["communication"] = moving / parse_bytes(machine.link)
     seconds["reading"] = 2 * rows * L * D * shape.itemsize / parse_bytes(machine.store)
-    return Plan(whole, own, parts, phases, host, sent, instead, store, seconds)
+    return Plan(whole, own, parts, phases, host, sent, moving, parallel.exchange, exchanges, store, seconds)
+
+
+def decided(
+    shape: Shape,
+    transcoder: TranscoderSettings,
+    trainer: TrainerSettings,
+    parallel: ParallelSettings,
+    machine: MachineSettings,
+) -> ParallelSettings:
+    """The mesh with `exchange` no longer `auto`: active values where they are fewer bytes and there is room."""
+    if parallel.exchange != "auto":
+        return parallel
+    plain, cut = (replace(parallel, exchange=exchange) for exchange in ("reconstructions", "actives"))
+    if not actives_are_fewer(work_of(shape, transcoder, trainer, parallel, machine.device), parallel.features):
+        return plain
+    fits = [make_plan(shape, transcoder, trainer, mesh, machine).fits(machine) for mesh in (plain, cut)]
+    return plain if fits == [True, False] else cut
+
+
+def work_of(
+    shape: Shape, transcoder: TranscoderSettings, trainer: TrainerSettings, parallel: ParallelSettings, device: str
+) -> Work:
+    """A step of one rank, in numbers."""
+    L, D, sizes = shape.n_layers, shape.d_model, transcoder.sizes(shape.n_layers)
+    active = _active(transcoder, trainer, L)[1]
+    topk_kind = transcoder.activation in ("topk", "batchtopk")
+    return Work(
+        sizes=sizes,
+        d_model=D,
+        rows=-(-trainer.batch // parallel.data),
+        pieces=trainer.accumulate,
+        active=active,
+        auxiliary=min(trainer.aux_k or max(1, D // 2), max(sizes)) if topk_kind and trainer.aux_weight else 0,
+        sparse=_is_sparse(transcoder, trainer, active, L, sum(sizes), device),
+        norms=not topk_kind and (trainer.lam_preactivation > 0 or trainer.penalty() in NORMED),
+        activation=transcoder.activation,
+    )
 
 
 def what_fits(
@@ -199,7 +244,7 @@ def what_fits(
     sizes = transcoder.sizes(shape.n_layers)
     ranks = parallel.features
     while ranks <= MOST_RANKS:
-        if all(size % ranks == 0 for size in sizes):
+        if all(size % ranks == 0 for size in sizes) and (parallel.exchange != "actives" or shape.d_model % ranks == 0):
             for accumulate in (trainer.accumulate * 2**i for i in range(5)):
                 if trainer.batch % (accumulate * parallel.data):
                     break
@@ -249,51 +294,63 @@ def _is_sparse(
 
 
 def _activations(
-    transcoder: TranscoderSettings, trainer: TrainerSettings, sizes: list[int], m: int, piece: int, active: float,
-    sparse: bool,
-) -> float:  # fmt: skip
-    """What lies between the rows and the losses. Dense: h, a and what each term keeps, [B, F] each, of every layer."""
-    if sparse:
-        return piece * max(sizes) // m * FLOAT + piece * active * len(sizes) * ENTRY_BYTES / m
+    transcoder: TranscoderSettings, trainer: TrainerSettings, work: Work, piece: int, m: int, slices: int
+) -> float:
+    """What lies between the rows and the losses. Dense: h, a and what each term keeps, [B, F] each, of every layer.
+
+    Where decoders are cut along their width, a rank works on its own entries and on everyone's.
+    """
+    everyones = 1.0 if slices > 1 else 0.0
+    if work.sparse:
+        entries = piece * work.active * work.layers * ENTRY_BYTES
+        return piece * max(work.sizes) // m * FLOAT + entries * (1 / m + everyones)
     copies = {"topk": 2.0, "batchtopk": 2.0, "relu": 3.0, "jumprelu": 3.0}[transcoder.activation]
     if transcoder.activation in ("relu", "jumprelu") and trainer.penalty() != "target":
         copies += 0.7
-    return (copies + 1.6 / len(sizes)) * piece * sum(sizes) // m * FLOAT
+    return ((copies + 1.6 / work.layers) / m + everyones) * piece * sum(work.sizes) * FLOAT
 
 
-def _auxiliary(
-    transcoder: TranscoderSettings, trainer: TrainerSettings, sizes: list[int], m: int, piece: int, D: int, sparse: bool
-) -> float:
-    """topk kinds, once features are dead."""
-    if transcoder.activation not in ("topk", "batchtopk") or not trainer.aux_weight:
+def _unformed(trainer: TrainerSettings, parallel: ParallelSettings, work: Work, reaches: list[int]) -> float:
+    """Parameters of a rank whose gradients are never formed: nothing else is added to them."""
+    if not work.sparse or trainer.accumulate > 1 or parallel.data > 1:
         return 0.0
-    if not sparse:
-        return 1.3 * piece * sum(sizes) // m * FLOAT + 3 * piece * len(sizes) * D * FLOAT
-    entries = min(trainer.aux_k or max(1, D // 2), max(sizes))
-    return piece * entries * len(sizes) * ENTRY_BYTES / m + 3 * piece * len(sizes) * D * FLOAT
+    encoder = 0 if trainer.optimizer == "muon" else 1
+    return sum(F * (encoder + r) * work.d_model for F, r in zip(work.sizes, reaches, strict=True)) / parallel.features
 
 
-def _buffers(parallel: ParallelSettings, cut: list[int], written: float, active: float, rows: int) -> float:
+def _auxiliary(work: Work, piece: int, m: int, slices: int, written: float) -> float:
+    """topk kinds, once features are dead."""
+    if not work.auxiliary:
+        return 0.0
+    everyones = 1.0 if slices > 1 else 0.0
+    if not work.sparse:
+        return (1.3 / m + everyones) * piece * sum(work.sizes) * FLOAT + 3 * written
+    return piece * work.auxiliary * work.layers * ENTRY_BYTES * (1 / m + everyones) + 3 * written
+
+
+def _buffers(parallel: ParallelSettings, cut: list[int], written: float, work: Work, slices: int) -> float:
     """Copies that collectives work on."""
-    sums = written if parallel.features > 1 else 0
+    shared = 0.0
+    if slices > 1:
+        shared = 3 * (FLOAT + FLOAT) * work.rows / work.pieces * work.layers * (work.active + work.auxiliary)
+    elif parallel.features > 1:
+        shared = written
     bucket = min(BUCKET_BYTES, max(cut) * FLOAT) if parallel.data > 1 else 0
-    pool = active * rows * parallel.data * FLOAT * (parallel.processes + 1) if parallel.processes > 1 else 0
-    return sums + bucket + pool
+    return shared + bucket
 
 
 def _seconds(
-    sizes: list[int], reaches: list[int], D: int, m: int, rows: int, active: float, sparse: bool, W: float,
-    sent: dict[str, float], machine: MachineSettings,
-) -> dict[str, float]:  # fmt: skip
-    encoder = sum(2 * rows * D * F / m for F in sizes)
-    decoder = sum(2 * rows * D * F * r / m for F, r in zip(sizes, reaches, strict=True))
-    operations = encoder if sparse else 2 * encoder + 3 * decoder
-    touched = 7 * W  # Adam reads four tensors and writes three
-    if sparse:
-        touched += 2 * W + 3 * sum(rows * active * (1 + r) * D * FLOAT / m for r in reaches)
-    moved = sum(2 * value for value in sent.values())
+    work: Work, reaches: list[int], m: int, W: float, gradients: float, machine: MachineSettings
+) -> dict[str, float]:
+    encoder = sum(2 * work.rows * work.d_model * F / m for F in work.sizes)
+    decoder = sum(2 * work.rows * work.d_model * F * r / m for F, r in zip(work.sizes, reaches, strict=True))
+    operations = encoder if work.sparse else 2 * encoder + 3 * decoder
+    touched = 6 * W + gradients  # Adam reads weights, moments and gradients, and writes the first two
+    if work.sparse:
+        touched += 2 * gradients + 3 * sum(
+            work.rows * work.active * (1 + r) * work.d_model * FLOAT / m for r in reaches
+        )
     return {
         "arithmetic": operations / (machine.tflops * 1e12),
         "memory": touched / parse_bytes(machine.memory_bandwidth),
-        "communication": moved / parse_bytes(machine.link),
     }

@@ -11,6 +11,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from .actives import decoder_norms
+from .compiled import CompileClock
 from .metrics import DENSE_ABOVE
 from .step import StepParts, scheduled_lr
 
@@ -27,6 +29,12 @@ class Records:
         self.clock = time.perf_counter()
         self.stalled = 0.0
         self.last_step = 0
+        self.note = ""
+        """The last line in short, for the progress bar."""
+        self.compiling = CompileClock()
+        self.compiled = 0.0
+        self.speed: dict[str, float] = {}
+        self._rated_steps, self._rated_seconds = 0, 0.0
 
     def start(self, step: int) -> None:
         self.clock, self.last_step = time.perf_counter(), step
@@ -38,6 +46,29 @@ class Records:
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
         self.path.write_text("".join(f"{line}\n" for line in kept))
         self._file = self.path.open("a")
+
+    def set_apart(self, step: int, stall_seconds: float, device: torch.device) -> None:
+        """After this process's first step, which compiles, builds kernels and touches its memory for the first time:
+        its seconds, without the wait for data, are a figure of their own, and no part of tokens/s."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        self.speed["first_step_seconds"] = now - self.clock - stall_seconds
+        self.clock, self.stalled, self.last_step, self.compiled = now, stall_seconds, step, self.compiling.seconds
+
+    def rates(self, step: int, stall_seconds: float, batch: int) -> dict[str, float]:
+        """Of the steps since the last line, but for the first one and for what was spent compiling."""
+        now, compiled = time.perf_counter(), self.compiling.seconds
+        steps, seconds = step - self.last_step, max(now - self.clock - (compiled - self.compiled), 1e-9)
+        stall = (stall_seconds - self.stalled) / seconds
+        self.clock, self.stalled, self.last_step, self.compiled = now, stall_seconds, step, compiled
+        self._rated_steps, self._rated_seconds = self._rated_steps + steps, self._rated_seconds + seconds
+        if compiled:
+            self.speed["compile_seconds"] = compiled
+        if self._rated_steps:
+            self.speed["tokens_per_second"] = self._rated_steps * batch / self._rated_seconds
+        known = {name: value for name, value in self.speed.items() if name != "tokens_per_second"}
+        return known | ({"tokens_per_second": steps * batch / seconds, "loader_stall": stall} if steps else {})
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         if self._file is not None:
@@ -83,14 +114,12 @@ def training_values(
     columns["lam"] = means["lam"]
     columns["dead"] = share(state.dead(counters.step))
     columns["dense"] = share([density > DENSE_ABOVE for density in densities])
-    norms = [transcoder.decoder_norms(l) for l in range(transcoder.n_layers)]
+    norms = decoder_norms(transcoder, comm)
     columns["decoder_norm"] = comm.sum_shards(torch.stack([norm.sum() for norm in norms])).cpu() / sizes
     if len(transcoder.log_theta):
         thetas = [transcoder.theta(l) for l in range(transcoder.n_layers)]
         columns["theta"] = comm.sum_shards(torch.stack([theta.sum() for theta in thetas])).cpu() / sizes
 
-    now = time.perf_counter()
-    seconds, steps = max(now - records.clock, 1e-9), counters.step - records.last_step
     values = {
         "tokens": float(counters.step * parts.settings.batch),
         "loss": float(sum(columns[name].sum() for name in columns if name.startswith("loss/"))),
@@ -98,13 +127,11 @@ def training_values(
         "lr": scheduled_lr(parts.settings, max(transcoder.features) * comm.feature_ranks, counters.step - 1),
         "bad_steps": float(state.bad_total),
         "bad_steps_in_row": float(state.bad_in_row),
-        "tokens_per_second": steps * parts.settings.batch / seconds,
-        "loader_stall": (stall_seconds - records.stalled) / seconds,
+        **records.rates(counters.step, stall_seconds, parts.settings.batch),
         "memory": float(memory_bytes(transcoder.device)),
         "sparse_step": float(counters.use_sparse),
         "seconds": counters.seconds,
     }
-    records.clock, records.stalled, records.last_step = now, stall_seconds, counters.step
     for name, column in columns.items():
         values[name] = float(column.mean() if not name.startswith("loss/") else column.sum())
         values |= {f"{name}/{layer}": float(v) for layer, v in zip(transcoder.layers, column, strict=True)}

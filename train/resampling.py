@@ -42,10 +42,12 @@ def resample(
         transcoder.W_enc[l][dead] = torch.nn.functional.normalize(x_BD[rows], dim=1) * usual * _ENCODER_SHARE
         theta = transcoder.theta(l)[dead]
         transcoder.b_enc[l][dead] = quantile_bias(x_BD @ transcoder.W_enc[l][dead].T, theta, rate[l])
-        transcoder.W_dec[l][dead] = 0
         state.density[l][dead] = rate[l]
-        for name in (f"W_enc.{l}", f"b_enc.{l}", f"W_dec.{l}", f"log_theta.{l}"):
+        for name in (f"W_enc.{l}", f"b_enc.{l}", f"log_theta.{l}"):
             optimizers.forget(name, dead)
+        written = dead if comm.slices == 1 else comm.gather_features(inputs.dead[l]).nonzero()[:, 0]
+        transcoder.W_dec[l][written] = 0
+        optimizers.forget(f"W_dec.{l}", written)
 
 
 def whole_batch(x: Tensor, comm: Collectives) -> Tensor:

@@ -1,12 +1,15 @@
 """Many processes as one: a mesh of data ranks and feature ranks, and the collectives that training asks of it.
 
     data rank d      reads rows d, d + n, ... of each batch; gradients are averaged over data ranks
-    feature rank f   holds features f F/m ... (f + 1) F/m of every layer: encoder, decoder, biases, thresholds and their
-                     moments; reconstructions are added over feature ranks
+    feature rank f   holds features f F/m ... (f + 1) F/m of every layer: encoder, biases, thresholds and their moments;
+                     and of the decoders either its features' rows, or its D/m slice of every feature's (`exchange`)
 
 What flows between processes in a step, for B tokens a data rank:
-    sum             [B, L, D] reconstructions over feature ranks, once, forward; nothing backward
-    top_threshold   k B n candidate values of each rank, so that batchtopk's choice is the one of the whole batch
+    sum             exchange=reconstructions: [B, L, D] over feature ranks, once, forward; nothing backward
+    gather_parts    exchange=actives: the active entries' values and places, forward (train/actives.py)
+    sum_parts       exchange=actives: the gradients of those values, backward
+    top_threshold   counts, by which batchtopk's choice is the one of the whole batch (train/ranking.py)
+    row_threshold   the same for each token: topk, and the auxiliary loss
     reduce_gradients each parameter's gradient over data ranks, in buckets
 
 The mathematics stands in `collectives.py`; this module alone knows process groups.
@@ -14,11 +17,14 @@ The mathematics stands in `collectives.py`; this module alone knows process grou
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -27,8 +33,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..data.errors import SettingsError, UserError, check_range
+from ..data.errors import SettingsError, UserError, check_choice, check_range
 from .collectives import SINGLE, Collectives
+from .ranking import kth_largest
 
 BUCKET_BYTES = 32 * 2**20
 """Gradients are averaged this much at a time: large enough to fill a link, small beside a dictionary."""
@@ -38,6 +45,8 @@ _LOST = (
     "another process of this job ended or went silent, and this one cannot go on without it; the message of that one "
     "says why, and the same command goes on from the newest checkpoint"
 )
+
+EXCHANGES = ("auto", "reconstructions", "actives")
 
 
 @dataclass(frozen=True)
@@ -50,12 +59,17 @@ class ParallelSettings:
     features: int = 1
     """Processes that share each layer's features."""
 
+    exchange: str = "auto"
+    """What feature ranks exchange: reconstructions, or actives (active values and indices; decoders are then cut along
+    their width); auto takes what moves fewer bytes by the plan."""
+
     timeout: int = 600
     """Seconds after which a process that waits for the others gives up."""
 
     def __post_init__(self) -> None:
         check_range("parallel.data", self.data, low=1)
         check_range("parallel.features", self.features, low=1)
+        check_choice("parallel.exchange", self.exchange, EXCHANGES)
         check_range("parallel.timeout", self.timeout, low=1)
 
     @property
@@ -90,7 +104,8 @@ def local_device() -> torch.device:
 
 @contextmanager
 def processes(settings: ParallelSettings, device: torch.device | str = "cpu") -> Iterator[Collectives]:
-    """The collectives of this process in its mesh, for as long as the block runs."""
+    """The collectives of this process in its mesh, for as long as the block runs. `exchange` is decided by then
+    (`plan.decided`): what is still `auto` exchanges reconstructions."""
     if started() != settings.processes:
         raise SettingsError(
             f"parallel.data={settings.data} times parallel.features={settings.features} makes {settings.processes} "
@@ -106,9 +121,10 @@ def processes(settings: ParallelSettings, device: torch.device | str = "cpu") ->
     try:
         if joined_here:
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
+            patience = timedelta(seconds=settings.timeout)
+            dist.init_process_group(backend, timeout=patience, **_meeting(patience))
         mesh = init_device_mesh(kind, (settings.data, settings.features), mesh_dim_names=("data", "features"))
-        yield MeshCollectives(mesh)
+        yield MeshCollectives(mesh, slices=settings.features if settings.exchange == "actives" else 1)
     except UserError as error:
         raise (FirstFailure(str(error)) if _first_to_fail() else PeerLost(_LOST)) from error
     except RuntimeError as error:
@@ -118,6 +134,44 @@ def processes(settings: ParallelSettings, device: torch.device | str = "cpu") ->
     finally:
         if joined_here and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meeting(patience: timedelta) -> dict[str, Any]:
+    """Where the processes find each other: a part of the store of torchrun's agents that only these processes use.
+
+    The agents keep their store when they start processes anew, and what the dead ones wrote there would mislead the
+    living. Without such a store, whatever torch does by itself.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, ranks = int(os.environ["RANK"]), started()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=patience)
+    name = _give_name(store, ranks, patience) if rank == 0 else _ask_name(store)
+    return {"store": dist.PrefixStore(f"crosslace/{name}", store), "rank": rank, "world_size": ranks}
+
+
+def _ask_name(store: dist.Store) -> str:
+    """The name that the first process gave to this start of all. Only the living answer a fresh question."""
+    question = uuid4().hex
+    store.set(f"crosslace/question/{store.add('crosslace/questions', 1)}", question)
+    name = store.get(f"crosslace/answer/{question}").decode()
+    store.add(f"crosslace/present/{name}", 1)
+    return name
+
+
+def _give_name(store: dist.Store, ranks: int, patience: timedelta) -> str:
+    """Answer every question, those of the dead too, until all the others are present."""
+    name, answered, begun = uuid4().hex, set(), time.monotonic()
+    while store.add(f"crosslace/present/{name}", 0) < ranks - 1:
+        for number in set(range(1, store.add("crosslace/questions", 0) + 1)) - answered:
+            if store.check([f"crosslace/question/{number}"]):
+                store.set(f"crosslace/answer/{store.get(f'crosslace/question/{number}').decode()}", name)
+                answered.add(number)
+        if time.monotonic() - begun > patience.total_seconds():
+            raise UserError(f"not all {ranks} processes came within {patience.total_seconds():.0f} s; start them again")
+        time.sleep(0.01)
+    return name
 
 
 def _first_to_fail() -> bool:
@@ -154,8 +208,8 @@ class _SumForward(torch.autograd.Function):
 class MeshCollectives:
     """`Collectives` over a DeviceMesh (data, features). Counts the bytes that this process hands in, by method."""
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: DeviceMesh, slices: int = 1) -> None:
+        self.mesh, self.slices = mesh, slices
         self.device = torch.device(mesh.device_type)
         self._data, self._features = mesh.get_group("data"), mesh.get_group("features")
         self.data_ranks, self.feature_ranks = mesh.shape
@@ -213,21 +267,14 @@ class MeshCollectives:
                 gradient.copy_(part.view_as(gradient))
 
     def top_threshold(self, values: Tensor, count: int) -> Tensor:
-        largest = values.detach().flatten()
-        largest = largest.topk(min(count, largest.numel()), sorted=False).values
-        own = largest.new_full((count,), -torch.inf)  # equal lengths everywhere, so that no length is exchanged
-        own[: largest.numel()] = largest
-        pool = self._gathered("top_threshold", own, None, dist.get_world_size()).flatten()
-        return _smallest_kept(pool.topk(count).values)[..., 0]
+        add = partial(self._reduced, "top_threshold", group=None)
+        return kth_largest(values.detach().reshape(1, -1), count, add, bits=8)[0, 0]
 
     def row_threshold(self, h_BF: Tensor, k: int) -> Tensor:
-        largest = h_BF.detach().topk(min(k, h_BF.shape[-1]), dim=-1).values
+        own = h_BF.detach().topk(min(k, h_BF.shape[-1]), dim=-1).values
         if self.feature_ranks == 1:
-            return largest[..., -1:]
-        own = largest.new_full((*largest.shape[:-1], k), -torch.inf)
-        own[..., : largest.shape[-1]] = largest
-        pool = torch.cat(list(self._gathered("row_threshold", own, self._features, self.feature_ranks)), dim=-1)
-        return _smallest_kept(pool.topk(k, dim=-1).values)
+            return own[..., -1:]
+        return kth_largest(own, k, partial(self._reduced, "row_threshold", group=self._features), bits=4)
 
     def _gathered(self, what: str, x: Tensor, group: Any, ranks: int) -> Tensor:
         """[ranks, ...]: every rank's tensor."""
@@ -242,8 +289,22 @@ class MeshCollectives:
             return x
         return torch.cat(list(self._gathered("gather_features", x, self._features, self.feature_ranks)), dim)
 
-    def shard(self, x: Tensor) -> Tensor:
-        placements = [Replicate(), Shard(0)]
+    def gather_parts(self, x: Tensor) -> Tensor:
+        if self.feature_ranks == 1:
+            return x.detach()[None]
+        return self._gathered("gather_parts", x, self._features, self.feature_ranks)
+
+    def sum_parts(self, x: Tensor) -> Tensor:
+        if self.feature_ranks == 1:
+            return x.detach()[0]
+        parts = x.detach().to(self.device).contiguous()
+        self._count("sum_parts", parts)
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, list(parts), group=self._features)
+        return own.to(x.device)
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        placements = [Replicate(), Shard(dim)]
         return DTensor.from_local(x.detach(), self.mesh, placements, run_check=False)
 
     def barrier(self) -> None:
@@ -256,11 +317,6 @@ class MeshCollectives:
         padded = torch.zeros(length, dtype=torch.uint8)
         padded[: text.numel()] = text
         return json.loads(bytes(self.max_all(padded).tolist()))
-
-
-def _smallest_kept(largest: Tensor) -> Tensor:
-    """The last of the largest entries [..., 1], leaving out the -inf that stand for entries that there are not."""
-    return largest.masked_fill(largest == -torch.inf, torch.inf).amin(-1, keepdim=True)
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

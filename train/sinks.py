@@ -21,5 +21,5 @@ class Sink(Protocol):
         ...
 
     def close(self, summary: dict[str, float]) -> None:
-        """Once, at the end, with the last held-out figures."""
+        """Once, at the end, with the last held-out figures, tokens/s and the first step's seconds."""
         ...

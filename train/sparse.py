@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activations import jumprelu
+from .actives import add_written, share_entries, whole_norms
 from .collectives import SINGLE, Collectives
 from .gather import Entries, backend, gather_sum, make_entries, row_norms
 from .objective import Objective, Pass, StepInputs
@@ -265,7 +266,7 @@ def sparse_pass(
     # 3. The lists become leaves of autograd, the decoders write what the entries hold.
     n_rows = 2 * tokens if want_aux else tokens
     memory = Memory(workspace, inputs.rows)
-    layers, lists, written = [], [], []
+    layers, lists, written, empty = [], [], [], []
     for l, chosen in enumerate(main):
         rows, features, h = chosen.tokens, chosen.features, chosen.h
         if want_aux:
@@ -281,18 +282,22 @@ def sparse_pass(
         shape = (tokens, transcoder.features[l])
         layers.append(SparseActs(chosen.tokens, chosen.features, h[:n], acts, h_sum, shape, chosen.found))
         lists.append(entries)
+        empty.append(absent)
         written.append(torch.cat([acts, h[n:].relu()]) if want_aux else acts)
     want_norms = objective.needs_norms and inputs.norms is None
+    lists, written = share_entries(lists, written, empty, comm)
     y, *norms = _Decode.apply(lists, n_rows, want_norms, memory, *written, *transcoder.W_dec)  # type: ignore[misc]
-    y = comm.sum(y.to(x.dtype))
+    y = add_written(y.to(x.dtype), comm)
     y_hat = y[:tokens] + _whole(main, torch.stack(list(transcoder.b_dec)))
     if len(transcoder.W_skip):
         y_hat = y_hat + transcoder.skip(x).to(x.dtype)
 
+    norms = whole_norms(norms, comm) if want_norms else inputs.norms
+
     def preactivation(l: int, theta: Tensor, n: Tensor, over: Tensor | None) -> Tensor:
         return preactivation_penalty(layers[l], theta, n, over)
 
-    return Pass(y_hat, y[tokens:] if want_aux else None, layers, norms if want_norms else inputs.norms, preactivation)
+    return Pass(y_hat, y[tokens:] if want_aux else None, layers, norms, preactivation)
 
 
 def _whole(chosen: Sequence[Chosen], b_dec: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from .activations import candidates
+from .actives import decoder_norms
 from .collectives import Collectives, global_norm
 from .objective import Objective, Pass, StepInputs, StepLoss, choose, step_loss
 from .optimizers import Optimizers
-from .partition import is_sharded
+from .partition import cut_dim
 from .rows import RowGradients
 from .schedules import annealed_k, default_lr, learning_rate, ramp
 from .settings import TrainerSettings
@@ -89,7 +90,7 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
     # Decoder norms once a step: the pass itself takes them, or for several pieces leaves that collect their gradient.
     norms, leaves = [], None
     if parts.objective.needs_norms and len(pieces) > 1:
-        norms = [transcoder.decoder_norms(l) for l in range(transcoder.n_layers)]
+        norms = decoder_norms(transcoder, comm)
         leaves = [norm.detach().requires_grad_() for norm in norms]
 
     # Where nothing else is added to them, the large gradients are never formed: the update makes them row by row.
@@ -113,7 +114,8 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
     unformed = rows.settled() if rows is not None else []
     named = [(name, p.grad) for name, p in transcoder.named_parameters() if p.grad is not None]
     comm.reduce_gradients([grad for _, grad in named])
-    cut, shared = ([g for n, g in named if is_sharded(n) is sharded] for sharded in (True, False))
+    cut = [grad for name, grad in named if cut_dim(name, comm) is not None]
+    shared = [grad for name, grad in named if cut_dim(name, comm) is None]
     norm = global_norm([*cut, *unformed], shared, comm) / scale
     whole = mean_of(seen)
     bad = comm.max_all((~(norm.isfinite() & whole.loss.isfinite())).float())

@@ -7,8 +7,9 @@ train/evaluation.py  held-out figures          train/checkpoint.py  exact resume
 import dataclasses
 import errno
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from ..data.errors import Progress, SettingsError, UserError, silent
 from ..data.store import ActivationStore, Batch
+from .actives import own_slice
 from .checkpoint import Checkpoints
 from .checks import check_run, check_same_run, store_identity
 from .collectives import SINGLE, Collectives
+from .compiled import compiled_pass
 from .evaluation import Evaluation, HeldOut, evaluate
 from .export import save_whole
 from .initialisation import initialise, rows_for
@@ -57,6 +60,8 @@ class TrainResult(NamedTuple):
     message: str
     by_person: bool = False
     """Interrupted by Ctrl-C, not by a cluster that takes its machine back."""
+    speed: Mapping[str, float] = MappingProxyType({})
+    """This process's first_step_seconds, tokens_per_second after it, and compile_seconds where it compiled."""
 
 
 class Trainer:
@@ -78,8 +83,8 @@ class Trainer:
         neurons: Iterable[Neurons] | None = None,
         meta: dict[str, Any] | None = None,
     ) -> None:
-        # Settings. What begins with a finished transcoder's features need not find places for them.
-        if (init is not None or neurons is not None) and settings.k_first is None:
+        # Settings. A finished transcoder's features need not find their places.
+        if init is not None and settings.k_first is None:
             settings = dataclasses.replace(settings, k_share=0.0)
         self.settings, self.transcoder_settings, self.comm = settings, transcoder_settings, comm
         self.device = torch.device(device) if device is not None else pick_device(settings)
@@ -120,7 +125,10 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", settings.keep_checkpoints, comm)
         self.records = Records(self.folder / "metrics.jsonl", comm.is_main)
         self.evaluation: Evaluation | None = None
-        self.compiled = torch.compile(dense_pass) if settings.compile else dense_pass
+        self.dense_pass = dense_pass
+        if settings.compile:
+            self.dense_pass = compiled_pass()
+            self.records.compiling.start()
 
     # The run.
 
@@ -142,8 +150,10 @@ class Trainer:
                 if settings.resample_every and self._due(settings.resample_every, before_step=True):
                     self._resample(x, y)
                 train_step(self.parts, x, y)
+                if not self.records.speed:
+                    self.records.set_apart(counters.step, loader.stall_seconds, self.device)
                 counters.seconds = time.perf_counter() - begun
-                self.progress("training", counters.step, settings.steps)
+                self.progress("training", counters.step, settings.steps, self.records.note)
                 if self._due(settings.log_every):
                     self._log(loader.stall_seconds)
                 if self._due(settings.eval_every):
@@ -166,7 +176,7 @@ class Trainer:
     def _forward(self, *arguments: Any) -> Pass:
         if self.parts.counters.use_sparse:
             return sparse_pass(*arguments, workspace=self.workspace)
-        return self.compiled(*arguments)
+        return self.dense_pass(*arguments)
 
     def _look(self, x: Tensor) -> None:
         """Decide, from a reading that is the same after a resume, which step to take and whether anything is dead."""
@@ -202,17 +212,16 @@ class Trainer:
         sample = min(len(self.store), rows_for(min(rates)))
         batch = self.store.batch(0, 0, sample)
         x, y_mean = self.normalisation.x(batch.sites[self.read]), self.normalisation.y_mean
-        if init is None and neurons is None:
-            part = new_part(shape, d_model, self.layers, seed, self.meta, self.comm)
-            initialise(part, x, y_mean, rates, self.settings.init_decoder)
-            return part.to(self.device)
-        whole = Transcoder(shape, d_model, self.layers, seed=seed, meta=self.meta)
-        initialise(whole, x, y_mean, rates, self.settings.init_decoder)
-        if neurons is not None:
-            start_from_neurons(whole, neurons, self.normalisation)
         if init is not None:
+            whole = Transcoder(shape, d_model, self.layers, seed=seed, meta=self.meta)
+            initialise(whole, x, y_mean, rates, self.settings.init_decoder)
             start_from(whole, init, self.normalisation)
-        return part_of(whole, self.comm).to(self.device)
+            return part_of(whole, self.comm).to(self.device)
+        part = new_part(shape, d_model, self.layers, seed, self.meta, self.comm)
+        initialise(part, x, own_slice(y_mean, self.comm), rates, self.settings.init_decoder)
+        if neurons is not None:
+            start_from_neurons(part, neurons, self.normalisation, self.comm)
+        return part.to(self.device)
 
     def _rates(self) -> list[float]:
         """The share of tokens on which a feature fires at first."""
@@ -275,6 +284,7 @@ class Trainer:
                 f"training stopped at step {parts.counters.step}: loss or gradient was not finite for "
                 f"{values['bad_steps_in_row']:.0f} steps in a row; lower trainer.lr or look at the store's values{cure}"
             )
+        self.records.note = f"nmse {values['nmse']:.4f}  l0 {values['l0']:.1f}  dead {values['dead']:.1%}"
         self._emit(values, histograms)
 
     def _emit(self, values: dict[str, float], histograms: dict[str, Tensor]) -> None:
@@ -293,6 +303,10 @@ class Trainer:
         values = {f"held_out/{name}": value for name, value in report["overall"].items()}
         for layer, figures in zip(self.layers, report["layers"], strict=True):
             values |= {f"held_out/{name}/{layer}": value for name, value in figures.items()}
+        if self.evaluation.thresholds is not None:
+            own = torch.stack([theta.mean() for theta in self.evaluation.thresholds])
+            means = (self.comm.sum_shards(own) / self.comm.feature_ranks).tolist()
+            values |= {f"held_out/theta/{layer}": mean for layer, mean in zip(self.layers, means, strict=True)}
         histograms = {f"held_out/density/{l}": d.cpu() for l, d in zip(self.layers, self.evaluation.densities)}
         self._emit(values | {"held_out/tokens": report["tokens"]}, histograms)
         score = self._score(report)
@@ -334,18 +348,19 @@ class Trainer:
         report = {} if self.evaluation is None else self.evaluation.report
         self._close(report)
         message = f"stopped at step {step} of {self.settings.steps} and saved: run the same command again to go on"
-        return TrainResult("interrupted", step, self.folder, report, message, by_person)
+        return TrainResult("interrupted", step, self.folder, report, message, by_person, self.records.speed)
 
     def _finish(self) -> TrainResult:
         evaluation = self._evaluate(max(self.settings.calibrate_tokens, self.settings.eval_tokens))
         folder = self._export("transcoder", evaluation)
         self._close(evaluation.report)
-        return TrainResult("finished", self.settings.steps, self.folder, evaluation.report, f"wrote {folder}")
+        message, speed = f"wrote {folder}", self.records.speed
+        return TrainResult("finished", self.settings.steps, self.folder, evaluation.report, message, speed=speed)
 
     def _close(self, report: dict[str, Any]) -> None:
         summary = {f"held_out/{name}": value for name, value in report.get("overall", {}).items()}
         for sink in self.sinks if self.comm.is_main else []:
-            sink.close(summary)
+            sink.close(summary | self.records.speed)
         self.records.close()
 
 

@@ -13,7 +13,7 @@ set), `decode`. `train/objective.py` composes them densely; `train/sparse.py` do
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -133,14 +133,17 @@ class Transcoder(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         meta: dict[str, Any] | None = None,
+        slices: int = 1,
     ) -> None:
         """`layers`: the model layers to cover (or how many, from 0). Weights are drawn from `seed`, or
-        left at zero where it is None."""
+        left at zero where it is None. `slices` > 1: a part of a transcoder whose decoders are cut along their width;
+        it writes D / slices of all parts' features (train/actives.py)."""
         super().__init__()
         self.settings = settings
         self.layers = list(range(layers)) if isinstance(layers, int) else list(layers)
         self.n_layers = len(self.layers)
         self.d_model = d_model
+        self.slices, self.width = slices, d_model // slices
         self.features = settings.sizes(self.n_layers)
         self.reach = settings.reach_of(self.n_layers)
         self.meta: dict[str, Any] = dict(meta or {})
@@ -150,11 +153,13 @@ class Transcoder(nn.Module):
 
         self.W_enc = nn.ParameterList([empty(n, d_model) for n in self.features])
         self.b_enc = nn.ParameterList([empty(n) for n in self.features])
-        self.W_dec = nn.ParameterList([empty(n, self.reach_at(l), d_model) for l, n in enumerate(self.features)])
-        self.b_dec = nn.ParameterList([empty(d_model) for _ in self.features])
+        self.W_dec = nn.ParameterList(
+            [empty(n * slices, self.reach_at(l), self.width) for l, n in enumerate(self.features)]
+        )
+        self.b_dec = nn.ParameterList([empty(self.width) for _ in self.features])
         thresholds = self.features if settings.activation == "jumprelu" else []
         self.log_theta = nn.ParameterList([empty(n) for n in thresholds])
-        self.W_skip = nn.ParameterList([empty(d_model, d_model) for _ in self.features] if settings.skip else [])
+        self.W_skip = nn.ParameterList([empty(self.width, d_model) for _ in self.features] if settings.skip else [])
         if seed is not None:
             self.reset_parameters(seed)
 
@@ -187,18 +192,23 @@ class Transcoder(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
 
-        def uniform(parameter: Tensor, bound: float) -> None:
-            own, row = len(parameter), parameter[0].numel()
-            for begin in range(0, own * ranks, step := max(1, _DRAWN_AT_ONCE // row)):
-                end = min(begin + step, own * ranks)
-                noise = (2 * torch.rand((end - begin, *parameter.shape[1:]), generator=generator) - 1) * bound
+        def uniform(parameter: Tensor, bound: float, dim: int = 0) -> None:
+            whole, own = list(parameter.shape), parameter.shape[dim]
+            whole[dim] *= ranks
+            step = max(1, _DRAWN_AT_ONCE // math.prod(whole[1:]))
+            for begin in range(0, whole[0], step):
+                end = min(begin + step, whole[0])
+                noise = (2 * torch.rand((end - begin, *whole[1:]), generator=generator) - 1) * bound
+                if dim:
+                    parameter[begin:end] = noise.narrow(dim, rank * own, own)
+                    continue
                 first, last = max(begin, rank * own), min(end, (rank + 1) * own)
                 if first < last:
                     parameter[first - rank * own : last - rank * own] = noise[first - begin : last - begin]
 
         for l, size in enumerate(self.features):
             uniform(self.W_enc[l], 1 / math.sqrt(size * ranks))
-            uniform(self.W_dec[l], 1 / math.sqrt(self.n_layers * self.d_model))
+            uniform(self.W_dec[l], 1 / math.sqrt(self.n_layers * self.d_model), dim=2 if self.slices > 1 else 0)
         for log_theta in self.log_theta:
             log_theta.fill_(math.log(self.settings.theta_init))
 
@@ -209,7 +219,7 @@ class Transcoder(nn.Module):
         return torch.zeros_like(self.b_enc[l])
 
     def decoder_norms(self, l: int) -> Tensor:
-        """[F]: the norm of each feature's whole decoder row, all its layers together, with gradient."""
+        """[F]: the norm of each feature's decoder row, all its layers together, with gradient."""
         return torch.linalg.vector_norm(self.W_dec[l].float() if self.dtype.itemsize < 4 else self.W_dec[l], dim=(1, 2))
 
     # Stages.
@@ -277,9 +287,9 @@ class Transcoder(nn.Module):
             written = F.embedding_bag(acts.indices, rows_FE, mode="sum", per_sample_weights=weights)
         else:
             written = acts @ rows_FE if torch.is_autocast_enabled(rows_FE.device.type) else acts.to(rows_FE) @ rows_FE
-        return written.unflatten(-1, (self.reach_at(l), self.d_model))
+        return written.unflatten(-1, (self.reach_at(l), self.width))
 
-    def decode_features(self, acts: Acts) -> list[Tensor]:
+    def decode_features(self, acts: Iterable[Tensor | SparseActs]) -> list[Tensor]:
         """Per target layer [B, D]: the features' part alone, no bias and no skip (so, what shards add up)."""
         written: list[Tensor | None] = [None] * self.n_layers
         for l, acts_l in enumerate(acts):
@@ -320,8 +330,9 @@ class Transcoder(nn.Module):
                 raise ValueError(f"{self.settings.activation} is exported as jumprelu: give calibrated thresholds")
             settings = replace(settings, activation="jumprelu")
         other = Transcoder(
-            settings, self.d_model, self.layers, seed=None, device=self.device, dtype=self.dtype, meta=self.meta
-        )
+            settings, self.d_model, self.layers, seed=None, device=self.device, dtype=self.dtype, meta=self.meta,
+            slices=self.slices,
+        )  # fmt: skip
         scale_in, scale_out = in_scale.to(self.b_dec[0]), out_scale.to(self.b_dec[0])
         for l in range(self.n_layers):
             other.W_enc[l].copy_(self.W_enc[l] * scale_in[l])

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 
 from ..data.errors import UserError
+from .actives import own_slice
+from .collectives import SINGLE, Collectives
 from .neurons import Neurons
 from .normalisation import Normalisation
 from .transcoder import Transcoder
@@ -47,19 +49,25 @@ def start_from(transcoder: Transcoder, source: Transcoder, normalisation: Normal
 
 
 @torch.no_grad()
-def start_from_neurons(transcoder: Transcoder, neurons: Iterable[Neurons], normalisation: Normalisation) -> None:
+def start_from_neurons(
+    part: Transcoder, neurons: Iterable[Neurons], normalisation: Normalisation, comm: Collectives = SINGLE
+) -> None:
     """Make the MLPs' neurons the first features, the strongest ones where there are more than features; further ones
     keep their fresh encoders and write nothing at first, as do those in place of neurons that were silent on the rows.
-    Activations count in units of what they write."""
+    Activations count in units of what they write. `part` is this rank's."""
     for l, mlp in enumerate(neurons):
-        count = min(int((mlp.strength > 0).sum()), transcoder.features[l])
+        whole = part.features[l] * comm.feature_ranks
+        count = min(int((mlp.strength > 0).sum()), whole)
         best = mlp.strength.topk(count).indices.sort().values
-        n, W_enc = len(best), transcoder.W_enc[l]
+        W_enc, first = part.W_enc[l], part.features[l] * comm.feature_rank
         scale_in, scale_out = normalisation.in_scale[l], normalisation.out_scale[l]
         written = mlp.W_out[best].to(W_enc) * scale_out
         norm = written.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W_enc.dtype).tiny)
-        W_enc[:n] = mlp.W_in[best].to(W_enc) / scale_in * norm
-        transcoder.b_enc[l][:n] = mlp.b_in[best].to(W_enc) * norm[:, 0]
-        transcoder.W_dec[l].zero_()
-        transcoder.W_dec[l][:n, 0] = written / norm
-        transcoder.b_dec[l].copy_(mlp.b_out.to(W_enc) * scale_out)
+        own = slice(first, first + part.features[l])
+        n = len(best[own])
+        W_enc[:n] = (mlp.W_in[best].to(W_enc) / scale_in * norm)[own]
+        part.b_enc[l][:n] = (mlp.b_in[best].to(W_enc) * norm[:, 0])[own]
+        rows = own_slice(written / norm, comm) if comm.slices > 1 else (written / norm)[own]
+        part.W_dec[l].zero_()
+        part.W_dec[l][: len(rows), 0] = rows
+        part.b_dec[l].copy_(own_slice(mlp.b_out.to(W_enc) * scale_out, comm))

@@ -24,8 +24,7 @@ EVAL = ["eval.tokens=2000", "eval.calibration_tokens=1000", "eval.prompts=3", "e
 
 
 def environment() -> dict[str, str]:
-    # Without the second, a restarted job may read the dead processes' addresses from the agents' store.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def finished(command: Sequence[object], code: int = 0, **options) -> subprocess.CompletedProcess[str]:
@@ -42,7 +41,8 @@ def torchrun(count: int, *words: object, code: int = 0, more: Sequence[str] = ()
     return finished(command, code)
 
 
-def same_transcoder(one: Path, other: Path, tolerance: float = 1e-5) -> None:
+def same_transcoder(one: Path, other: Path, tolerance: float = 3e-5) -> None:
+    """Equal up to what 40 steps make of float32's rounding; the exact comparison, in float64, is in tests/train."""
     ours, theirs = Transcoder.load(one / "transcoder"), Transcoder.load(other / "transcoder")
     for name, parameter in ours.named_parameters():
         expected = theirs.get_parameter(name).detach()

@@ -16,12 +16,13 @@ def nmse(folder: Path) -> list[float]:
 
 def test_training_begins_with_the_mlps_own_neurons(crosslace, demo: Path, tmp_path: Path) -> None:
     train = ["train", f"store={demo / 'store'}", *QUICK, *SHAPE]
-    for name, words in (("fresh", ["trainer.k_share=0"]), ("mlp", ["init=mlp"])):
+    for name, words in (("random", ["init=random"]), ("mlp", ["init=mlp"]), ("auto", [])):
         ended = crosslace(*train, f"run={tmp_path / name}", *words)
-        assert ended.code == 0, ended.err
-    assert nmse(tmp_path / "mlp")[-1] < 0.9 * nmse(tmp_path / "fresh")[-1]
+        assert ended.code == 0 and "first_step_seconds" in ended.out, ended.err
+    assert nmse(tmp_path / "mlp")[-1] < 0.9 * nmse(tmp_path / "random")[-1]
+    assert nmse(tmp_path / "auto") == nmse(tmp_path / "mlp")
     ended = crosslace(*train, f"run={tmp_path / 'mlp'}")
-    assert ended.code == 2 and "init was mlp, not" in ended.err
+    assert ended.code == 2 and "init was mlp, not auto" in ended.err
     ended = crosslace(*train, f"run={tmp_path / 'mlp'}", "init=mlp")
     assert ended.code == 0 and "trained already" in ended.out
 

@@ -36,3 +36,9 @@ def make_planted(rows: int = 4096, layers: int = 2, width: int = 16, features: i
 @pytest.fixture(scope="session")
 def planted() -> Split:
     return make_planted()
+
+
+@pytest.fixture(scope="session")
+def wide() -> Split:
+    """Wide enough for sixteen active features a token."""
+    return make_planted(rows=6144, width=48, features=96, active=8.0)

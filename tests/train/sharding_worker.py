@@ -5,15 +5,20 @@ line per case from the first rank; a failed comparison ends the process with its
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from crosslace.train import select, sparse
+from crosslace.train.actives import all_slices
 from crosslace.train.collectives import SINGLE, Collectives
 from crosslace.train.metrics import ReconstructionMetrics
 from crosslace.train.objective import dense_pass, step_loss
 from crosslace.train.optimizers import Optimizers
-from crosslace.train.partition import is_sharded, part_of, whole_of
+from crosslace.train.partition import cut_dim, new_part, part_of, whole_of
 from crosslace.train.settings import TrainerSettings
 from crosslace.train.sharding import ParallelSettings, processes
 from crosslace.train.sparse import sparse_pass
@@ -21,7 +26,7 @@ from crosslace.train.state import Counters, RunningState
 from crosslace.train.step import StepParts, objective_of, step_inputs, train_step
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
 
-STEPS, TOKENS, LAYERS, WIDTH, FEATURES = 20, 16, 3, 6, 12
+STEPS, TOKENS, LAYERS, WIDTH, FEATURES = 20, 16, 3, 8, 12
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Case:
     transcoder: dict[str, Any]
     trainer: dict[str, Any] = field(default_factory=dict)
     sparse: bool = False
+    fixed: bool = False
+    """Lists of fixed length with empty places, as on an accelerator."""
 
 
 PENALTIES = {"lam": 0.05, "lam_schedule": "constant", "lam_preactivation": 0.01, "preactivation_over": "all"}
@@ -43,11 +50,19 @@ CASES = [
     Case("plt topk, sparse", {"activation": "topk", "k": 3, "reach": "1"}, sparse=True),
     Case("clt jumprelu, penalties, accumulated", {"activation": "jumprelu"}, {**PENALTIES, "accumulate": 2}),
     Case("clt jumprelu, penalties, sparse", {"activation": "jumprelu"}, PENALTIES, sparse=True),
+    Case("clt batchtopk, sparse, aux, fixed lists", {"activation": "batchtopk", "k": 3}, {"dead_after": TOKENS},
+         sparse=True, fixed=True),
     Case("plt jumprelu, steered, skip, tight clip", {"activation": "jumprelu", "reach": "1", "skip": True},
          {**PENALTIES, "target_l0": 2.0, "clip": 1e-2}),
     Case("windowed jumprelu, quadratic target", {"activation": "jumprelu", "reach": "2"},
          {"sparsity": "target", "target_l0": 2.0, "accumulate": 2}),
 ]  # fmt: skip
+
+
+@contextmanager
+def lists_as_on_an_accelerator() -> Iterator[None]:
+    with patch.object(select, "read_freely", lambda _: False), patch.object(sparse, "read_freely", lambda _: False):
+        yield
 
 
 def parts_for(case: Case, comm: Collectives) -> StepParts:
@@ -102,7 +117,8 @@ def compare_gradients(case: Case, sharded: StepParts, whole: StepParts, comm: Co
         if parameter.grad is not None:
             gradient = sharded.transcoder.get_parameter(name).grad
             assert gradient is not None
-            gathered = comm.gather_features(gradient) if is_sharded(name) else gradient
+            dim = cut_dim(name, comm)
+            gathered = gradient if dim is None else comm.gather_features(gradient, dim)
             agree(f"{case.name}: gradient of {name}", gathered, parameter.grad)
     for parts in (sharded, whole):
         parts.optimizers.zero_grad()
@@ -133,18 +149,29 @@ def compare_metrics(case: Case, sharded: StepParts, whole: StepParts, comm: Coll
     for parts, rows in ((sharded, (rows_of(x, comm, 1), rows_of(y, comm, 1))), (whole, (x, y))):
         metrics = ReconstructionMetrics(parts.transcoder.features, WIDTH, comm=parts.comm)
         done = dense_pass(parts.transcoder, rows[0], step_inputs(parts), parts.objective, parts.comm)
-        metrics.update(rows[1], done.y_hat, [layer.acts for layer in done.layers])
+        metrics.update(rows[1], all_slices(done.y_hat, parts.comm), [layer.acts for layer in done.layers])
         reports.append(metrics.compute())
     for name, value in reports[1]["overall"].items():
         agree(f"{case.name}: metric {name}", torch.tensor(reports[0]["overall"][name]), torch.tensor(value), 1e-7)
 
 
-def main(data: int, features: int) -> None:
+def compare_beginnings(comm: Collectives) -> None:
+    """A part that is drawn in place holds the numbers that the whole would have."""
+    shape = TranscoderSettings(features=FEATURES, skip=True, activation="jumprelu")
+    drawn = new_part(shape, WIDTH, list(range(LAYERS)), 3, {}, comm)
+    for name, parameter in part_of(Transcoder(shape, WIDTH, LAYERS, seed=3), comm).named_parameters():
+        agree(f"{name} at first", drawn.get_parameter(name), parameter, 0.0)
+
+
+def main(data: int, features: int, exchange: str) -> None:
     torch.set_num_threads(1)
-    with processes(ParallelSettings(data, features)) as comm:
+    with processes(ParallelSettings(data, features, exchange)) as comm:
+        assert comm.slices == (features if exchange == "actives" else 1)
+        compare_beginnings(comm)
         for case in CASES:
-            for compare in (compare_gradients, compare_training):
-                compare(case, parts_for(case, comm), parts_for(case, SINGLE), comm)
+            with lists_as_on_an_accelerator() if case.fixed else nullcontext():
+                for compare in (compare_gradients, compare_training):
+                    compare(case, parts_for(case, comm), parts_for(case, SINGLE), comm)
             if comm.is_main:
                 print("agrees:", case.name, flush=True)
         assert comm.broadcast({"folder": "ä", "step": 3} if comm.is_main else None) == {"folder": "ä", "step": 3}
@@ -152,4 +179,4 @@ def main(data: int, features: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -49,8 +49,31 @@ def test_feature_ranks_share_and_data_ranks_do_not():
     assert data.rank_parameters == one.rank_parameters
     assert features.rank_parameters == pytest.approx(one.rank_parameters / 4, rel=1e-3)
     assert one.sent == {} and set(data.sent) == {"thresholds", "gradients"}
-    assert features.sent["reconstructions"] == 2 * 4096 * 12 * 768 * 4
-    assert features.instead < features.sent["reconstructions"]
+    assert features.exchange == "actives"
+    assert set(features.sent) == {"actives", "active_gradients", "thresholds", "token_thresholds"}
+
+
+def test_the_exchange_that_moves_fewer_bytes_is_taken():
+    """By hand: GPT-2 with k annealed from 160 and half its width of auxiliary entries, on four feature ranks."""
+    shape, settings = Shape(12, 768, 10**7), TranscoderSettings(features=24576)
+    forced = {
+        exchange: make_plan(shape, settings, TRAINER, ParallelSettings(features=4, exchange=exchange), H100)
+        for exchange in ("auto", "reconstructions", "actives")
+    }
+    written, entries = 4096 * 12 * 768 * 2, 4096 * 12 * (160 + 384)
+    assert forced["reconstructions"].sent["reconstructions"] == 4 * written
+    assert forced["actives"].sent["actives"] == 8 * entries / 4
+    assert forced["actives"].sent["active_gradients"] == 4 * entries
+    assert forced["auto"].exchanges == {"reconstructions": 2 * 4 * written * 3 / 4, "actives": 12 * entries * 3 / 4}
+    assert forced["auto"].exchange == "actives" and forced["auto"].moved == forced["actives"].moved
+    # A small dictionary with many active features, a dense step, a width that does not divide: reconstructions.
+    for other in (
+        (Shape(12, 96, 10**7), replace(settings, k=200), replace(TRAINER, aux_weight=0.0, sparse="on"), 4),
+        (shape, replace(settings, activation="jumprelu"), TRAINER, 4),
+        (shape, settings, replace(TRAINER, sparse="off"), 4),
+        (Shape(12, 100, 10**7), settings, TRAINER, 8),
+    ):
+        assert make_plan(*other[:3], ParallelSettings(features=other[3]), H100).exchange == "reconstructions"
 
 
 def test_too_many_tokens_at_once_are_cut_into_pieces():

@@ -119,6 +119,16 @@ def test_embedded_in_a_clt_it_is_exact_at_step_0(reach, features, skip):
     assert torch.allclose(y, source(x), atol=1e-5)
 
 
+def test_another_activation_keeps_what_is_read_and_written():
+    source, x = finished("1"), normal(40, L, D)
+    batchtopk = Transcoder(TranscoderSettings(features=24, reach="all", skip=True), D, L, seed=9)
+    start_from(batchtopk, source, NORM)
+    scaled, fresh = x * NORM.in_scale[:, None], torch.full((4,), 1e9)
+    thresholds = [torch.cat([source.theta(l), fresh]) for l in range(L)]
+    y = batchtopk.decode(batchtopk.encode(scaled, thresholds=thresholds), scaled) / NORM.out_scale[:, None]
+    assert torch.allclose(y, source(x), atol=1e-5)
+
+
 def test_warm_starts_that_cannot_be_are_refused():
     source = finished("1")
     for settings, message in (

@@ -35,7 +35,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def lines(folder: Path) -> list[dict]:
-    volatile = ("tokens_per_second", "loader_stall", "memory", "seconds")
+    volatile = ("tokens_per_second", "loader_stall", "memory", "seconds", "first_step_seconds")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name not in volatile} for record in records]
 

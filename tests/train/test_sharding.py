@@ -3,10 +3,16 @@
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from crosslace.data.errors import SettingsError
+from crosslace.train.ranking import kth_largest
 from crosslace.train.sharding import ParallelSettings, processes
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
@@ -21,14 +27,61 @@ def torchrun(count: int, *words: object, check: bool = True) -> subprocess.Compl
     return done
 
 
-SLOW = [pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((2, 1), (1, 4), (4, 1))]
+SLOW = [
+    pytest.param(*mesh, marks=pytest.mark.slow)
+    for mesh in (
+        (2, 1, "auto"),
+        (1, 4, "reconstructions"),
+        (1, 4, "actives"),
+        (2, 2, "reconstructions"),
+        (4, 1, "auto"),
+    )
+]
 
 
-@pytest.mark.parametrize(("data", "features"), [(1, 2), (2, 2), *SLOW])
-def test_a_mesh_trains_as_one_process(data: int, features: int):
+@pytest.mark.parametrize(
+    ("data", "features", "exchange"), [(1, 2, "reconstructions"), (1, 2, "actives"), (2, 2, "actives"), *SLOW]
+)
+def test_a_mesh_trains_as_one_process(data: int, features: int, exchange: str):
     """Loss, gradients, clip norm, weights after 20 steps, densities and metrics; PLT, CLT and windowed; every case."""
-    done = torchrun(data * features, WORKER, data, features)
-    assert done.stdout.count("agrees:") == 8
+    done = torchrun(data * features, WORKER, data, features, exchange)
+    assert done.stdout.count("agrees:") == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_kth_largest_over_ranks(dtype: torch.dtype, bits: int):
+    """Three ranks' values in lockstep, with ties, zeros of both signs, huge and tiny ones, and empty places."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(5, 30, generator=generator, dtype=dtype).mul(3).round() / 3
+    whole[1] *= 1e-30
+    whole[2, ::2] *= 1e30
+    whole[3, 4:] = -torch.inf
+    whole[4] = -torch.inf
+    for k in (1, 7, 30, 50):
+        finite = whole.isfinite().sum(1).clamp(1, k)
+        expected = whole.sort(dim=1, descending=True).values.gather(1, finite[:, None] - 1)
+        expected[4] = torch.inf
+        found = in_lockstep([partial(kth_largest, own, k, bits=bits) for own in whole.chunk(3, dim=1)])
+        assert all(torch.equal(kth, expected) for kth in found), k
+
+
+def in_lockstep(programs: list[Callable]) -> list:
+    """Run programs that add tensors over each other, each in a thread."""
+    barrier, handed = threading.Barrier(len(programs)), {}
+
+    def run(rank: int):
+        def add(own: torch.Tensor) -> torch.Tensor:
+            handed[rank] = own.clone()
+            barrier.wait()
+            total = torch.stack(list(handed.values())).sum(0, dtype=own.dtype)
+            barrier.wait()
+            return total
+
+        return programs[rank](add)
+
+    with ThreadPoolExecutor(len(programs)) as pool:
+        return list(pool.map(run, range(len(programs))))
 
 
 def test_a_mesh_that_does_not_fit_is_refused():

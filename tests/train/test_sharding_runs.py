@@ -23,9 +23,12 @@ TRAINER = TrainerSettings(
 )  # fmt: skip
 CASES = {
     "batchtopk": (TRAINER, TranscoderSettings(features=16, k=3, k_scope="all", skip=True)),
-    "jumprelu": (replace(TRAINER, target_l0=3.0), TranscoderSettings(features=16, activation="jumprelu", reach="1")),
+    "jumprelu": (
+        replace(TRAINER, target_l0=3.0, sparse="on"),
+        TranscoderSettings(features=16, activation="jumprelu", reach="1"),
+    ),
 }
-TIMES = ("tokens_per_second", "loader_stall", "memory", "seconds")
+TIMES = ("tokens_per_second", "loader_stall", "memory", "seconds", "first_step_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +67,8 @@ def single(store: Path, folder: Path, case: str, stop: int | None = None) -> Pat
     return folder
 
 
-def on_meshes(count: int, store: Path, folder: Path, runs: list[tuple[str, str, tuple[int, int], int | None]]) -> None:
-    """Runs (folder, case, mesh, stop) on `count` processes, in order."""
+def on_meshes(count: int, store: Path, folder: Path, runs: list[tuple[str, str, tuple, int | None]]) -> None:
+    """Runs (folder, case, mesh (data, features, exchange), stop) on `count` processes, in order."""
     plan = []
     for name, case, mesh, stop in runs:
         trainer, transcoder = CASES[case]
@@ -124,14 +127,22 @@ def test_runs_on_two_processes(store: Path, tmp_path: Path):
         ("1x2-to-1", "jumprelu", (1, 2), STOP),
         ("1x2-again", "batchtopk", (1, 2), STOP),
         ("1x2-again", "batchtopk", (1, 2), None),
+        ("batchtopk-actives", "batchtopk", (1, 2, "actives"), None),
+        ("jumprelu-actives", "jumprelu", (1, 2, "actives"), None),
+        ("actives-to-2x1", "batchtopk", (1, 2, "actives"), STOP),
+        ("actives-to-2x1", "batchtopk", (2, 1), None),
+        ("1x2-to-actives", "jumprelu", (1, 2), STOP),
+        ("1x2-to-actives", "jumprelu", (1, 2, "actives"), None),
     ])  # fmt: skip
     single(store, tmp_path / "1x2-to-1", "jumprelu")
     for case in CASES:
-        for mesh in ("2x1", "1x2"):
+        for mesh in ("2x1", "1x2", "actives"):
             same(tmp_path / f"{case}-{mesh}", tmp_path / f"{case}-1")
     same(tmp_path / "1-to-2x1", tmp_path / "batchtopk-1")
     same(tmp_path / "2x1-to-1x2", tmp_path / "batchtopk-1")
     same(tmp_path / "1x2-to-1", tmp_path / "jumprelu-1")
+    same(tmp_path / "actives-to-2x1", tmp_path / "batchtopk-1")
+    same(tmp_path / "1x2-to-actives", tmp_path / "jumprelu-1")
     same(tmp_path / "1x2-again", tmp_path / "batchtopk-1x2", tolerance=0)
 
 
@@ -141,8 +152,12 @@ def test_runs_on_four_processes(store: Path, tmp_path: Path):
     on_meshes(4, store, tmp_path, [
         ("2x2", "jumprelu", (2, 2), None),
         ("1x4", "jumprelu", (1, 4), None),
-        ("2x2-to-4x1", "jumprelu", (2, 2), STOP),
+        ("2x2-actives", "jumprelu", (2, 2, "actives"), None),
+        ("1x4-actives", "batchtopk", (1, 4, "actives"), None),
+        ("2x2-to-4x1", "jumprelu", (2, 2, "actives"), STOP),
         ("2x2-to-4x1", "jumprelu", (4, 1), None),
     ])  # fmt: skip
-    for name in ("2x2", "1x4", "2x2-to-4x1"):
+    single(store, tmp_path / "other", "batchtopk")
+    for name in ("2x2", "1x4", "2x2-actives", "2x2-to-4x1"):
         same(tmp_path / name, tmp_path / "one")
+    same(tmp_path / "1x4-actives", tmp_path / "other")

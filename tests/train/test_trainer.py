@@ -1,6 +1,8 @@
 """Whole runs in one process: what they reach, write, resume from, and refuse."""
 
+import functools
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,8 @@ from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.store import in_memory_store
 from crosslace.train.collectives import SingleProcess
 from crosslace.train.settings import TrainerSettings
+from crosslace.train.state import RunningState
+from crosslace.train.step import train_step
 from crosslace.train.trainer import Trainer, train
 from crosslace.train.transcoder import TranscoderSettings
 
@@ -41,23 +45,35 @@ KINDS = [("batchtopk", "auto"), ("topk", "auto"), ("jumprelu", "auto"), ("jumpre
          ("jumprelu", "l1"), ("jumprelu", "l0"), ("relu", "tanh"), ("relu", "l1")]  # fmt: skip
 
 
+def ended(folder, store, target):
+    """The error per layer of the exported transcoder on held-out rows, where its L0 must be within 5% of the target;
+    steering brought it near already: what calibration adds is the last correction."""
+    exported, batch = Transcoder.load(folder / "transcoder"), store.batch(0, 0, 1024)
+    acts = exported.encode(batch.x)
+    assert [float((a > 0).sum()) / 1024 for a in acts] == pytest.approx([target] * 2, rel=0.05)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    reached = [line for line in records if "loss" in line][-1]
+    assert [reached["l0/0"], reached["l0/1"]] == pytest.approx([target] * 2, rel=0.25)
+    return (exported(batch.x) - batch.y).square().sum((0, 2)) / batch.y.square().sum((0, 2))
+
+
 @pytest.mark.parametrize(("activation", "sparsity"), KINDS)
 def test_asked_for_an_l0_it_ends_there_on_held_out_rows(planted, tmp_path, activation, sparsity):
     quick = {"steps": 250, "batch": 128, "dead_after": 10_000, "eval_every": 0, "checkpoint_every": 0}
     settings = TrainerSettings(target_l0=4.0, sparsity=sparsity, **quick)
     shape = TranscoderSettings(features=64, activation=activation)
     result = train(settings, shape, planted.train, planted.held_out, tmp_path)
-    exported = Transcoder.load(tmp_path / "transcoder")
-    batch = planted.held_out.batch(0, 0, 1024)
-    acts = exported.encode(batch.x)
-    assert [float((a > 0).sum()) / 1024 for a in acts] == pytest.approx([4.0, 4.0], rel=0.05)
-    error = (exported(batch.x) - batch.y).square().sum((0, 2)) / batch.y.square().sum((0, 2))
+    error = ended(tmp_path, planted.held_out, 4.0)
     assert [row["nmse"] for row in result.evaluation["layers"]] == pytest.approx(error.tolist(), rel=0.02)
     assert result.evaluation["overall"]["nmse"] < 0.5
-    # Steering brought L0 near already: what calibration adds is the last correction.
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    reached = [line for line in records if "loss" in line][-1]
-    assert [reached["l0/0"], reached["l0/1"]] == pytest.approx([4.0, 4.0], rel=0.25)
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+def test_asked_for_sixteen_it_ends_there(wide, tmp_path, activation):
+    settings = TrainerSettings(target_l0=16, steps=250, batch=128, dead_after=10_000, eval_every=0, checkpoint_every=0)
+    shape = TranscoderSettings(features=192, activation=activation)
+    train(settings, shape, wide.train, wide.held_out, tmp_path)
+    assert ended(tmp_path, wide.held_out, 16.0).max() < 0.4
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
@@ -73,8 +89,12 @@ def test_half_precision_trains_as_well(planted, tmp_path, activation):
 
 
 def test_what_a_run_writes(planted, tmp_path):
-    sink = Sink()
-    result = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path, sinks=[sink])
+    sink, notes = Sink(), []
+
+    def progress(label, done, total=None, note=""):
+        notes.append(note)
+
+    result = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path, sinks=[sink], progress=progress)
     assert result.status == "finished" and result.step == 60
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     training = [r for r in records if "loss" in r]
@@ -84,7 +104,8 @@ def test_what_a_run_writes(planted, tmp_path):
     assert {"grad_norm", "lr", "tokens_per_second", "loader_stall", "memory", "bad_steps"} <= training[-1].keys()
     assert training[-1]["tokens"] == 60 * 64
     held_out = [r for r in records if "held_out/nmse" in r]
-    assert [r["step"] for r in held_out] == [30, 60, 60]
+    assert [r["step"] for r in held_out] == [30, 60, 60] and held_out[-1]["held_out/theta/1"] > 0
+    assert notes[9] == "" and notes[10].startswith(f"nmse {training[0]['nmse']:.4f}  l0 {training[0]['l0']:.1f}")
     assert sink.resumed == {} and [step for step, _ in sink.lines][-1] == 60
     assert {"density/0", "density/1"} <= sink.histograms.keys() and sink.summary["held_out/nmse"] > 0
     for name in ("transcoder", "best"):
@@ -116,6 +137,48 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning(planted, tmp_path):
         (path / "state.json").write_text("{")
     with pytest.warns(UserWarning, match="step-40"):
         assert train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "run").evaluation == whole.evaluation
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(planted, tmp_path, monkeypatch):
+    settings, kept = replace(QUICK, target_l0=3.0, eval_every=0), RunningState.tensors
+
+    def before(state):  # the controller had no memory of sides once
+        return {name: tensor for name, tensor in kept(state).items() if name not in ("side", "boost")}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunningState, "tensors", before)
+        train(settings, SMALL, planted.train, planted.held_out, tmp_path)
+    with pytest.raises(UserError, match=r"step-60 was written by another version, which kept no state/boost, state/si"):
+        train(settings, SMALL, planted.train, planted.held_out, tmp_path)
+
+
+def test_the_first_step_and_compiling_are_no_part_of_the_rate(planted, tmp_path, monkeypatch):
+    settings = replace(QUICK, steps=12, log_every=1, eval_every=0, sparse="off", resample_every=0)
+
+    def slow_at_first(parts, x, y):
+        if parts.counters.step == 0:
+            time.sleep(0.5)
+        train_step(parts, x, y)
+
+    monkeypatch.setattr("crosslace.train.trainer.train_step", slow_at_first)
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))  # takes no C++ compiler
+    sinks, nmse, last = {}, {}, {}
+    for compiled in (False, True):
+        sinks[compiled], folder = Sink(), tmp_path / str(compiled)
+        chosen = replace(settings, compile=compiled)
+        result = train(chosen, SMALL, planted.train, planted.held_out, folder, sinks=[sinks[compiled]])
+        nmse[compiled] = result.evaluation["overall"]["nmse"]
+        assert result.speed["first_step_seconds"] > 0.5 + result.speed.get("compile_seconds", 0)
+        assert result.speed["tokens_per_second"] > 12 * 64 / 0.5
+        assert sinks[compiled].summary.items() >= result.speed.items()
+        first, second, *_, last[compiled] = [line for _, line in sinks[compiled].lines if "loss" in line]
+        assert "tokens_per_second" not in first and second["tokens_per_second"] > 0
+        assert first["first_step_seconds"] == last[compiled]["first_step_seconds"] == result.speed["first_step_seconds"]
+    assert nmse[True] == pytest.approx(nmse[False], rel=1e-4)
+    # k falls from step to step, and nothing is compiled anew for it.
+    assert "compile_seconds" not in last[False]
+    steps = [line["compile_seconds"] for _, line in sinks[True].lines if "loss" in line]
+    assert len(steps) == 12 and steps[0] == steps[-1] > 0
 
 
 def test_changed_settings_are_refused_by_name(planted, tmp_path):
@@ -162,11 +225,14 @@ def test_values_that_stay_bad_stop_the_run(planted, tmp_path):
 def test_bad_input_is_refused_before_any_work(planted, tmp_path):
     empty = in_memory_store(torch.randn(1, 2, 16), torch.randn(1, 2, 16))
     narrow = in_memory_store(torch.randn(90, 2, 4), torch.randn(90, 2, 4))
+    named = {"model": {"name": "other", "fingerprint": "other"}}
+    foreign = in_memory_store(torch.randn(90, 2, 16), torch.randn(90, 2, 16), attributes=named)
     train_store, held_out = planted
     for settings, shape, stores, message in (
         (replace(QUICK, batch=10_000), SMALL, planted, "trainer.batch"),
         (QUICK, SMALL, (empty, held_out), "trainer.batch"),
         (QUICK, SMALL, (train_store, narrow), "4 wide"),
+        (QUICK, SMALL, (train_store, foreign), "rows are of model planted and the held-out rows of other"),
         (QUICK, replace(SMALL, layers=[0, 5]), planted, "layer 5"),
         (QUICK, replace(SMALL, read="mlp_in"), planted, "transcoder.read"),
         (QUICK, replace(SMALL, k=49), planted, "transcoder.k=49"),
