@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from stat import S_ISREG
 from typing import IO, Any, Protocol
 
 import fsspec
@@ -156,13 +155,12 @@ class LocalFiles:
             os.close(own)
 
     def sizes(self, folder: str) -> dict[str, int]:
-        start = self.folder / folder
         found = {}
-        for path in start.rglob("*"):
-            with suppress(FileNotFoundError):  # another process may have renamed or removed it since it was listed
-                status = path.stat()
-                if S_ISREG(status.st_mode):
-                    found[str(path.relative_to(self.folder))] = status.st_size
+        # another process may remove files and folders in the meantime: os.walk passes over the ones that are gone
+        for place, _, names in os.walk(self.folder / folder):
+            for path in (Path(place, name) for name in names):
+                with suppress(FileNotFoundError):
+                    found[str(path.relative_to(self.folder))] = path.stat().st_size
         return found
 
     def forget(self, name: str) -> None:
@@ -175,7 +173,9 @@ class LocalFiles:
         self.forget(name)
         target = self.folder / name
         if target.is_dir():
-            shutil.rmtree(target)
+            while target.exists():
+                with suppress(FileNotFoundError):  # another process removes it too
+                    shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
 
