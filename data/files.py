@@ -16,6 +16,7 @@ import fsspec
 import numpy as np
 
 from .errors import UserError
+from .outfile import LEAST_BYTES, OutFile
 
 _OPEN_FILES = 256
 MAX_PARTS = 512  # pieces of one vectored write; systems take 1,024
@@ -31,8 +32,11 @@ class Files(Protocol):
         """All of a file, or None where there is none."""
         ...
 
-    def writing(self, name: str, sync: bool = True) -> Any:
-        """A context with a file to write, which appears under its name only when the context ends well."""
+    def writing(self, name: str, sync: bool = True, size: int = 0) -> Any:
+        """A context with a file to write, which appears under its name only when the context ends well.
+
+        `size` is what it will weigh, where that is known to be much.
+        """
         ...
 
     def read_into(self, name: str, offset: int, buffers: list[np.ndarray]) -> None:
@@ -83,7 +87,7 @@ def room(files: Files) -> Iterator[None]:
         ) from cause
 
 
-def write_parts(out: IO[bytes], parts: list[np.ndarray]) -> None:
+def write_parts(out: IO[bytes] | OutFile, parts: list[np.ndarray]) -> None:
     """Write uint8 arrays one after another into a file that `Files.writing` gave."""
     if not isinstance(out, FileIO):
         for part in parts:
@@ -111,14 +115,15 @@ class LocalFiles:
             return None
 
     @contextmanager
-    def writing(self, name: str, sync: bool = True) -> Iterator[IO[bytes]]:
+    def writing(self, name: str, sync: bool = True, size: int = 0) -> Iterator[FileIO | OutFile]:
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         # one name per process and thread: a second writer, or the rest of a killed one, is never half overwritten
         aside = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.part")
         try:
-            with open(aside, "wb", buffering=0) as out:
+            with OutFile(aside) if size >= LEAST_BYTES else open(aside, "wb", buffering=0) as out:
                 yield out
+                out.flush()
                 if sync:
                     os.fsync(out.fileno())
             os.replace(aside, target)
@@ -216,7 +221,7 @@ class RemoteFiles:
             return None
 
     @contextmanager
-    def writing(self, name: str, sync: bool = True) -> Iterator[Any]:
+    def writing(self, name: str, sync: bool = True, size: int = 0) -> Iterator[Any]:
         self.system.makedirs(self._at(name).rsplit("/", 1)[0], exist_ok=True)
         out = self.system.open(self._at(name), "wb", autocommit=False)
         try:

@@ -4,7 +4,6 @@
 the next chunk to begin at a cache line.
 """
 
-from io import FileIO
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from . import kernels
 from .codecs import crc32c
 from .files import MAX_PARTS, write_parts
 from .layout import CRC_BYTES, ArraySpec, StoreLayout
+from .outfile import OutFile
 
 _LINE = 64
 _WRITE_BYTES = 1 << 20  # checked and written while they are in the cache
@@ -102,11 +102,13 @@ class Image:
             rows[block, :, : len(taken[0])] = rows[taken[0], :, taken[1]].swapaxes(0, 1)
         self.clear(len(places))
 
-    def write(self, out: IO[bytes], first: int, blocks: int) -> None:
+    def write(self, out: IO[bytes] | OutFile, first: int, blocks: int) -> None:
         """Write blocks with their checksums."""
         chunks = self.chunks[first : first + blocks].reshape(-1, self.chunks.shape[-1])
-        if kernels.load() is not None and isinstance(out, FileIO):
-            kernels.write_chunks(out.fileno(), chunks, self.size)
+        if kernels.load() is not None and isinstance(out, OutFile):
+            done, whole = 0, len(chunks) * (self.size + CRC_BYTES)
+            while done < whole:
+                done += out.took(kernels.pack_chunks(chunks, self.size, done, out.room()))
             return
         at_once = min(MAX_PARTS, max(1, _WRITE_BYTES // self.size))
         for start in range(0, len(chunks), at_once):

@@ -344,31 +344,23 @@ extern "C" {
 
 uint32_t crc32c(const uint8_t* data, int64_t size) { return checksum(data, size); }
 
-// Chunks of `size` bytes, `stride` apart: the checksum of each is written behind it, and all to a file while they are
-// in the cache. Returns errno, or 0.
-int64_t write_chunks(int64_t file, uint8_t* chunks, int64_t count, int64_t stride, int64_t size) {
-  constexpr int64_t kParts = 256, kTogether = 1 << 20;
-  const int64_t at_once = std::max<int64_t>(1, std::min(kParts, kTogether / size));
-  iovec parts[kParts];
-  for (int64_t start = 0; start < count; start += at_once) {
-    const int64_t n = std::min(at_once, count - start);
-    for (int64_t i = 0; i < n; i++) {
-      uint8_t* chunk = chunks + (start + i) * stride;
+// Chunks of `size` bytes, `stride` apart, come one after another into `room` bytes, from byte `done` of them all on. The
+// checksum of each is written behind it and comes along while the chunk is in the cache. Returns the bytes that came.
+int64_t pack_chunks(uint8_t* chunks, int64_t count, int64_t stride, int64_t size, int64_t done, uint8_t* into,
+                    int64_t room) {
+  const int64_t whole = size + 4;
+  int64_t put = 0;
+  for (int64_t i = done / whole, within = done % whole; i < count && put < room; i++, within = 0) {
+    uint8_t* chunk = chunks + i * stride;
+    if (!within) {
       const uint32_t sum = checksum(chunk, size);
       std::memcpy(chunk + size, &sum, 4);
-      parts[i] = {chunk, static_cast<size_t>(size + 4)};
     }
-    for (int64_t first = 0; first < n;) {
-      ssize_t done = writev(static_cast<int>(file), parts + first, static_cast<int>(n - first));
-      if (done < 0 && errno != EINTR) return errno;
-      for (; first < n && done >= static_cast<ssize_t>(parts[first].iov_len); first++) done -= parts[first].iov_len;
-      if (first < n && done > 0) {
-        parts[first].iov_base = static_cast<uint8_t*>(parts[first].iov_base) + done;
-        parts[first].iov_len -= done;
-      }
-    }
+    const int64_t n = std::min(whole - within, room - put);
+    std::memcpy(into + put, chunk + within, n);
+    put += n;
   }
-  return 0;
+  return put;
 }
 
 // Rows to their places in an image [blocks, layers, stride] of a store's chunks. Row i is row picked[i] (or i) of every

@@ -4,7 +4,6 @@ Nothing depends on them: where there is no compiler the callers take the plain w
 """
 
 import ctypes
-import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -31,7 +30,7 @@ def load() -> ctypes.CDLL | None:
     if library is not None:
         library.crc32c.restype = ctypes.c_uint32
         library.put_rows.restype = ctypes.c_float
-        library.read_chunks.restype = library.write_chunks.restype = ctypes.c_int64
+        library.read_chunks.restype = library.pack_chunks.restype = ctypes.c_int64
     return library
 
 
@@ -53,12 +52,14 @@ def crc32c(data: np.ndarray) -> int:
     return _library().crc32c(_address(data), _int(data.nbytes))
 
 
-def write_chunks(file: int, chunks: np.ndarray, size: int) -> None:
-    """Write chunks [.., stride] of `size` bytes to a descriptor, each with its checksum, which is put behind it."""
+def pack_chunks(chunks: np.ndarray, size: int, done: int, into: np.ndarray) -> int:
+    """Fill uint8 memory with chunks [.., stride] of `size` bytes and their checksums, from byte `done` of them all on.
+
+    Returns how many bytes that took. The checksum of a chunk is put behind it in `chunks`, too.
+    """
     stride = chunks.shape[-1]
-    code = _library().write_chunks(_int(file), _address(chunks), _int(chunks.size // stride), _int(stride), _int(size))
-    if code:
-        raise OSError(code, os.strerror(code))
+    numbers = chunks.size // stride, stride, size, done
+    return _library().pack_chunks(_address(chunks), *map(_int, numbers), _address(into), _int(len(into)))
 
 
 def puts(source: torch.Tensor, stored: torch.dtype) -> bool:

@@ -22,6 +22,7 @@ from .codecs import CODECS, quantise
 from .files import Files, room, write_parts
 from .image import Image, Rows
 from .layout import ArraySpec, StoreLayout
+from .outfile import OutFile
 from .shuffle import permutation
 
 JOURNAL_SECONDS = 20.0
@@ -151,11 +152,11 @@ class Window:
         """Write one of the window's own shards of an array, when the window is closed."""
         spec, first = self.layout.arrays[name], shard * self.layout.blocks_per_shard
         blocks = self.layout.blocks_in(shard, self.filled)
-        with files.writing(key, sync) as out:
+        with files.writing(key, sync, self.layout.shard_bytes(spec, blocks)) as out:
             self._write(out, spec, first, blocks)
             write_parts(out, [np.frombuffer(self.layout.index(spec, blocks), np.uint8)])
 
-    def _write(self, out: IO[bytes], spec: ArraySpec, first: int, blocks: int) -> None:
+    def _write(self, out: IO[bytes] | OutFile, spec: ArraySpec, first: int, blocks: int) -> None:
         self._images[spec.name].write(out, first, blocks)
 
     def record(self) -> bytes:
@@ -222,7 +223,7 @@ class SpilledWindow(Window):
     def close(self) -> None:
         self.order = self.order[self.order < self.filled]
 
-    def _write(self, out: IO[bytes], spec: ArraySpec, first: int, blocks: int) -> None:
+    def _write(self, out: IO[bytes] | OutFile, spec: ArraySpec, first: int, blocks: int) -> None:
         if not blocks:
             return
         rows = np.memmap(self._folder / spec.name, spec.dtype, "r", shape=(self.filled, spec.layers * spec.width))
