@@ -5,19 +5,28 @@
     python -m benchmarks.store --layouts           # what other block sizes would give, and other ways to read
 
 write_ratio     a sequential `np.save`-style write of the same bytes / StoreWriter (shuffle, blocks, checksums, shards);
-                both without fsync (`write_ratio`) and both with it (`write_ratio_synced`)
+                both without fsync (`write_ratio`) and both with it (`write_ratio_synced`), each a ratio of medians of
+                `--repeats` that take turns, and `_best` the ratio of the fastest ones
 read_ratio      numpy copying the same bytes out of the page cache into memory that is there / shuffled batches of 4,096
-                rows from the loader; `read_ratio_first` is the first pass, in which every checksum is checked
+                rows from the loader; `read_ratio_first` is the first pass, in which every checksum is checked, and
+                `read_ratio_cold` that of a store which only the disk has, against numpy reading files from the disk
 harvest_share   the model's forward passes alone / the whole harvest
 loader_stall    share of its time that the training of a small CLT waits for batches of 1,024 rows, as it logs it
 
-A ratio of 1 is as fast as the plain thing; more is faster. Timings are the best of `--repeats`.
+A ratio of 1 is as fast as the plain thing; more is faster. Timings of reading are the best of `--repeats`.
+
+A plain write runs at the speed of memory while the page cache has pages to give that it had before (a file of that size
+was removed shortly before), and many times slower where it must find fresh ones, above all on a virtual machine whose
+host has to clear them as well: 6 and 0.2 GB/s on one machine within a minute. Large shards go past the page cache, at
+the speed of the disk whatever its state is. So the plain write is what wanders; look at `*_gb_s` beside the ratio, and
+at the synced ratio, in which both ways end with the bytes on the disk.
 """
 
 import argparse
 import json
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -87,6 +96,15 @@ def drop(folder: Path) -> None:
     os.sync()
 
 
+def forget(folder: Path) -> None:
+    """Let the page cache drop all files: only the disk has them."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as held:
+                os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def bench_write(
     folder: Path, n_layers: int, d_model: int, rows: int, block_rows: int, repeats: int
 ) -> dict[str, float]:
@@ -104,13 +122,14 @@ def bench_write(
         for name, work in ways.items():
             drop(folder)
             seconds[name].append(best(1, work))
-    found = {name: min(times) for name, times in seconds.items()}
-    return {
-        "write_ratio": found["plain"] / found["store"],
-        "write_ratio_synced": found["plain_synced"] / found["store_synced"],
-        "write_gb_s": size / found["store"] / 1e9,
-        "plain_write_gb_s": size / found["plain"] / 1e9,
-    }
+    found: dict[str, float] = {}
+    for suffix, choose in (("", statistics.median), ("_best", min)):
+        for tail in ("", "_synced"):
+            plain, store = choose(seconds[f"plain{tail}"]), choose(seconds[f"store{tail}"])
+            found[f"write_ratio{tail}{suffix}"] = plain / store
+            found[f"write_gb_s{tail}{suffix}"] = size / store / 1e9
+            found[f"plain_write_gb_s{tail}{suffix}"] = size / plain / 1e9
+    return found
 
 
 def bench_read(folder: Path, n_layers: int, d_model: int, rows: int, block_rows: int, repeats: int) -> dict[str, float]:
@@ -135,6 +154,12 @@ def bench_read(folder: Path, n_layers: int, d_model: int, rows: int, block_rows:
             for _ in loader:
                 pass
 
+    cold: dict[str, list[float]] = {"plain": [], "store": []}
+    for _ in range(repeats):
+        forget(folder)
+        cold["plain"].append(best(1, copy_plain))
+        forget(folder)
+        cold["store"].append(best(1, lambda: load(ActivationStore.open(folder / "store"))))
     plain = best(repeats, copy_plain)
     load(store)
     again = best(repeats, lambda: load(store))
@@ -146,7 +171,9 @@ def bench_read(folder: Path, n_layers: int, d_model: int, rows: int, block_rows:
         "read_ratio_first": plain / first,
         "read_ratio_one_thread": plain / alone,
         "read_ratio_one_layer": plain / one,
+        "read_ratio_cold": statistics.median(cold["plain"]) / statistics.median(cold["store"]),
         "read_gb_s": size / again / 1e9,
+        "read_gb_s_cold": size / statistics.median(cold["store"]) / 1e9,
         "plain_read_gb_s": size / plain / 1e9,
     }
 

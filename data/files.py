@@ -132,7 +132,7 @@ class LocalFiles:
             raise
 
     def read_into(self, name: str, offset: int, buffers: list[np.ndarray]) -> None:
-        with self.descriptor(name) as descriptor:
+        with self.descriptors([name]) as (descriptor,):
             got = os.preadv(descriptor, buffers, offset)  # type: ignore[arg-type]
             wanted = sum(buffer.nbytes for buffer in buffers)
             while got < wanted:
@@ -144,20 +144,26 @@ class LocalFiles:
                 got += more
 
     @contextmanager
-    def descriptor(self, name: str) -> Iterator[int]:
-        """An open file, duplicated for the time of one read so that another thread may drop it from the cache."""
-        with self._lock:
-            descriptor = self._descriptors.get(name)
-            if descriptor is None:
-                descriptor = self._descriptors[name] = os.open(self.folder / name, os.O_RDONLY)
-                if len(self._descriptors) > _OPEN_FILES:
-                    os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors.move_to_end(name)
-            own = os.dup(descriptor)
+    def descriptors(self, names: list[str]) -> Iterator[list[int]]:
+        """Open files, duplicated for the time of one read so that another thread may drop them from the cache."""
+        own: list[int] = []
         try:
+            with self._lock:
+                for name in names:
+                    own.append(os.dup(self._descriptor(name)))
             yield own
         finally:
-            os.close(own)
+            for descriptor in own:
+                os.close(descriptor)
+
+    def _descriptor(self, name: str) -> int:
+        descriptor = self._descriptors.get(name)
+        if descriptor is None:
+            descriptor = self._descriptors[name] = os.open(self.folder / name, os.O_RDONLY)
+            if len(self._descriptors) > _OPEN_FILES:
+                os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors.move_to_end(name)
+        return descriptor
 
     def sizes(self, folder: str) -> dict[str, int]:
         found = {}
