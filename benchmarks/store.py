@@ -160,6 +160,7 @@ def bench_read(folder: Path, n_layers: int, d_model: int, rows: int, block_rows:
         cold["plain"].append(best(1, copy_plain))
         forget(folder)
         cold["store"].append(best(1, lambda: load(ActivationStore.open(folder / "store"))))
+    copy_plain()
     plain = best(repeats, copy_plain)
     load(store)
     again = best(repeats, lambda: load(store))
@@ -189,7 +190,7 @@ def bench_zarr(folder: Path, n_layers: int, d_model: int, pipeline: str) -> floa
     with zarr.config.set({"codec_pipeline.path": pipelines[pipeline]}):
         group = zarr.open_group(str(folder / "store"), mode="r")
         arrays: list[Any] = [group[site] for site in SITES]
-        starts = np.random.default_rng(0).permutation(arrays[0].shape[0] // BATCH)[:12] * BATCH
+        starts = np.random.default_rng(0).permutation(arrays[0].shape[0] // BATCH)[:4] * BATCH
         begun = time.perf_counter()
         for start in starts:
             for array in arrays:
@@ -300,6 +301,7 @@ def main() -> None:
         folder = Path(name)
         for n_layers, d_model in SHAPES:
             rows = round(options.gb * 1e9 / (n_layers * d_model * 2 * len(SITES)) / PIECE_ROWS) * PIECE_ROWS
+            lines: list[dict[str, Any]] = []
             for block_rows in blocks:
                 shape = n_layers, d_model, rows, block_rows, options.repeats
                 line: dict[str, Any] = {
@@ -321,16 +323,19 @@ def main() -> None:
                     line |= bench_train(folder, n_layers, d_model, rows, block_rows, options.steps)
                 if "harvest" in options.parts and not options.layouts:
                     line |= bench_harvest(folder, n_layers, d_model, 2**26 // (d_model * n_layers // 12) // 2)
-                show(line, options.json)
+                lines.append(
+                    {key: round(value, 3) if isinstance(value, float) else value for key, value in line.items()}
+                )
+                if options.json:
+                    print(json.dumps(lines[-1]), flush=True)
+            if not options.json:
+                show(lines)
 
 
-def show(line: dict[str, Any], as_json: bool) -> None:
-    line = {key: round(value, 3) if isinstance(value, float) else value for key, value in line.items()}
-    if as_json:
-        print(json.dumps(line), flush=True)
-        return
-    for key, value in line.items():
-        print(f"{key:30} {value}")
+def show(lines: list[dict[str, Any]]) -> None:
+    """A row for each figure, block sizes beside each other."""
+    for key in lines[0]:
+        print(f"{key:30}" + "".join(f"{line[key]!s:>10}" for line in lines))
     print(flush=True)
 
 
