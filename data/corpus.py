@@ -101,9 +101,13 @@ class Corpus:
             given += len(sequence.tokens)
             yield sequence
         if not given:
+            way_out = (
+                "; raise dataset.held_out, take smaller documents (dataset.text_unit) or do without: store.held_out=0"
+            )
             raise UserError(
                 f"dataset.name={self.settings.name} has no {split.replace('_', '-')} document with text in column "
                 f"{self.settings.column} (dataset.held_out={self.settings.held_out:g})"
+                + (way_out if split == "held_out" else "")
             )
 
     def _pack(self, split: str) -> Iterator[TokenSequence]:
@@ -150,7 +154,13 @@ class Corpus:
                 ]
                 for (index, _), part in zip(parts, encoded):
                     ids.setdefault(index, []).extend(part)
-            yield from ((d.index, ids[d.index]) for d in group if ids.get(d.index))
+            for document in group:
+                # a chat template, or a column of tokens, may have begun with the BOS that every document gets
+                own = ids.get(document.index, [])
+                if own and own[0] == self.tokenizer.bos_token_id:
+                    own = own[1:]
+                if own:
+                    yield document.index, own
 
 
 def cut(text: str, longest: int = LONGEST_TEXT) -> list[str]:

@@ -91,6 +91,8 @@ class HarvestSettings:
         check_choice("store.dtype", self.dtype, ["auto", *DTYPES])
         for site in self.sites:
             check_choice("store.sites", site, SITES)
+        if self.layers == []:
+            raise SettingsError("store.layers is empty; leave it out to keep all layers")
         if not self.sites:
             raise SettingsError("store.sites is empty; it takes some of resid, mlp_in, mlp_out")
         check_range("store.tokens", parse_count(self.tokens), low=1)
@@ -260,7 +262,8 @@ class Harvester:
         length = max(len(sequence.tokens) for _, sequence in group)
         if length > lm.context_length:
             raise SettingsError(
-                f"dataset.sequence_length={length} is more than the model's context, {lm.context_length}"
+                f"a sequence of {length} tokens is more than the model's context, {lm.context_length}: lower "
+                "dataset.sequence_length"
             )
         tokens = torch.zeros(len(group), length, dtype=torch.long)
         candidates = torch.zeros(len(group), length, dtype=torch.bool)

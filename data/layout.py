@@ -118,8 +118,11 @@ class StoreLayout:
 
     def total_bytes(self, rows: int) -> int:
         """What all shards weigh."""
-        blocks = [self.blocks_in(shard, rows) for shard in range(self.shards(rows))]
-        return sum(self.shard_bytes(spec, n) for spec in self.arrays.values() for n in blocks)
+        whole, rest = divmod(rows, self.shard_rows)
+        size = sum(whole * self.shard_bytes(spec, self.blocks_per_shard) for spec in self.arrays.values())
+        if rest:
+            size += sum(self.shard_bytes(spec, -(-rest // self.block_rows)) for spec in self.arrays.values())
+        return size
 
     def array_metadata(self, spec: ArraySpec, rows: int) -> dict[str, Any]:
         """The `zarr.json` of an array."""

@@ -31,6 +31,8 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 HELD_OUT = 0.05
 """Share of the files that training never sees; `dataset=stdlib` holds out the same ones by default."""
 RECORD_FILE = "stdlib.json"
+AT_ONCE = 8192
+"""Tokens of a training batch that go through the model together: what lies between its layers has to fit in memory."""
 EVALUATED = 100_000
 """Held-out tokens on which the loss is measured, at most."""
 
@@ -171,7 +173,8 @@ class Windows:
         starts = torch.randint(len(self.stream_N) - self.shape.context, (self.shape.batch, 1), generator=generator)
         tokens_BT = self.stream_N[starts + torch.arange(self.shape.context)]
         tokens_BT[:, 0] = self.bos
-        return [(tokens_BT, torch.ones(tokens_BT.shape))]
+        parts = tokens_BT.split(max(1, AT_ONCE // self.shape.context))
+        return [(part, torch.ones(part.shape)) for part in parts]
 
 
 def held_out_loss(model: LlamaForCausalLM, stream_N: Tensor, context: int, device: torch.device) -> float:

@@ -11,6 +11,7 @@ import pyarrow
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from . import stdlib
@@ -36,6 +37,7 @@ FORMATS = {
 NETWORK = (ConnectionError, httpx.HTTPError, HfHubHTTPError)
 UNREADABLE = (DatasetsError, pyarrow.ArrowInvalid)
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+BESIDE = ("readme", "license", "licence", "notice", "dataset_infos")
 ENDS_READ = 1 << 20
 """Bytes of each end of a local file that its fingerprint covers, besides its length."""
 
@@ -103,6 +105,12 @@ def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
+def _beside(file: Path, folder: Path) -> bool:
+    """A dataset's card, its licence, or what a download left: no data."""
+    parts = file.relative_to(folder).parts
+    return file.name.split(".")[0].lower() in BESIDE or any(part.startswith(".") for part in parts)
+
+
 def _format(file: Path) -> str | None:
     suffixes = [suffix for suffix in file.suffixes if suffix not in COMPRESSIONS]
     return FORMATS.get(suffixes[-1]) if suffixes else None
@@ -116,7 +124,7 @@ def _open_local(path: Path, settings: "DatasetSettings") -> Any:
         if settings.split not in saved:
             raise SettingsError(f"dataset.split={settings.split} is not in {path}; it has {', '.join(map(str, saved))}")
         return saved[settings.split]
-    files = [file for file in _files(path) if _format(file)]
+    files = [file for file in _files(path) if _format(file) and (file == path or not _beside(file, path))]
     formats = {_format(file) for file in files}
     if len(formats) != 1:
         found = "files of several kinds" if formats else "no file"
@@ -132,6 +140,8 @@ def _open_local(path: Path, settings: "DatasetSettings") -> Any:
         return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
     except (*UNREADABLE, ValueError) as error:
         raise UserError(f"dataset.name={path} cannot be read as {kind}: {_first_line(error)}") from error
+    except StopIteration as error:  # what pandas' and pyarrow's readers end in where there is no row
+        raise UserError(f"dataset.name={path} is empty") from error
 
 
 def _open_hub(settings: "DatasetSettings") -> Any:
@@ -196,14 +206,32 @@ def _content(value: Any, settings: "DatasetSettings", tokenizer: PreTrainedToken
             return value.decode("utf-8", "replace")
         case [int(), *_]:
             return _checked_tokens(list(value), settings, tokenizer)
-        case [{"role": _, "content": _}, *_] if tokenizer.chat_template:
-            return str(tokenizer.apply_chat_template(list(value), tokenize=False))
         case [{"role": _, "content": _}, *_]:
-            return "\n".join(f"{message['role']}: {message['content']}" for message in value)
+            return _chat([{**message, "content": _said(message["content"])} for message in value], settings, tokenizer)
     raise SettingsError(
         f"dataset.column={settings.column} of {settings.name} holds {type(value).__name__}; it takes a text, a list of "
         "chat messages with role and content, or a list of token ids"
     )
+
+
+def _chat(messages: list[dict[str, Any]], settings: "DatasetSettings", tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError as error:
+        roles = ", ".join(str(message["role"]) for message in messages[:4])
+        raise SettingsError(
+            f"the model's chat template refuses a chat in dataset.column={settings.column} of {settings.name} (roles "
+            f"{roles}): {_first_line(error)}"
+        ) from error
+
+
+def _said(content: Any) -> str:
+    """A message's text: some datasets have it in parts, some have none."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if isinstance(part, dict) and part.get("text"))
+    return "" if content is None else str(content)
 
 
 def _checked_tokens(ids: list[int], settings: "DatasetSettings", tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -9,12 +9,13 @@ itself which of its windows are done. Whoever sees the last record writes the ar
 
 import fcntl
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 from uuid import uuid4
 
@@ -32,6 +33,7 @@ PROGRESS = ".progress"
 SHUFFLE_ROWS = 1 << 20
 REMOTE_LOCK_SECONDS = 120.0
 _THREADS = 2
+_ASIDE = re.compile(r"\..+\.\d+-\d+\.part").fullmatch  # a file that was being written by a process that was killed
 
 
 class StoreWriter:
@@ -66,9 +68,12 @@ class StoreWriter:
     def __enter__(self) -> "StoreWriter":
         """Take the lock, and go on with what is there if it is the same store."""
         held = read_json(self.files, "zarr.json")
-        if held is not None:
-            self._check_identity(held.get("attributes", {}))
+        if held is None:
+            self._check_folder()
+        elif self._check_identity(held.get("attributes", {})):
             self.complete = held["attributes"]["complete"]
+        else:
+            held = None
         with room(self.files):
             self._lock.take()
             if self.complete:
@@ -86,16 +91,29 @@ class StoreWriter:
         if self._aside is not None:
             self._aside.cleanup()
 
-    def _check_identity(self, attributes: dict[str, Any]) -> None:
+    def _check_folder(self) -> None:
+        """A store shares its folder with nothing."""
+        folder = Path(self.files.root)
+        if isinstance(self.files, LocalFiles) and folder.is_dir():
+            other = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS and not _ASIDE(path.name))
+            if other:
+                raise UserError(f"{folder} holds other files ({other[0]}) and no store: name a new or an empty folder")
+
+    def _check_identity(self, attributes: dict[str, Any]) -> bool:
+        """Refuse to go on with another store; False for one of which nothing was written but its beginning."""
         held = StoreLayout.from_attributes(attributes, self.files.root).to_attributes() | attributes["identity"]
         wanted = self.layout.to_attributes() | self.identity
         different = sorted(key for key in held.keys() | wanted.keys() if held.get(key) != wanted.get(key))
-        if different:
-            key = different[0]
-            raise UserError(
-                f"{self.files.root} holds a store with {key}={held.get(key)} and this would be {key}={wanted.get(key)}"
-                ": choose another path, or remove that store"
-            )
+        if not different:
+            return True
+        locks = f"{PROGRESS}/lock-"
+        if not any(name != "zarr.json" and not name.startswith(locks) for name in self.files.sizes("")):
+            return False
+        key = different[0]
+        raise UserError(
+            f"{self.files.root} holds a store with {key}={held.get(key)} and this would be {key}={wanted.get(key)}"
+            ": choose another path, or remove that store"
+        )
 
     def agree(self, name: str, find: Callable[[], Any]) -> Any:
         """What the first process to come here found, now and after any restart."""
@@ -202,7 +220,7 @@ class StoreWriter:
 
     def _tidy(self) -> None:
         for name in self.files.sizes(""):
-            if name.endswith(".part"):
+            if _ASIDE(PurePath(name).name):
                 self.files.remove(name)
         self.files.remove(f"{HELD_OUT}/{PROGRESS}")
         self.files.remove(PROGRESS)

@@ -167,6 +167,47 @@ def test_chats_and_token_ids(tmp_path, tokenizer):
     assert found[0] == [tokenizer.bos_token_id, *ids]
 
 
+def test_chats_as_people_keep_them(tmp_path, tokenizer):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "fox"}]}]
+    silent = [{"role": "user", "content": None}, {"role": "assistant", "content": "quick"}]
+    for number, (chat, said) in enumerate([(parts, "user: the fox"), (silent, "user: \nassistant: quick")]):
+        name = write_jsonl(tmp_path / f"{number}.jsonl", [{"chat": chat}])
+        found = documents_of(load_corpus(DatasetSettings(name=name, column="chat", **NO_SPLIT), tokenizer))
+        assert tokenizer.decode(found[0], skip_special_tokens=True) == said
+    strict = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        bos_token="<bos>",
+        chat_template="{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('no system role') }}{% endif %}{{ m.content }}{% endfor %}",
+    )
+    name = write_jsonl(tmp_path / "b.jsonl", [{"chat": [{"role": "user", "content": "the fox"}]}])
+    found = documents_of(load_corpus(DatasetSettings(name=name, column="chat", **NO_SPLIT), strict))
+    assert found[0].count(strict.bos_token_id) == 1 and found[0][0] == strict.bos_token_id
+    name = write_jsonl(tmp_path / "s.jsonl", [{"chat": [{"role": "system", "content": "the fox"}]}])
+    with pytest.raises(SettingsError, match=r"chat template refuses .* \(roles system\): no system role"):
+        next(load_corpus(DatasetSettings(name=name, column="chat", **NO_SPLIT), strict).sequences())
+
+
+def test_token_ids_that_begin_with_bos_do_so_once(tmp_path, tokenizer):
+    ids = [tokenizer.bos_token_id, *tokenizer("the fox", add_special_tokens=False)["input_ids"]]
+    name = write_jsonl(tmp_path / "a.jsonl", [{"ids": ids}, {"ids": ids[:1]}, {"ids": ids[1:]}])
+    found = documents_of(load_corpus(DatasetSettings(name=name, column="ids", **NO_SPLIT), tokenizer))
+    assert dict(found) == {0: ids, 2: ids}
+
+
+def test_a_folder_with_a_card_and_a_licence(tmp_path, tokenizer):
+    folder = tmp_path / "set"
+    for part in ("data", ".cache"):
+        (folder / part).mkdir(parents=True)
+        write_jsonl(folder / part / "train.jsonl", [{"text": "the fox"}])
+    for name in ("README.md", "LICENSE.txt"):
+        (folder / name).write_text("the dog")
+    corpus = load_corpus(DatasetSettings(name=str(folder), **NO_SPLIT), tokenizer)
+    assert len(documents_of(corpus)) == 1
+    card = load_corpus(DatasetSettings(name=str(folder / "README.md"), **NO_SPLIT), tokenizer)
+    assert tokenizer.decode(documents_of(card)[0], skip_special_tokens=True) == "the dog"
+
+
 def test_empty_and_missing_documents_are_left_out(tmp_path, tokenizer):
     name = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in ("", "the fox", None, "the dog")])
     assert list(documents_of(load_corpus(DatasetSettings(name=name, **NO_SPLIT), tokenizer))) == [1, 3]
@@ -213,7 +254,10 @@ def test_bad_input_is_one_sentence(tmp_path, jsonl, tokenizer):
     foreign = write_jsonl(tmp_path / "f.jsonl", [{"text": [1, 50_000]}])
     with pytest.raises(SettingsError, match="made for another model"):
         next(load_corpus(DatasetSettings(name=foreign, **NO_SPLIT), tokenizer).sequences())
-    with pytest.raises(UserError, match="no held-out document"):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"empty\.jsonl is empty"):
+        load_corpus(DatasetSettings(name=str(tmp_path / "empty.jsonl")), tokenizer)
+    with pytest.raises(UserError, match=r"no held-out document .* do without: store\.held_out=0"):
         next(load_corpus(DatasetSettings(name=jsonl, **NO_SPLIT), tokenizer).sequences("held_out"))
     (tmp_path / "broken.parquet").write_bytes(b"not a parquet file")
     with pytest.raises(UserError, match="cannot be read as parquet"):

@@ -335,6 +335,13 @@ def test_killed_at_any_instant_it_goes_on_to_the_same_bytes(lm, tmp_path, memory
 
 
 def test_settings_refuse_nonsense():
-    for name, value in {"dtype": "float8", "mode": "ram", "tokens": "many", "sites": ["attn"], "fraction": 0.0}.items():
+    for name, value in {
+        "layers": [],
+        "dtype": "float8",
+        "mode": "ram",
+        "tokens": "many",
+        "sites": ["attn"],
+        "fraction": 0.0,
+    }.items():
         with pytest.raises(SettingsError, match=f"store.{name}"):
             replace(SETTINGS, **{name: value})

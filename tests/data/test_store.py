@@ -291,6 +291,35 @@ def test_other_settings_do_not_go_on_with_a_store(rows, tmp_path):
         make(tmp_path / "s", rows, identity={"seed": 1})
 
 
+def test_a_store_that_was_only_begun_may_become_another(rows, tmp_path):
+    with StoreWriter(tmp_path / "s", layout("float16"), {"seed": 3}):
+        pass
+    make(tmp_path / "s", rows)
+    assert ActivationStore.open(tmp_path / "s").dtype == torch.float32
+
+
+def test_a_folder_of_other_files_is_left_alone(rows, tmp_path):
+    (tmp_path / "thesis.part").write_text("x")
+    with pytest.raises(UserError, match=r"holds other files \(thesis\.part\) and no store"):
+        make(tmp_path, rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.part"]
+    make(tmp_path / "s", rows)
+    (tmp_path / "s" / "mine.part").write_text("x")
+    (tmp_path / "s" / ".0.12-34.part").write_text("x")
+    make(tmp_path / "s", rows)
+    assert [path.name for path in (tmp_path / "s").rglob("*.part")] == ["mine.part"]
+
+
+def test_weighs_what_its_shards_do():
+    for rows in (1, 31, 512, 513, 3003):
+        parts = layout("int8")
+        blocks = [parts.blocks_in(shard, rows) for shard in range(parts.shards(rows))]
+        assert parts.total_bytes(rows) == sum(
+            parts.shard_bytes(spec, n) for spec in parts.arrays.values() for n in blocks
+        )
+    assert layout().total_bytes(10**15) > 10**15  # at once
+
+
 @pytest.mark.parametrize("path", ["disk", "memory://locked"])
 def test_second_writer_is_refused(rows, tmp_path, path):
     path = str(tmp_path / "s") if path == "disk" else path
