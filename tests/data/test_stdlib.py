@@ -55,6 +55,9 @@ def test_windows_are_a_function_of_the_step():
     ((again, _),) = stdlib.Windows(stream, shape, seed=0)(7)
     assert torch.equal(tokens, again) and tokens.shape == weight.shape == (shape.batch, shape.context)
     assert (tokens[:, 0] == 0).all() and (tokens[:, 2:] - tokens[:, 1:-1] == 1).all()
+    large = stdlib.SIZES["large"].shape
+    parts = [tokens for tokens, _ in stdlib.Windows(stream, large, seed=0)(7)]
+    assert len(torch.cat(parts)) == large.batch and all(part.numel() <= stdlib.AT_ONCE for part in parts)
 
 
 def test_bad_settings_and_a_python_without_sources(tmp_path, monkeypatch):
