@@ -8,9 +8,10 @@ environment that has it, the same weights and prompt go through circuit-tracer i
 difference between the two adjacency matrices is printed, relative to the largest edge. Its batch is the one at which it
 is fastest on the first case, unless `--reference-batch` says. Every measurement has a process of its own, warmed up on
 the first tokens; `peak` (MiB) is that process's, all its libraries included, `loaded` what it took with model and
-transcoder loaded, and `beyond` the difference: what tracing, scores and pruning take. An environment for developers holds packages that PyTorch and transformers import
-where they find them (triton and scipy, 0.1 GB); to compare two programs that are installed alike, `--ours` names the
-interpreter of an environment that holds Crosslace and what it needs, as circuit-tracer's does: `pip install -e .` there.
+transcoder loaded, and `beyond` the difference: what tracing, scores and pruning take. A developer's environment holds
+packages that PyTorch and transformers import where they find them (triton and scipy, 0.1 GB); to compare two programs
+that are installed alike, `--ours` names the interpreter of an environment that holds Crosslace and what it needs
+(`pip install -e .`), as circuit-tracer's does.
 """
 
 import argparse
@@ -188,7 +189,7 @@ def main() -> None:
         "--ours",
         metavar="PYTHON",
         default=sys.executable,
-        help="interpreter that ours is measured in; this one if not given",
+        help="interpreter that ours runs in; by default this one",
     )
     parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of ours, e.g. max_nodes=7500")
     parser.add_argument(
