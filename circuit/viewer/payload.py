@@ -64,6 +64,7 @@ def graph_payload(
         "scores": graph.scores(),
         "accounting": graph.accounting,
         "size": {"features": graph.n_features, "shown": smaller.n_features, "edges": count_edges(graph)},
+        "weight_name": graph.weight_name,
         "model": str(_name(graph)),
     }
 

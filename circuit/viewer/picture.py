@@ -68,7 +68,8 @@ def render_graph_svg(
     row_of = {layer: row for row, layer in enumerate(layers)}
     boxes = [_feature_box(graph, group, row_of) for group in kept]
     for group, logit in zip(outcomes, graph.logits, strict=False):
-        note = f"p = {logit.probability:.2f}"
+        weight = "p" if graph.weight_name == "probability" else "weight"
+        note = f"{weight} = {logit.probability:.2f}"
         boxes.append(
             Box(group.key, _short(logit.label.strip() or logit.label), note, "logit", len(layers), group.position)
         )

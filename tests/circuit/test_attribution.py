@@ -249,6 +249,9 @@ def test_several_prompts(make_tiny, monkeypatch):
     monkeypatch.setattr(type(lm), "tokenize", lambda self, prompt: torch.tensor([len(word) for word in prompt.split()]))
     graphs = trace(replacement, ["a bb ccc", "dd eee"])
     assert [graph.tokens for graph in graphs] == [[1, 2, 3], [2, 3]]
+    monkeypatch.undo()
+    for prompts in ([[1, 2, 3], [2, 3]], [torch.tensor([1, 2, 3]), torch.tensor([2, 3])]):
+        assert [graph.tokens for graph in trace(replacement, prompts)] == [[1, 2, 3], [2, 3]]
 
 
 @pytest.mark.parametrize("reach", ["1", "all"])
