@@ -1,6 +1,7 @@
 """Tracing: targets, caps, edge cases and refusals. What edges are is held in test_identities.py."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,12 @@ def test_a_cap_within_little_memory_gives_the_same_kind_of_graph(replacement, wh
 def test_rows_beyond_memory_are_mapped(replacement, whole):
     graph = trace(replacement, PROMPT, memory=0.0)
     torch.testing.assert_close(graph.rows, whole.rows, rtol=0, atol=1e-12)
+
+
+def test_rows_that_fit_nowhere_are_refused(replacement, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="more than trace.memory=0, .*0.0 GiB free; set trace.max_nodes"):
+        trace(replacement, PROMPT, memory=0.0)
 
 
 @pytest.mark.parametrize("cap", [None, 40])
