@@ -202,7 +202,7 @@ class Trainer:
             return
         inputs: StepInputs = step_inputs(parts)
         seed = self.settings.seed * 1_000_003 + step
-        resample(parts.transcoder, parts.optimizers, parts.state, inputs, x, y, seed, self._rates(), self.comm)
+        resample(parts.transcoder, parts.optimizers, parts.state, inputs, x, y, seed, self.comm)
 
     # The beginning.
 
