@@ -35,18 +35,15 @@ from crosslace.data.stdlib import StdlibSettings, build_stdlib
 from crosslace.data.store import ActivationStore
 from crosslace.data.world.build import build_world
 from crosslace.data.world.settings import WorldSettings
+from crosslace.launch.compose import preset
 from crosslace.train.neurons import model_neurons
 from crosslace.train.settings import TrainerSettings
 from crosslace.train.trainer import train
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
 from torch.nn.functional import kl_div
 
-KINDS: dict[str, dict[str, Any]] = {
-    "plt": {"reach": "1"},
-    "plt-wide": {"reach": "1"},
-    "clt": {"reach": "all", "k_scope": "all"},
-    "clt-even": {"reach": "all"},
-}
+PLT, CLT = (preset("transcoder", name)[1] for name in ("plt", "clt"))
+KINDS: dict[str, dict[str, Any]] = {"plt": PLT, "plt-wide": PLT, "clt": CLT, "clt-even": CLT | {"k_scope": "layer"}}
 ACTIVATIONS = ("batchtopk", "topk", "jumprelu", "relu")
 SEQUENCES_AT_ONCE = 64
 

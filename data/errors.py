@@ -4,6 +4,7 @@ Every room may use these. A `UserError` reaches the terminal as its sentence alo
 defect of ours and keeps its traceback.
 """
 
+import errno
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -14,6 +15,11 @@ class UserError(Exception):
 
 class SettingsError(UserError):
     """A setting that is misspelt, of the wrong type, out of range, or contradicts another."""
+
+
+def out_of_room(error: OSError) -> bool:
+    """The disk is full, or this user's part of it, or a file may not grow any further."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_choice(setting: str, value: object, choices: Iterable[object]) -> None:

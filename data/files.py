@@ -1,6 +1,5 @@
 """The few file operations that a store needs, on a local folder or on any fsspec URL."""
 
-import errno
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from typing import IO, Any, Protocol
 import fsspec
 import numpy as np
 
-from .errors import UserError
+from .errors import UserError, out_of_room
 
 _OPEN_FILES = 256
 MAX_PARTS = 512  # pieces of one vectored write; systems take 1,024
@@ -75,7 +74,7 @@ def room(files: Files) -> Iterator[None]:
     try:
         yield
     except OSError as cause:
-        if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not out_of_room(cause):
             raise
         raise UserError(
             f"no room is left for {files.root}: free some and run `crosslace cache` with the same settings, which goes "

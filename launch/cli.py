@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from ..conf import VERBS
-from ..data.errors import UserError
+from ..data.errors import UserError, out_of_room
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -80,7 +79,7 @@ def _run(words: list[str]) -> int:
 
 def _about_the_disk(error: OSError) -> str | None:
     where = f" ({error.filename})" if error.filename else ""
-    if error.errno in _FULL:
+    if out_of_room(error):
         return f"no space is left on the disk{where}; free some, and give the same command again to go on"
     if error.errno in _CLOSED:
         return f"cannot write there{where}: the folder is read-only for you; name another"

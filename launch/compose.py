@@ -173,15 +173,19 @@ def compose_config(verb: str, words: Sequence[str]) -> Config:
     return Config(verb, {str(key): value for key, value in values.items() if key != "experiment"}, given)
 
 
+def preset(group: str, name: Any) -> tuple[list[Any], dict[str, Any]]:
+    """What a preset builds on, and the settings that it names itself."""
+    plain = OmegaConf.to_container(OmegaConf.load(Path(__file__).parent.parent / "conf" / group / f"{name}.yaml"))
+    assert isinstance(plain, dict)
+    settings = {str(key): value for key, value in plain.items()}
+    return settings.pop("defaults", []), settings
+
+
 def _set_by_experiment(name: Any) -> list[str]:
     """The settings that an experiment preset names: they count as given."""
-    preset = OmegaConf.load(Path(__file__).parent.parent / "conf" / "experiment" / f"{name}.yaml")
-    plain = OmegaConf.to_container(preset)
-    assert isinstance(plain, dict)
-    found = []
-    for entry in plain.pop("defaults", []):
-        found += [str(key).removeprefix("override /") for key in entry if isinstance(entry, dict)]
-    for key, value in plain.items():
+    bases, settings = preset("experiment", name)
+    found = [str(key).removeprefix("override /") for base in bases if isinstance(base, dict) for key in base]
+    for key, value in settings.items():
         found += [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else [str(key)]
     return found
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import cache, evaluate, runs, train
-from .compose import Config
+from .compose import Config, preset
 from .job import Job
 from .sources import open_corpus, open_replacement, world_of
 from .terminal import Closing, duration, table
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ..circuit.replacement import ReplacementModel
     from ..data.world.world import World
 
-KINDS = {"clt": {"reach": "all", "k_scope": "all"}, "plt": {"reach": "1", "k_scope": "layer"}}
-"""The two runs, and what their presets set."""
+KINDS = ("clt", "plt")
+"""The two runs, each of the preset of its name."""
 PROMPT = "the capital of the state containing Dallas is"
 SLUG = "dallas"
 KEPT = ("demo", "world", "store", "transcoder", "trainer", "eval", "trace", "features")
@@ -199,7 +199,7 @@ class Demo:
         values["model"]["name"] = values["dataset"]["name"] = "world"
         values["store"]["path"] = str(self.folder / "store")
         values["run"] = str(self.folder / kind)
-        values["transcoder"] |= KINDS[kind]
+        values["transcoder"] |= preset("transcoder", kind)[1]
         progress = self.job.progress.named(kind) if verb == "train" else self.job.progress
         return replace(self.job, verb=verb, config=Config("demo", values, self.job.config.given), progress=progress)
 

@@ -1,5 +1,6 @@
 """`crosslace train`: a transcoder from a store."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from .terminal import Closing, table
 
 if TYPE_CHECKING:
     from ..data.store import ActivationStore
+    from ..train.neurons import Neurons
     from ..train.sharding import ParallelSettings
     from ..train.trainer import TrainResult
 
@@ -95,25 +97,32 @@ def mesh_for(job: Job, store: "ActivationStore", device: str) -> "ParallelSettin
 
 def beginning(job: Job, store: "ActivationStore") -> dict[str, Any]:
     """What a training begins with, as keywords of the trainer: the MLPs' neurons, or a transcoder of the same model."""
-    from ..train.neurons import has_neurons, model_neurons
     from ..train.transcoder import Transcoder
 
-    init, shape = job.config.values.get("init", "auto"), job.section("transcoder")
+    init = job.config.values.get("init", "auto")
     if init == "random":
         return {}
     if init in ("auto", "mlp"):
-        try:
-            model = open_model(job)
-        except UserError as error:
-            raise UserError(f"{error} (it is needed for its neurons; init=random begins without it)") from error
-        if init == "auto" and not has_neurons(model, store, shape.layers):
-            return {}
-        return {"neurons": model_neurons(model, store, shape.layers, shape.read)}
+        return {"neurons": neurons(job, store, wanted=init == "mlp")}
     source = Transcoder.load(runs.transcoder_folder(Path(init)))
     made_of, needed = (meta.get("model", {}).get("fingerprint") for meta in (source.meta, store.attributes))
     if made_of != needed:
         raise UserError(f"init={init} was trained on model {made_of}, and the store is of {needed}; take another")
     return {"init": source}
+
+
+def neurons(job: Job, store: "ActivationStore", wanted: bool) -> "Iterator[Neurons]":
+    """The language model's own, which is opened only when the first is asked for: a run that goes on needs none.
+    None at all where its MLPs are no lists of neurons, unless they are `wanted`: then it is refused."""
+    from ..train.neurons import has_neurons, model_neurons
+
+    shape = job.section("transcoder")
+    try:
+        model = open_model(job)
+    except UserError as error:
+        raise UserError(f"{error} (it is needed for its neurons; init=random begins without it)") from error
+    if wanted or has_neurons(model, store, shape.layers):
+        yield from model_neurons(model, store, shape.layers, shape.read)
 
 
 def run_settings(job: Job) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Two collectives do it all, each the other's transpose: `gather_parts` and `sum_p
 instead (`comm.slices == 1`: y^ is summed over ranks), each function here returns what it was given.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,38 +22,34 @@ from .collectives import SINGLE, Collectives
 from .gather import Entries, make_entries, sort_by
 from .transcoder import Transcoder
 
+Exchange = Callable[[Tensor], Tensor]
 
-class _GatherParts(torch.autograd.Function):
-    """[...] -> [m, ...]: every feature rank's."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Collectives) -> Tensor:
-        ctx.comm = comm
-        return comm.gather_parts(x)
+class _Collective(torch.autograd.Function):
+    """One collective forward, its transpose backward."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.comm.sum_parts(grads[0]), None
-
-
-class _SumParts(torch.autograd.Function):
-    """[m, ...] -> [...]: this rank's entry of the sum over feature ranks."""
+    def forward(ctx: Any, x: Tensor, there: Exchange, back: Exchange) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Collectives) -> Tensor:
-        ctx.comm = comm
-        return comm.sum_parts(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.comm.gather_parts(grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grads[0]), None, None
 
 
 def gather_parts(x: Tensor, comm: Collectives) -> Tensor:
-    """`Collectives.gather_parts`, with gradient."""
-    gathered = _GatherParts.apply(x, comm)
+    """[...] -> [m, ...]: `Collectives.gather_parts`, with gradient."""
+    gathered = _Collective.apply(x, comm.gather_parts, comm.sum_parts)
     assert isinstance(gathered, Tensor)
     return gathered
+
+
+def sum_parts(x: Tensor, comm: Collectives) -> Tensor:
+    """[m, ...] -> [...]: `Collectives.sum_parts`, with gradient."""
+    summed = _Collective.apply(x, comm.sum_parts, comm.gather_parts)
+    assert isinstance(summed, Tensor)
+    return summed
 
 
 # Slices of y^ and of its losses.
@@ -93,8 +89,7 @@ def whole_norms(norms: Sequence[Tensor], comm: Collectives) -> list[Tensor]:
     if comm.slices == 1:
         return list(norms)
     squares = torch.cat([norm.square().unflatten(0, (comm.slices, -1)) for norm in norms], dim=1)
-    total = _SumParts.apply(squares, comm)
-    assert isinstance(total, Tensor)
+    total = sum_parts(squares, comm)
     # A row of zeros has no direction to grow in: the clamp gives it the gradient zero.
     whole = total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
     return list(whole.split([len(norm) // comm.slices for norm in norms]))

@@ -5,7 +5,6 @@ train/evaluation.py  held-out figures          train/checkpoint.py  exact resume
 """
 
 import dataclasses
-import errno
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.errors import Progress, SettingsError, UserError, silent
+from ..data.errors import Progress, SettingsError, UserError, out_of_room, silent
 from ..data.store import ActivationStore, Batch
 from .actives import own_slice
 from .checkpoint import Checkpoints
@@ -103,7 +102,8 @@ class Trainer:
         # Model, optimizer, state.
         self.meta = {"model": store.attributes.get("model", {}), **(meta or {})}
         self.targets = settings.per_layer("target_l0", len(self.layers))
-        transcoder = self._new_transcoder(init, neurons)
+        transcoder = self._new_transcoder(init)
+        self.neurons = neurons
         self.normalisation = self.normalisation.to(self.device)
         self.held_out = HeldOut(held, self.normalisation, self.read, self.layers, comm)
         target = None if self.targets is None else torch.tensor(self.targets, device=self.device)
@@ -134,8 +134,9 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Train to the end, or until asked to stop."""
-        settings, counters = self.settings, self.parts.counters
-        self._resume()
+        settings, parts, counters = self.settings, self.parts, self.parts.counters
+        if not self._resume() and self.neurons is not None:
+            start_from_neurons(parts.transcoder, self.neurons, self.normalisation, self.comm)
         begun = time.perf_counter() - counters.seconds
         loader = self.store.loader(
             settings.batch, counters.step, settings.steps - counters.step, self.device,
@@ -149,7 +150,7 @@ class Trainer:
                     self._look(x)
                 if settings.resample_every and self._due(settings.resample_every, before_step=True):
                     self._resample(x, y)
-                train_step(self.parts, x, y)
+                train_step(parts, x, y)
                 if not self.records.speed:
                     self.records.set_apart(counters.step, loader.stall_seconds, self.device)
                 counters.seconds = time.perf_counter() - begun
@@ -206,7 +207,7 @@ class Trainer:
 
     # The beginning.
 
-    def _new_transcoder(self, init: Transcoder | None, neurons: Iterable[Neurons] | None) -> Transcoder:
+    def _new_transcoder(self, init: Transcoder | None) -> Transcoder:
         shape, d_model, seed = self._shape(), self.store.d_model, self.settings.seed
         rates = self._rates()
         sample = min(len(self.store), rows_for(min(rates)))
@@ -219,8 +220,6 @@ class Trainer:
             return part_of(whole, self.comm).to(self.device)
         part = new_part(shape, d_model, self.layers, seed, self.meta, self.comm)
         initialise(part, x, own_slice(y_mean, self.comm), rates, self.settings.init_decoder)
-        if neurons is not None:
-            start_from_neurons(part, neurons, self.normalisation, self.comm)
         return part.to(self.device)
 
     def _shape(self) -> TranscoderSettings:
@@ -249,7 +248,8 @@ class Trainer:
         named |= {f"normalisation/{name}": tensor for name, tensor in scales.items()}
         return named | {"random/cpu": torch.get_rng_state()}
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Go on from the newest whole checkpoint; False where there is none."""
         found = self.checkpoints.newest()
         states: dict[str, Any] = {}
         if found is not None:
@@ -263,6 +263,7 @@ class Trainer:
             states = saved["sinks"]
         for sink in self.sinks if self.comm.is_main else []:
             sink.resume(states.get(type(sink).__name__, {}))
+        return found is not None
 
     def _description(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
@@ -402,7 +403,7 @@ def train(
     try:
         return Trainer(settings, transcoder_settings, store, held_out, run_dir, **options).run()
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not out_of_room(error):
             raise
         raise UserError(
             f"the files of {run_dir} could not be written ({error.strerror}); make room and run the same command "

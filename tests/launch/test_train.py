@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import torch
 from crosslace import Transcoder
+from crosslace.data.errors import UserError
 
 QUICK = ["trainer.batch=256", "trainer.steps=40", "trainer.log_every=10", "trainer.eval_tokens=512"]
 SHAPE = ["transcoder.features=96", "transcoder.reach=1", "trainer.target_l0=4", "wandb.mode=disabled"]
@@ -14,7 +16,7 @@ def nmse(folder: Path) -> list[float]:
     return [line["nmse"] for line in lines if "nmse" in line]
 
 
-def test_training_begins_with_the_mlps_own_neurons(crosslace, demo: Path, tmp_path: Path) -> None:
+def test_training_begins_with_the_mlps_own_neurons(crosslace, demo: Path, tmp_path: Path, monkeypatch) -> None:
     train = ["train", f"store={demo / 'store'}", *QUICK, *SHAPE]
     for name, words in (("random", ["init=random"]), ("mlp", ["init=mlp"]), ("auto", [])):
         ended = crosslace(*train, f"run={tmp_path / name}", *words)
@@ -25,6 +27,19 @@ def test_training_begins_with_the_mlps_own_neurons(crosslace, demo: Path, tmp_pa
     assert ended.code == 2 and "init was mlp, not auto" in ended.err
     ended = crosslace(*train, f"run={tmp_path / 'mlp'}", "init=mlp")
     assert ended.code == 0 and "trained already" in ended.out
+
+    # A run that goes on has its weights in the checkpoint, and opens no language model.
+    def unavailable(*_: object) -> None:
+        raise UserError("no model here")
+
+    monkeypatch.setattr("crosslace.launch.train.open_model", unavailable)
+    (tmp_path / "mlp" / "transcoder").rename(tmp_path / "before")
+    ended = crosslace(*train, f"run={tmp_path / 'mlp'}", "init=mlp")
+    assert ended.code == 0, ended.err
+    before, after = (Transcoder.load(folder) for folder in (tmp_path / "before", tmp_path / "mlp" / "transcoder"))
+    assert all(torch.equal(old, new) for old, new in zip(before.W_enc, after.W_enc, strict=True))
+    ended = crosslace(*train, f"run={tmp_path / 'new'}", "init=mlp")
+    assert ended.code == 2 and "no model here (it is needed for its neurons" in ended.err
 
 
 def test_training_begins_with_another_run(crosslace, demo: Path, tmp_path: Path) -> None:
