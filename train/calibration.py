@@ -1,4 +1,4 @@
-"""Thresholds that give a chosen L0 on held-out rows: what topk kinds export, and the last correction of the others."""
+"""Thresholds that give a chosen L0 on held-out rows: what batchtopk exports, and the last correction of the others."""
 
 from collections.abc import Iterable, Sequence
 

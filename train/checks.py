@@ -58,7 +58,8 @@ def check_sparsity(settings: TrainerSettings, transcoder: TranscoderSettings, n_
     sizes = transcoder.sizes(n_layers)
     targets = settings.per_layer("target_l0", n_layers)
     topk_kind = transcoder.activation in ("topk", "batchtopk")
-    for size, wanted in zip(sizes, targets or [float(transcoder.k) if topk_kind else 0.0] * n_layers, strict=True):
+    ks = [float(k) if topk_kind else 0.0 for k in transcoder.ks(n_layers)]
+    for size, wanted in zip(sizes, targets or ks, strict=True):
         if wanted > size:
             name = "transcoder.k" if targets is None else "trainer.target_l0"
             raise SettingsError(f"{name}={wanted:g} is more than the {size} features of a layer")

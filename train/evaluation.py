@@ -1,4 +1,4 @@
-"""Held-out evaluation during training: thresholds are calibrated first, then everything is measured with them."""
+"""Held-out evaluation during training: thresholds are calibrated first, then everything is measured as exported."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -23,7 +23,8 @@ class Evaluation(NamedTuple):
     report: dict[str, Any]
     """overall, layers, tokens."""
     thresholds: list[Tensor] | None
-    """Per layer [F]: calibrated (relu: shifts), where L0 has a target; None where the activation's own are kept."""
+    """Per layer [F]: calibrated (relu: shifts), where L0 has a target; None where the activation's own are kept. topk
+    is measured with its own choice: its thresholds are for foreign formats, which have nothing else."""
     densities: list[Tensor]
 
 
@@ -64,14 +65,15 @@ def evaluate(
     targets: list[float] | None,
     comm: Collectives = SINGLE,
 ) -> Evaluation:
-    """Reconstruction on held-out rows, at the thresholds that an export would have."""
+    """Reconstruction on held-out rows, as an export would have it."""
     rows, device = held_out.rows(tokens), transcoder.device
     thresholds = None
     if targets is not None:
         inputs = (x for x, _ in held_out.pairs(tokens, device))
         thresholds = calibrated_thresholds(transcoder, inputs, rows, targets, comm)
     metrics = ReconstructionMetrics(transcoder.features, transcoder.d_model, device, comm)
+    used = None if transcoder.settings.activation == "topk" else thresholds
     for x, y in held_out.pairs(tokens, device):
-        acts = transcoder.activate(transcoder.preactivations(x), thresholds, comm)
+        acts = transcoder.activate(transcoder.preactivations(x), used, comm)
         metrics.update(y, decode_whole(transcoder, acts, x, comm), acts)
     return Evaluation(metrics.compute(), thresholds, metrics.densities())

@@ -8,6 +8,7 @@ same for gradients that are not formed.
 import torch
 from torch import Tensor
 
+from .collectives import SINGLE, Collectives
 from .rows import RowGradients, adam_numbers, adam_rows
 from .settings import TrainerSettings
 from .transcoder import Transcoder
@@ -95,9 +96,22 @@ class Optimizers:
             if isinstance(value, Tensor)
         }
 
-    def forget(self, name: str, rows: Tensor) -> None:
-        """Zero the moments of some rows (features that were resampled)."""
-        for optimizer, parameters, moments in self.parts:
-            if name in parameters:
-                for moment in moments:
-                    optimizer.state[parameters[name]][moment][rows] = 0
+    def renew(self, name: str, rows: Tensor, comm: Collectives = SINGLE, whole: bool = False) -> None:
+        """Begin the moments of some rows anew (features that were resampled): the first at zero; the second at the mean
+        of the other rows, over all shards unless this rank holds the `whole` tensor's rows.
+
+        From a second moment of zero, Adam would take its first steps at full size whatever the gradient, along every
+        coordinate at once: that alone drives a new feature off the tokens it was made for, within a few steps.
+        """
+        for optimizer, parameters, (first, *second) in self.parts:
+            if name not in parameters:
+                continue
+            state = optimizer.state[parameters[name]]
+            state[first][rows] = 0
+            for scale in (state[moment] for moment in second):
+                others = torch.ones(len(scale), dtype=scale.dtype, device=scale.device)
+                others[rows] = 0
+                total, count = torch.tensordot(others, scale, 1), others.sum()
+                if not whole:
+                    total, count = comm.sum_shards(total), comm.sum_shards(count)
+                scale[rows] = total / count.clamp_min(1)

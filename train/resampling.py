@@ -5,49 +5,67 @@ from torch import Tensor
 
 from .collectives import Collectives
 from .initialisation import quantile_bias
-from .objective import StepInputs, decode_whole
+from .objective import StepInputs, choose, decode_whole
 from .optimizers import Optimizers
 from .state import RunningState
 from .transcoder import Transcoder
 
+# Against the usual feature: the norm of a new encoder, and how often it fires. Rarely, so that the tokens it takes from
+# others are those it was made for.
 _ENCODER_SHARE = 0.5
+_RATE_SHARE = 0.1
 
 
 @torch.no_grad()
 def resample(
     transcoder: Transcoder, optimizers: Optimizers, state: RunningState, inputs: StepInputs,
-    x: Tensor, y: Tensor, seed: int, rate: list[float], comm: Collectives,
+    x: Tensor, y: Tensor, seed: int, comm: Collectives,
 ) -> None:  # fmt: skip
-    """Point each dead encoder at a token drawn in proportion to its squared error, with a zero decoder, a bias that
-    gives it the usual firing rate, and fresh moments. It counts as alive until it has had time to prove otherwise.
+    """Point each dead encoder at a token of its own, drawn in proportion to its squared error, with a zero decoder, a
+    bias by which some tokens pass the threshold that this batch has, and moments begun anew. It counts as alive until
+    it has had time to prove otherwise.
 
-    One token is drawn for each feature, dead or not, of the whole batch: so it is the same one on any mesh.
+    Tokens are dealt out to the dead features of all shards, over the whole batch: the same ones on any mesh.
     """
     h = transcoder.preactivations(x)
-    y_hat = decode_whole(transcoder, transcoder.activate(h, comm=comm), x, comm)
+    chosen = choose(transcoder, h, inputs.k, comm)
+    y_hat = decode_whole(transcoder, transcoder.activate(h, chosen, comm), x, comm)
     error_BL = whole_batch((y - y_hat).square().sum(-1), comm)
+    if not bool(error_BL.isfinite().all()):  # a batch that the step will pass over as well
+        return
     for l, size in enumerate(transcoder.features):
-        alive = ~inputs.dead[l]
         dead = inputs.dead[l].nonzero()[:, 0]
+        alive = ~inputs.dead[l]
         norms = torch.stack([transcoder.W_enc[l][alive].norm(dim=1).sum(), alive.sum().to(x.dtype)])
         total, count = comm.sum_shards(norms)
         if float(count) == size * comm.feature_ranks:
             continue
-        generator = torch.Generator().manual_seed(hash((seed, l)) & 0x7FFFFFFF)
-        weights = error_BL[:, l].square().cpu() + 1e-12
-        drawn = torch.multinomial(weights, size * comm.feature_ranks, replacement=True, generator=generator)
-        rows = drawn.to(x.device)[comm.feature_rank * size :][:size][dead]
-        usual = total / count if float(count) else x.new_tensor(1.0)
-        x_BD = whole_batch(x[:, l], comm)
-        transcoder.W_enc[l][dead] = torch.nn.functional.normalize(x_BD[rows], dim=1) * usual * _ENCODER_SHARE
-        theta = transcoder.theta(l)[dead]
-        transcoder.b_enc[l][dead] = quantile_bias(x_BD @ transcoder.W_enc[l][dead].T, theta, rate[l])
-        state.density[l][dead] = rate[l]
+        x_BD, usual_rate = whole_batch(x[:, l], comm), inputs.k[l] / (size * comm.feature_ranks)
+        usual_norm = total / count if float(count) else x.new_tensor(1.0)
+        all_dead = comm.gather_features(inputs.dead[l])
+        rows = deal(error_BL[:, l].square(), all_dead, hash((seed, l)))[comm.feature_rank * size :][:size][dead]
+        towards = torch.nn.functional.normalize(x_BD[rows], dim=1)
+        transcoder.W_enc[l][dead] = towards * usual_norm * _ENCODER_SHARE
+        # What the activation compares with: its own threshold, or the one that it chose among these tokens.
+        margin = x_BD @ transcoder.W_enc[l][dead].T
+        if chosen is not None:
+            margin -= whole_batch(chosen[l], comm) if chosen[l].dim() else chosen[l]
+        transcoder.b_enc[l][dead] = quantile_bias(margin, transcoder.theta(l)[dead], usual_rate * _RATE_SHARE)
+        state.density[l][dead] = usual_rate
         for name in (f"W_enc.{l}", f"b_enc.{l}", f"log_theta.{l}"):
-            optimizers.forget(name, dead)
-        written = dead if comm.slices == 1 else comm.gather_features(inputs.dead[l]).nonzero()[:, 0]
+            optimizers.renew(name, dead, comm)
+        written = dead if comm.slices == 1 else all_dead.nonzero()[:, 0]
         transcoder.W_dec[l][written] = 0
-        optimizers.forget(f"W_dec.{l}", written)
+        optimizers.renew(f"W_dec.{l}", written, comm, whole=comm.slices > 1)
+
+
+def deal(weight_B: Tensor, dead_F: Tensor, seed: int) -> Tensor:
+    """[F]: to each dead feature a token of its own, drawn by weight, as long as there are enough (others get any): two
+    features with one encoder would stay the same feature for good."""
+    generator = torch.Generator().manual_seed(seed & 0x7FFFFFFF)
+    weight_B = weight_B.double().cpu()
+    order = torch.multinomial(weight_B / weight_B.sum() + 1e-12, len(weight_B), generator=generator)
+    return order.to(dead_F.device)[(dead_F.cumsum(0) - 1) % len(order)]
 
 
 def whole_batch(x: Tensor, comm: Collectives) -> Tensor:

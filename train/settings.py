@@ -80,7 +80,7 @@ class TrainerSettings:
     k_first: float | None = None
     """topk kinds: k at the start; ten times the final k where not given, a quarter of the features at most."""
 
-    k_share: float = 0.7
+    k_share: float = 0.35
     """topk kinds: share of the run over which k falls to its final value; 0 keeps it there from the start."""
 
     sparsity: str = "auto"

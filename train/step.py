@@ -65,7 +65,7 @@ def scheduled_lr(settings: TrainerSettings, features: int, step: int) -> float:
 def step_inputs(parts: StepParts) -> StepInputs:
     """What schedules and state say for this step."""
     settings, transcoder, step = parts.settings, parts.transcoder, parts.counters.step
-    targets = parts.targets or [float(transcoder.settings.k)] * transcoder.n_layers
+    targets = parts.targets or [float(k) for k in transcoder.settings.ks(transcoder.n_layers)]
     sizes = [size * parts.comm.feature_ranks for size in transcoder.features]
     firsts = [settings.first_k(target, size) for target, size in zip(targets, sizes, strict=True)]
     k = [annealed_k(step, settings.steps, *pair, settings.k_share) for pair in zip(targets, firsts, strict=True)]

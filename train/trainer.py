@@ -203,12 +203,12 @@ class Trainer:
             return
         inputs: StepInputs = step_inputs(parts)
         seed = self.settings.seed * 1_000_003 + step
-        resample(parts.transcoder, parts.optimizers, parts.state, inputs, x, y, seed, self._rates(), self.comm)
+        resample(parts.transcoder, parts.optimizers, parts.state, inputs, x, y, seed, self.comm)
 
     # The beginning.
 
     def _new_transcoder(self, init: Transcoder | None) -> Transcoder:
-        shape, d_model, seed = self.transcoder_settings, self.store.d_model, self.settings.seed
+        shape, d_model, seed = self._shape(), self.store.d_model, self.settings.seed
         rates = self._rates()
         sample = min(len(self.store), rows_for(min(rates)))
         batch = self.store.batch(0, 0, sample)
@@ -222,12 +222,19 @@ class Trainer:
         initialise(part, x, own_slice(y_mean, self.comm), rates, self.settings.init_decoder)
         return part.to(self.device)
 
+    def _shape(self) -> TranscoderSettings:
+        """The transcoder's settings, where topk's k is the target: it goes into the export."""
+        shape = self.transcoder_settings
+        if shape.activation != "topk" or self.targets is None:
+            return shape
+        return dataclasses.replace(shape, k=round(max(self.targets)), k_per_layer=[round(k) for k in self.targets])
+
     def _rates(self) -> list[float]:
         """The share of tokens on which a feature fires at first."""
         sizes = self.transcoder_settings.sizes(len(self.layers))
         if self.settings.init_firing_rate is not None:
             return [self.settings.init_firing_rate] * len(sizes)
-        wanted = self.targets or [float(self.transcoder_settings.k)] * len(sizes)
+        wanted = self.targets or [float(k) for k in self.transcoder_settings.ks(len(sizes))]
         if self.transcoder_settings.activation in TOPK:
             wanted = [self.settings.first_k(target, size) for target, size in zip(wanted, sizes, strict=True)]
         return [min(0.5, target / size) for target, size in zip(wanted, sizes, strict=True)]
@@ -297,7 +304,7 @@ class Trainer:
         parts, counters = self.parts, self.parts.counters
         targets = self.targets
         if targets is None and self.transcoder_settings.activation in TOPK:
-            targets = [float(self.transcoder_settings.k)] * len(self.layers)
+            targets = [float(k) for k in self.transcoder_settings.ks(len(self.layers))]
         with autocast(self.settings, self.device):
             self.evaluation = evaluate(parts.transcoder, self.held_out, tokens, targets, self.comm)
         report = self.evaluation.report
@@ -318,9 +325,11 @@ class Trainer:
 
     def _score(self, report: dict[str, Any]) -> float:
         """Lower is better: nmse where L0 is fixed or on its target, more where it is off; else the newest."""
+        activation = self.transcoder_settings.activation
+        if activation == "topk" or (activation == "batchtopk" and self.targets is None):
+            return report["overall"]["nmse"]
         if self.targets is None:
-            newest = -float(self.parts.counters.step)
-            return report["overall"]["nmse"] if self.transcoder_settings.activation in TOPK else newest
+            return -float(self.parts.counters.step)
         off = [abs(row["l0"] / target - 1) for row, target in zip(report["layers"], self.targets, strict=True)]
         return report["overall"]["nmse"] * (1 + 10 * max(0.0, max(off) - 0.05))
 
@@ -332,7 +341,9 @@ class Trainer:
         self.parts.optimizers.zero_grad()
         self.workspace = Workspace()
         scales: Normalisation = self.normalisation
-        folded = self.parts.transcoder.folded(scales.in_scale, scales.out_scale, evaluation.thresholds)
+        chooses = self.transcoder_settings.activation == "topk"
+        thresholds = None if chooses else evaluation.thresholds
+        folded = self.parts.transcoder.folded(scales.in_scale, scales.out_scale, thresholds)
         meta = {
             "normalisation": {"in_scale": scales.in_scale.tolist(), "out_scale": scales.out_scale.tolist()},
             "trained_as": {
@@ -342,6 +353,8 @@ class Trainer:
             },
             "held_out": evaluation.report["overall"] | {"tokens": evaluation.report["tokens"]},
         }
+        if chooses and evaluation.thresholds is not None:
+            meta["thresholds"] = [float(tau_F[0]) for tau_F in evaluation.thresholds]
         return save_whole(folded, self.folder / name, meta, self.transcoder_settings, self.comm)
 
     def _interrupted(self, by_person: bool) -> TrainResult:

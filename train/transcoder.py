@@ -59,6 +59,9 @@ class TranscoderSettings:
     k: int = 16
     """Active features per token and layer, for topk and batchtopk; `trainer.target_l0` takes its place where given."""
 
+    k_per_layer: list[int] | None = None
+    """The same, one number a layer; takes the place of `k`."""
+
     k_scope: str = "layer"
     """Where batchtopk chooses: `layer` gives each layer its own k, `all` lets layers compete for n_layers * k."""
 
@@ -87,7 +90,9 @@ class TranscoderSettings:
         for setting, sizes in (("features", [self.features]), ("features_per_layer", self.features_per_layer or [])):
             for size in sizes:
                 check_range(f"transcoder.{setting}", size, low=1)
-        check_range("transcoder.k", self.k, low=1)
+        for setting, sizes in (("k", [self.k]), ("k_per_layer", self.k_per_layer or [])):
+            for size in sizes:
+                check_range(f"transcoder.{setting}", size, low=1)
         self.reach_of(1)
         if self.layers is not None and (not self.layers or sorted(set(self.layers)) != list(self.layers)):
             raise SettingsError(f"transcoder.layers={self.layers} must name each layer once, in rising order")
@@ -111,13 +116,19 @@ class TranscoderSettings:
 
     def sizes(self, n_layers: int) -> list[int]:
         """Features of each covered layer."""
-        if self.features_per_layer is None:
-            return [self.features] * n_layers
-        if len(self.features_per_layer) != n_layers:
-            raise SettingsError(
-                f"transcoder.features_per_layer has {len(self.features_per_layer)} numbers for {n_layers} layers"
-            )
-        return list(self.features_per_layer)
+        return self._each("features", n_layers)
+
+    def ks(self, n_layers: int) -> list[int]:
+        """k of each covered layer."""
+        return self._each("k", n_layers)
+
+    def _each(self, name: str, n_layers: int) -> list[int]:
+        one, each = getattr(self, name), getattr(self, f"{name}_per_layer")
+        if each is None:
+            return [one] * n_layers
+        if len(each) != n_layers:
+            raise SettingsError(f"transcoder.{name}_per_layer has {len(each)} numbers for {n_layers} layers")
+        return list(each)
 
 
 class Transcoder(nn.Module):
@@ -257,13 +268,14 @@ class Transcoder(nn.Module):
 
     def select(self, h: list[Tensor], comm: Collectives = SINGLE, k: float | None = None) -> list[Tensor]:
         """The thresholds by which topk ([B, 1] a layer) or batchtopk ([] a layer) choose among these tokens."""
-        k = self.settings.k if k is None else k
+        ks = self.settings.ks(self.n_layers) if k is None else [k] * len(h)
         rows = h[0].shape[0] * comm.data_ranks
         if self.settings.activation == "topk":
-            return [topk_threshold(h_BF, round(k), comm) for h_BF in h]
+            return [topk_threshold(h_BF, round(k_l), comm) for h_BF, k_l in zip(h, ks, strict=True)]
         if self.settings.k_scope == "layer":
-            return [batchtopk_threshold([h_BF], max(1, round(k * rows)), comm) for h_BF in h]
-        return [batchtopk_threshold(h, max(1, round(k * rows * len(h))), comm)] * len(h)
+            pairs = zip(h, ks, strict=True)
+            return [batchtopk_threshold([h_BF], max(1, round(k_l * rows)), comm) for h_BF, k_l in pairs]
+        return [batchtopk_threshold(h, max(1, round(sum(ks) * rows)), comm)] * len(h)
 
     def encode(self, x: Tensor, sparse: bool = False, thresholds: Sequence[Tensor] | None = None) -> Any:
         """x [B, L, D] -> per layer a_l: [B, F], or SparseActs with `sparse`."""
@@ -277,7 +289,11 @@ class Transcoder(nn.Module):
         h = self.preactivation(x, l)
         if self.settings.activation == "jumprelu":
             return h * (h > self.theta(l))
-        return h.relu() if self.settings.activation == "relu" else above(h, topk_threshold(h, self.settings.k))
+        return (
+            h.relu()
+            if self.settings.activation == "relu"
+            else above(h, topk_threshold(h, self.settings.ks(self.n_layers)[l]))
+        )
 
     def decode_from(self, l: int, acts: Tensor | SparseActs) -> Tensor:
         """What covered layer `l` writes: [B, reach_l, D], for dense or sparse activations."""
@@ -322,12 +338,13 @@ class Transcoder(nn.Module):
         """The same map on raw activations: reads x where this one reads x * in_scale, writes y^ / out_scale ([L] each).
 
         Pre-activations, and so thresholds, keep their values: the scales go into the encoder's and decoder's weights.
-        topk and batchtopk become jumprelu with the given `thresholds`, a number or [F] per layer (see `activate`).
+        batchtopk becomes jumprelu with the given `thresholds`, a number or [F] per layer (see `activate`); so does topk
+        where they are given.
         """
         settings = replace(self.settings, theta_init=max(self.settings.theta_init, 1e-6))
-        if self.settings.activation in ("topk", "batchtopk"):
-            if thresholds is None:
-                raise ValueError(f"{self.settings.activation} is exported as jumprelu: give calibrated thresholds")
+        if self.settings.activation == "batchtopk" and thresholds is None:
+            raise ValueError("batchtopk chooses among the tokens of a batch: give calibrated thresholds")
+        if self.settings.activation in ("topk", "batchtopk") and thresholds is not None:
             settings = replace(settings, activation="jumprelu")
         other = Transcoder(
             settings, self.d_model, self.layers, seed=None, device=self.device, dtype=self.dtype, meta=self.meta,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...data.errors import UserError
 from ...train.transcoder import Transcoder
-from .folders import LayerWeights, WeightsFile, assemble, check_exportable, new_folder, stored
+from .folders import LayerWeights, WeightsFile, assemble, exportable, new_folder, stored
 
 PLT, CLT = "transcoder_set", "cross_layer_transcoder"
 CONFIG = "config.yaml"
@@ -36,7 +36,7 @@ def export_circuit_tracer(
 
     `post_norm`: the model normalises the MLP's output before adding it; `parallel`: its MLP reads the layer's input.
     """
-    check_exportable(transcoder, "circuit-tracer")
+    transcoder = exportable(transcoder, "circuit-tracer")
     cross_layer = transcoder.kind != "plt"
     if cross_layer and transcoder.settings.skip:
         raise UserError("a cross-layer transcoder with skip has no form in circuit-tracer")

@@ -127,14 +127,19 @@ def _log_theta(theta: Tensor, layer: int) -> Tensor:
     return theta.double().clamp_min(LEAST_THETA).log()
 
 
-def check_exportable(transcoder: Transcoder, target: str) -> None:
-    """Choices that depend on the other tokens or features of a batch have no form in a foreign folder."""
-    activation = transcoder.settings.activation
+def exportable(transcoder: Transcoder, target: str) -> Transcoder:
+    """The transcoder itself, or topk with the thresholds that its training calibrated in place of its choice: what
+    depends on the other tokens or features of a batch has no form in a foreign folder."""
+    activation, thresholds = transcoder.settings.activation, transcoder.meta.get("thresholds")
+    if activation == "topk" and thresholds is not None:
+        ones = torch.ones(transcoder.n_layers)
+        return transcoder.folded(ones, ones, thresholds)
     if activation in ("topk", "batchtopk"):
         raise UserError(
             f"an uncalibrated {activation} transcoder has no form in {target}: export the calibrated transcoder of a "
-            "finished run, whose thresholds make it jumprelu"
+            "finished run"
         )
+    return transcoder
 
 
 def stored(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ...data.errors import UserError
 from ...train.transcoder import Transcoder
 from .circuit_tracer import model_of
-from .folders import LayerWeights, WeightsFile, assemble, check_exportable, new_folder, stored
+from .folders import LayerWeights, WeightsFile, assemble, exportable, new_folder, stored
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURES = {
@@ -30,7 +30,7 @@ READS = {"hook_resid_mid": "resid", "ln2.hook_normalized": "mlp_in", "mlp.hook_i
 
 def export_saelens(transcoder: Transcoder, folder: str | Path, model_name: str | None = None) -> Path:
     """Write a per-layer transcoder of raw activations as `layer_{i}/` folders that SAELens loads from disk."""
-    check_exportable(transcoder, "SAELens")
+    transcoder = exportable(transcoder, "SAELens")
     if transcoder.kind != "plt":
         raise UserError("SAELens has no form for a transcoder that writes to several layers; it takes reach=1 only")
     kind = (transcoder.settings.activation == "jumprelu", transcoder.settings.skip)

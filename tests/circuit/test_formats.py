@@ -57,6 +57,21 @@ def test_saelens_round_trip(tmp_path, activation, skip):
     assert one.layers == [1] and one.features == [F + 1]
 
 
+def test_topk_is_exported_at_its_calibrated_thresholds(tmp_path):
+    """Foreign folders have no choice by token; the project's own keeps it."""
+    topk, thresholds = make("1", "topk"), [0.2, 0.3, 0.4]
+    topk.meta["thresholds"] = thresholds
+    x = torch.randn(50, L, D, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    expected = topk.encode(x, thresholds=[torch.tensor(theta) for theta in thresholds])
+    for number, (write, read) in enumerate(
+        [(export_circuit_tracer, import_circuit_tracer), (export_saelens, import_saelens)]
+    ):
+        found = read(write(topk, tmp_path / str(number)))
+        for a, b in zip(expected, found.encode(x), strict=True):
+            torch.testing.assert_close(a, b.to(a), rtol=0, atol=1e-6)
+    assert Transcoder.load(topk.save(tmp_path / "own")).settings.activation == "topk"
+
+
 @pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
 def test_folded_normalisation_survives_export(tmp_path, activation):
     """A transcoder of normalised activations, folded, calibrated, exported and read back: the same map of raw ones."""

@@ -8,9 +8,9 @@ from crosslace.train.collectives import SINGLE
 from crosslace.train.initialisation import initialise, quantile_bias
 from crosslace.train.neurons import Neurons
 from crosslace.train.normalisation import Normalisation, normalisation_of
-from crosslace.train.objective import StepInputs
+from crosslace.train.objective import StepInputs, choose
 from crosslace.train.optimizers import Optimizers
-from crosslace.train.resampling import resample
+from crosslace.train.resampling import deal, resample
 from crosslace.train.schedules import annealed_k, default_lr, learning_rate, ramp
 from crosslace.train.settings import TrainerSettings
 from crosslace.train.state import RunningState
@@ -181,26 +181,60 @@ def test_an_mlps_own_neurons_are_an_exact_start():
     assert torch.allclose(y, want, atol=1e-4)
 
 
-def test_resampled_features_fire_again_and_start_fresh():
+def resampled(activation: str, **options) -> tuple[Transcoder, Optimizers, RunningState, StepInputs]:
+    """Features 0 to 4 of layer 1 were dead and have been started again."""
     settings = TrainerSettings(dead_after=1000, batch=64)
-    transcoder = Transcoder(TranscoderSettings(features=30, activation="batchtopk", k=3), D, L)
+    transcoder = Transcoder(TranscoderSettings(features=30, activation=activation, k=3, **options), D, L)
     optimizers, state = Optimizers(transcoder, settings), RunningState(transcoder, settings)
     with torch.no_grad():
         transcoder.b_enc[1][:5] = -50.0
-    for moments in optimizers.tensors().values():
-        moments.fill_(1.0)
+    for name, moments in optimizers.tensors().items():
+        moments.fill_(1.0 if name.startswith("exp_avg/") else 4.0)
+        if moments.dim():
+            moments[:5] = 1e-6
     dead = [torch.zeros(30, dtype=torch.bool) for _ in range(L)]
     dead[1][:5] = True
-    x, y = normal(64, L, D), normal(64, L, D, seed=1)
-    before = {name: p.detach().clone() for name, p in transcoder.named_parameters()}
     inputs = StepInputs([3.0] * L, torch.zeros(L), 0.0, dead)
-    resample(transcoder, optimizers, state, inputs, x, y, seed=0, rate=[0.1] * L, comm=SINGLE)
-    h = transcoder.preactivations(x)[1][:, :5]
-    assert ((h > 0).float().mean(0) > 0.04).all()
+    x, y = normal(64, L, D), normal(64, L, D, seed=1)
+    broken = x.clone()
+    broken[7, 0, 0] = torch.nan
+    resample(transcoder, optimizers, state, inputs, broken, y, seed=0, comm=SINGLE)
+    assert (transcoder.b_enc[1][:5] == -50.0).all()  # nothing is pointed at what is no number
+    resample(transcoder, optimizers, state, inputs, x, y, seed=0, comm=SINGLE)
+    return transcoder, optimizers, state, inputs
+
+
+@pytest.mark.parametrize(
+    ("activation", "options"),
+    [
+        ("batchtopk", {}),
+        ("batchtopk", {"k_scope": "all"}),
+        ("topk", {}),
+        ("jumprelu", {"theta_init": 0.5}),
+        ("relu", {}),
+    ],
+)
+def test_resampled_features_fire_again_and_start_fresh(activation, options):
+    before = Transcoder(TranscoderSettings(features=30, activation=activation, k=3, **options), D, L)
+    transcoder, optimizers, state, inputs = resampled(activation, **options)
+    h = transcoder.preactivations(normal(64, L, D))
+    fired = (transcoder.activate(h, choose(transcoder, h, inputs.k, SINGLE))[1] > 0)[:, :5]
+    assert fired.any(0).all() and fired.sum() < 0.3 * fired.numel()
+    assert len(torch.unique(transcoder.W_enc[1][:5], dim=0)) == 5
+    assert (state.density[1][:5] > state.dead_below).all()
     moments = optimizers.tensors()
-    assert not moments["exp_avg/W_enc.1"][:5].any() and moments["exp_avg/W_enc.1"][5:].all()
-    for name, parameter in transcoder.named_parameters():
-        if not name.endswith(".1") or "b_dec" in name:
-            assert torch.equal(parameter, before[name])
-        else:
-            assert torch.equal(parameter[5:], before[name][5:])
+    for name in ("W_enc.1", "b_enc.1", "W_dec.1"):
+        assert not moments[f"exp_avg/{name}"][:5].any() and moments[f"exp_avg/{name}"][5:].all()
+        assert (moments[f"exp_avg_sq/{name}"] == 4.0).all()
+    for name, parameter in before.named_parameters():
+        kept = slice(5, None) if name.endswith(".1") and "b_dec" not in name else slice(None)
+        assert torch.equal(transcoder.get_parameter(name)[kept], parameter[kept])
+
+
+def test_dead_features_get_tokens_of_their_own_and_the_worst_ones_first():
+    error, dead = torch.full((20,), 1e-6), torch.rand(50, generator=torch.Generator().manual_seed(0)) < 0.4
+    error[[3, 11, 17]] = 1.0
+    tokens = deal(error, dead, seed=7)[dead]
+    assert set(tokens[:3].tolist()) == {3, 11, 17}
+    assert tokens[:20].unique().numel() == min(20, len(tokens))
+    assert tokens.max() < 20

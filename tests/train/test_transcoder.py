@@ -84,7 +84,7 @@ def test_one_layer_is_encoded_like_all():
         make("batchtopk").encode_layer(x[:, 0], 0)
 
 
-@pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk", "batchtopk"])
 def test_folding_reads_and_writes_raw_activations(activation):
     transcoder, x = make(activation, skip=True), inputs()
     in_scale, out_scale = torch.tensor([2.0, 0.5, 7.0]), torch.tensor([0.25, 4.0, 11.0])
@@ -96,7 +96,21 @@ def test_folding_reads_and_writes_raw_activations(activation):
     assert torch.allclose(folded(raw) * out_scale[:, None].double(), transcoder(x), atol=1e-10)
     for l in range(L):
         assert torch.allclose(folded.encode(raw)[l], transcoder.encode(x)[l], atol=1e-10)
-    assert folded.settings.activation == ("relu" if activation == "relu" else "jumprelu")
+    assert folded.settings.activation == ("jumprelu" if activation == "batchtopk" else activation)
+    for l in range(L):  # each token for itself
+        assert torch.equal(folded.encode_layer(raw[:, l], l), folded.encode(raw)[l])
+
+
+def test_k_may_differ_by_layer():
+    x = inputs()
+    for activation in ("topk", "batchtopk"):
+        acts = make(activation, k_per_layer=[1, 2, 5]).encode(x)
+        assert [float((acts_BF > 0).sum()) / B for acts_BF in acts] == [1, 2, 5]
+    assert make("topk", k_per_layer=[1, 2, 5]).encode_layer(x[:, 2], 2).count_nonzero(-1).max() == 5
+    with pytest.raises(SettingsError, match="k_per_layer has 2 numbers"):
+        make("topk", k_per_layer=[1, 2]).encode(x)
+    with pytest.raises(SettingsError, match="k_per_layer=0"):
+        TranscoderSettings(k_per_layer=[3, 0])
 
 
 def test_rescaling_a_feature_changes_nothing():
