@@ -1,6 +1,6 @@
 """Seconds and peak memory of an attribution graph with its scores and pruning, ours and circuit-tracer's.
 
-    python -m benchmarks.attribution [--json] [--case plt:32:5970 ...] [--circuit-tracer PYTHON]
+    python -m benchmarks.attribution [--json] [--case plt:32:5970 ...] [--circuit-tracer PYTHON] [--ours PYTHON]
 
 A case is transcoder:tokens:active-features, on a random Llama-style model (L=8, D=256, 8 heads, F=2048 a layer,
 float32) whose thresholds are set so that so many features fire. With `--circuit-tracer`, the interpreter of another
@@ -8,7 +8,10 @@ environment that has it, the same weights and prompt go through circuit-tracer i
 difference between the two adjacency matrices is printed, relative to the largest edge. Its batch is the one at which it
 is fastest on the first case, unless `--reference-batch` says. Every measurement has a process of its own, warmed up on
 the first tokens; `peak` (MiB) is that process's, all its libraries included, `loaded` what it took with model and
-transcoder loaded, and `beyond` the difference: what tracing, scores and pruning take.
+transcoder loaded, and `beyond` the difference: what tracing, scores and pruning take. A developer's environment holds
+packages that PyTorch and transformers import where they find them (triton and scipy, 0.1 GB); to compare two programs
+that are installed alike, `--ours` names the interpreter of an environment that holds Crosslace and what it needs
+(`pip install -e .`), as circuit-tracer's does.
 """
 
 import argparse
@@ -141,7 +144,7 @@ def run_case(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
         ours, theirs = folder / "ours.safetensors", folder / "theirs.safetensors"
         options = [f"--set={entry}" for entry in arguments.set or []]
         options += ["--edges", str(ours)] if arguments.circuit_tracer else []
-        found = in_process([sys.executable, "-m", "benchmarks.attribution", "--measure", name, *options])
+        found = in_process([arguments.ours, "-m", "benchmarks.attribution", "--measure", name, *options])
         result = {"transcoder": kind, "tokens": int(tokens), **found}
         if arguments.circuit_tracer:
             reference = run_reference(folder, theirs, arguments)
@@ -182,6 +185,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--case", action="append", help="transcoder:tokens:active-features, e.g. clt:96:8000")
     parser.add_argument("--circuit-tracer", metavar="PYTHON", help="interpreter of an environment that has it")
+    parser.add_argument(
+        "--ours",
+        metavar="PYTHON",
+        default=sys.executable,
+        help="interpreter that ours runs in; by default this one",
+    )
     parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of ours, e.g. max_nodes=7500")
     parser.add_argument(
         "--reference-batch", type=int, help="circuit-tracer's; by default its fastest on the first case"

@@ -78,7 +78,7 @@ class TraceSettings:
 
 
 def trace(replacement: "ReplacementModel", prompt: Any, settings: TraceSettings | None = None, **named: Any) -> Any:
-    """The attribution graph of a prompt (text or token ids); of a list of texts, their graphs.
+    """The attribution graph of a prompt (text or token ids); of a list of prompts, their graphs.
 
     `named` overrides single settings; `targets` may then also hold token ids, vectors and `Target`s. `progress` is told
     how many targets are done.
@@ -86,9 +86,17 @@ def trace(replacement: "ReplacementModel", prompt: Any, settings: TraceSettings 
     settings = settings or TraceSettings()
     wanted, progress = named.pop("targets", settings.targets), named.pop("progress", silent)
     settings = TraceSettings(**(asdict(settings) | named))
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and isinstance(prompt[0], str):
+    if is_several(prompt):
         return [Tracer(replacement, one, wanted, settings).run(progress) for one in prompt]
     return Tracer(replacement, prompt, wanted, settings).run(progress)
+
+
+def is_several(prompt: Any) -> bool:
+    """Whether this is a list of prompts: of texts, or of lists of token ids."""
+    if not isinstance(prompt, list | tuple) or not prompt:
+        return False
+    first = prompt[0]
+    return isinstance(first, str | list | tuple) or (isinstance(first, Tensor) and first.dim() > 0)
 
 
 class Tracer:
@@ -140,6 +148,7 @@ class Tracer:
         del recording
         self.batch = settings.batch or self._fitting_batch(len(nodes), rows.total)
 
+        progress("tracing", 0, most + len(chosen.tokens))
         first_logit = len(nodes) - len(chosen.tokens)
         todo = torch.arange(first_logit, len(nodes), device=self.tokens.device)
         self._add(rows, frozen, chosen.targets, todo, todo - first_logit, progress, most)
@@ -153,6 +162,7 @@ class Tracer:
                 ids = torch.arange(n_features, device=self.tokens.device)
             self._add(rows, frozen, of_features, ids, ids, progress, most)
 
+        progress("tracing", self.done, self.done)  # where no other feature has influence, sooner than planned
         nodes, found, left_out = rows.finish()
         kept = int(nodes.mask("feature").sum())
         return Graph(

@@ -100,6 +100,11 @@ class Graph:
         return [Logit(n.id, n.index, n.label, p, n.activation, n.position) for n, p in zip(nodes, shares)]
 
     @property
+    def weight_name(self) -> str:
+        """What the logits' weights are: probabilities where all are tokens, else shares that the targets are given."""
+        return "probability" if all(logit.token >= 0 for logit in self.logits) else "weight"
+
+    @property
     def accounting(self) -> dict[str, Any]:
         """How many features were active and are left out, and the largest violation of the sum identity."""
         return self.metadata.get("accounting", {})
@@ -244,11 +249,18 @@ class Graph:
             raise UserError(f"a supernode takes nodes of the graph, whose ids are 0 to {len(check) - 1}, not {ids}")
         self.supernodes[name] = sorted(set(ids))
 
-    def top_paths(self, source: int | None, target: int, count: int = 1, through: Sequence[str] = ("feature",)):
+    def top_paths(
+        self,
+        source: int | None,
+        target: int,
+        count: int = 1,
+        through: Sequence[str] = ("feature",),
+        direct: bool = True,
+    ):
         """The strongest paths from a node (None: any embedding) to another: circuit/paths.py."""
         from .paths import top_paths
 
-        return top_paths(self, source, target, count, through)
+        return top_paths(self, source, target, count, through, direct)
 
     def label_features(self, names: Mapping[tuple[int, int], str]) -> None:
         """Name features by (layer, index)."""

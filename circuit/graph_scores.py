@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .edges import count_edges
 from .graph import Graph
 from .prompts import PromptSet
+from .sparse_rows import CHUNK, SparseRows
 
 COLUMNS = (
     "replacement_score",
@@ -24,13 +26,21 @@ COLUMNS = (
 
 def path_length(graph: Graph) -> float:
     """The mean number of edges from an embedding to a logit, each path weighted by its influence."""
-    size_RN = graph.rows.abs().double()
-    hat_RN = size_RN / (size_RN.sum(1) + graph.left_out.double()).clamp_min(1e-300)[:, None]
+    step = max(1, CHUNK // max(1, graph.values.shape[1]))
+    blocks = [slice(start, start + step) for start in range(0, len(graph.values), step)]
+    total_R = torch.cat([graph.values[some].abs().sum(1, dtype=torch.float64) for some in blocks])
+    total_R = (total_R + graph.left_out.double()).clamp_min(1e-300)
     is_input = graph.nodes.mask("embedding", "position")
     flow_R = graph.weights[graph.targets].double()
     length = arrived = 0.0
-    for edges in range(1, len(hat_RN) + 1):
-        flow_N = flow_R @ hat_RN
+    for edges in range(1, len(total_R) + 1):
+        share_R, flow_N = flow_R / total_R, flow_R.new_zeros(len(graph.nodes))
+        for some in blocks:
+            size_CN = graph.values[some].abs().double()
+            if isinstance(graph.stored, SparseRows):
+                graph.stored.add_by_source(flow_N, some, size_CN * share_R[some, None])
+            else:
+                flow_N += share_R[some] @ size_CN
         reached = float(flow_N[is_input].sum())
         length, arrived = length + edges * reached, arrived + reached
         flow_R = flow_N[graph.targets]
@@ -59,7 +69,7 @@ def graph_row(graph: Graph, node: float, edge: float) -> list[float]:
         scores["completeness_ct"],
         path_length(graph),
         float(pruned.n_features),
-        float((pruned.rows != 0).sum()),
+        float(count_edges(pruned)),
         float(graph.accounting["left_out_features"]),
         float(graph.accounting["largest_violation"]),
     ]

@@ -1,5 +1,6 @@
 """What can be asked of features (SPEC 3), and what comes back: `Intervention`, `InterventionResult`, `Generation`."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ class Intervention:
                 f"set: layer {self.layer} feature {self.feature} has {' and '.join(given) or 'nothing'} to set;"
                 " give one of value, times and patch_from"
             )
+        for name in ("value", "times"):
+            number = getattr(self, name)
+            if number is not None and not math.isfinite(number):
+                raise SettingsError(
+                    f"set: layer {self.layer} feature {self.feature} has {name}={number}; give a number"
+                )
         if isinstance(self.position, str):
             object.__setattr__(self, "position", _parse_position(self.position))
 
@@ -159,5 +166,9 @@ def covered_positions(it: Intervention, prompt_length: int, end: int) -> range:
     if step < 1:
         raise UserError(f"set: a slice of positions goes forward, not by {step}")
     start = max(0, start + prompt_length) if start < 0 else start
-    stop = end if stop is None else stop + prompt_length if stop < 0 else stop
+    if stop is not None:
+        stop = stop + prompt_length if stop < 0 else stop
+        if stop <= start:
+            raise UserError(f"set: positions {it.position.start or 0}:{it.position.stop} hold no token of the prompt")
+    stop = end if stop is None else stop
     return range(start, min(stop, end), step)

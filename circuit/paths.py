@@ -32,9 +32,15 @@ def shares(graph: Graph, rows: Tensor | slice) -> Tensor:
 
 
 def top_paths(
-    graph: Graph, source: int | None, target: int, count: int = 1, through: Sequence[str] = ("feature",)
+    graph: Graph,
+    source: int | None,
+    target: int,
+    count: int = 1,
+    through: Sequence[str] = ("feature",),
+    direct: bool = True,
 ) -> list[GraphPath]:
-    """The `count` strongest paths from a node (None: any token) to another, by way of nodes of kinds `through`.
+    """The `count` strongest paths from a node (None: any token) to another, by way of nodes of kinds `through`; without
+    `direct`, of at least one of those.
 
     One pass over the DAG finds what the best path from every node is worth; a best-first search guided by it then
     walks back from the target and meets the paths in the order of their strength.
@@ -62,7 +68,8 @@ def top_paths(
         if node not in row_of:
             continue
         shares_N = shares(graph, slice(row_of[node], row_of[node] + 1))[0]
-        worth_N = shares_N.abs() * torch.where(may_pass | is_goal, reach_N, 0.0) * abs(strength)
+        allowed = may_pass | is_goal if direct or len(path) > 1 else may_pass & ~is_goal
+        worth_N = shares_N.abs() * torch.where(allowed, reach_N, 0.0) * abs(strength)
         best = worth_N.topk(min(len(worth_N), 4 * count + 16))
         for worth, id in zip(best.values.tolist(), best.indices.tolist()):
             if worth > 0:
@@ -110,11 +117,11 @@ def path_text(graph: Graph, path: GraphPath) -> str:
 
 def strongest_paths_text(graph: Graph, most: int = 3) -> str:
     """The strongest path from a token to each of the first logits, by way of features where there is one."""
-    lines = []
+    lines, weight = [], "p" if graph.weight_name == "probability" else "weight"
     for logit in graph.logits[:most]:
-        lines.append(f"{logit.label!r} p={logit.probability:.3f}")
-        paths = [path for path in graph.top_paths(None, logit.id, 3) if len(path.nodes) > 2]
-        lines += [f"  {path_text(graph, path)}" for path in paths[:1]] or ["  no path through features"]
+        lines.append(f"{logit.label!r} {weight}={logit.probability:.3f}")
+        paths = graph.top_paths(None, logit.id, direct=False)
+        lines += [f"  {path_text(graph, path)}" for path in paths] or ["  no path through features"]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ strongest edges from features alone, in either order.
 """
 
 import mmap
+import shutil
 import tempfile
 from bisect import bisect_left
 from itertools import groupby
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data.errors import UserError
 from .backward import Edges
 from .influence import influence, move_to_errors
 from .nodes import Nodes
@@ -33,6 +35,12 @@ def allocate(rows: int, columns: int, most_bytes: float, dtype: torch.dtype, dev
         memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
     with tempfile.TemporaryDirectory() as folder:  # the mapping keeps the file alive after its name is gone
+        needed, free = size * dtype.itemsize, shutil.disk_usage(folder).free
+        if needed > free:  # writing to a mapping when the disk is full ends the process
+            raise UserError(
+                f"the graph's rows may take {needed / 2**30:.1f} GiB, more than trace.memory={most_bytes / 2**30:g},"
+                f" and {Path(folder).parent} has {free / 2**30:.1f} GiB free; set trace.max_nodes, or make it smaller"
+            )
         path = Path(folder) / "rows"
         return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(rows, columns)
 

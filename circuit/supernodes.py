@@ -122,11 +122,13 @@ def average_linkage(alike: Tensor, least: float) -> list[list[int]]:
 def flow_between(graph: Graph, groups: dict[str, list[int]] | None = None) -> Tensor:
     """[G, G] signed influence on the logits that runs from group to group along single edges: [target, source]."""
     groups = graph.supernodes if groups is None else groups
-    member = graph.rows.new_zeros(len(graph.nodes), len(groups))
+    member = graph.values.new_zeros(len(graph.nodes), len(groups))
     for column, ids in enumerate(groups.values()):
         member[ids, column] = 1
-    weighted = graph.rows * graph.influences.flow[:, None]
-    return member[graph.targets].T @ (weighted @ member)
+    of_row = member[graph.targets]
+    rows = of_row.any(1).nonzero().squeeze(1)
+    weighted = graph.rows_of(rows) * graph.influences.flow[rows, None]
+    return of_row[rows].T @ (weighted @ member)
 
 
 @dataclass
@@ -150,8 +152,8 @@ def difference(first: Graph, second: Graph) -> Difference:
     ids_first = {key: id for id, key in enumerate(first.nodes.keys())}
     ids_second = {key: id for id, key in enumerate(second.nodes.keys())}
     common = [(id, ids_second[key]) for key, id in ids_first.items() if key in ids_second]
-    a = torch.tensor([pair[0] for pair in common], dtype=torch.long, device=first.rows.device)
-    b = torch.tensor([pair[1] for pair in common], dtype=torch.long, device=second.rows.device)
+    a = torch.tensor([pair[0] for pair in common], dtype=torch.long, device=first.values.device)
+    b = torch.tensor([pair[1] for pair in common], dtype=torch.long, device=second.values.device)
     return Difference(
         [id for key, id in ids_first.items() if key not in ids_second],
         [id for key, id in ids_second.items() if key not in ids_first],
@@ -164,7 +166,7 @@ def difference(first: Graph, second: Graph) -> Difference:
 def edges_among(graph: Graph, ids: Tensor) -> Tensor:
     """[C, C] edges among some nodes, [target, source]."""
     row_of = torch.full((len(graph.nodes),), -1, device=ids.device)
-    row_of[graph.targets] = torch.arange(len(graph.rows), device=ids.device)
+    row_of[graph.targets] = torch.arange(len(graph.stored), device=ids.device)
     rows = row_of[ids]
-    edges = graph.rows[rows.clamp(min=0)][:, ids]
+    edges = graph.rows_of(rows.clamp(min=0))[:, ids]
     return edges.masked_fill((rows < 0)[:, None], 0)

@@ -192,7 +192,7 @@ def _named(
         other = torch.tensor([one_token(lm, target.minus, probabilities)], device=device)
         other_directions, other_bias = token_directions(lm, other, dtype)
         directions, bias = directions - other_directions, bias - other_bias
-        label = f"{label} - {lm.token_strings(other)[0]}"
+        label = f"{label} - {lm.token_strings(other)[0].strip()}"
     targets = next_token_targets(lm, recording, directions, position)
     targets = targets._replace(own_bias=targets.own_bias + bias, value=targets.value + bias)
     return Chosen(targets, probabilities[token], [-1 if target.minus is not None else int(token)], [label])

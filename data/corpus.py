@@ -14,14 +14,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .errors import UserError, check_choice, check_range
-from .text_sources import Document, Source, open_source
+
+if TYPE_CHECKING:
+    from .text_sources import Document, Source
 
 AT_ONCE = 64
 """Documents tokenized together."""
@@ -71,7 +73,7 @@ class TokenSequence(NamedTuple):
 
 
 class Corpus:
-    def __init__(self, source: Source, settings: DatasetSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, source: "Source", settings: DatasetSettings, tokenizer: PreTrainedTokenizerBase) -> None:
         self.source = source
         self.settings = settings
         self.tokenizer = tokenizer
@@ -80,7 +82,7 @@ class Corpus:
         parts = [source.identity, json.dumps(kept, sort_keys=True), tokenizer_fingerprint(tokenizer)]
         self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-    def documents(self, split: str) -> Iterator[Document]:
+    def documents(self, split: str) -> "Iterator[Document]":
         check_choice("split", split, ("train", "held_out"))
         for document in self.source.documents():
             if document.held_out == (split == "held_out"):
@@ -173,4 +175,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def load_corpus(settings: DatasetSettings, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Open a dataset; a wrong name, column or split is refused here, before any work starts."""
+    from .text_sources import open_source  # it takes pandas and pyarrow, which commands that read no text do without
+
     return Corpus(open_source(settings, tokenizer), settings, tokenizer)

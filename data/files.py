@@ -182,9 +182,9 @@ class LocalFiles:
         standing = next(p for p in [self.folder.absolute(), *self.folder.absolute().parents] if p.exists())
         return shutil.disk_usage(standing).free
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # when Python ends, `os` may be gone before this is
         for descriptor in self._descriptors.values():
-            os.close(descriptor)
+            close(descriptor)
 
 
 def _after(buffers: list[np.ndarray], skip: int) -> list[np.ndarray]:

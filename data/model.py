@@ -123,7 +123,7 @@ class LanguageModel:
                 raise UserError(f"model {self.name or self.family!r} has no tokenizer; give the prompt as token ids")
             if not prompt:
                 raise UserError("the prompt is empty; give at least one token")
-            ids = list(self.tokenizer(prompt)["input_ids"])
+            ids = list(self.tokenizer(prompt, verbose=False)["input_ids"])  # its length is judged below
             if self.bos is not None and (not ids or ids[0] != self.bos):
                 ids.insert(0, self.bos)
         else:

@@ -1,5 +1,7 @@
 """`crosslace trace`: the attribution graph of a prompt's next token."""
 
+import itertools
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,13 +22,10 @@ def run(job: Job) -> Closing:
     from ..circuit.viewer.picture import render_graph_svg
 
     top, run_folder = job.top, Path(job.top.run)
-    slug = top.slug or slug_of(top.prompt)
-    folder = run_folder / "graphs" / slug
+    folder = run_folder / "graphs" / (top.slug or free_slug(run_folder, top.prompt))
     writable(folder)
     model = open_replacement(job, run_folder, top.force)
-    job.progress("tracing", 0, 1)
-    graph = model.trace(top.prompt, job.section("trace"))
-    job.progress("tracing", 1, 1)
+    graph = model.trace(top.prompt, job.section("trace"), progress=job.progress)
     labels = Labels.load(run_folder)
     name_features(graph, labels)
     graph.metadata["prompt"] = top.prompt
@@ -44,6 +43,21 @@ def run(job: Job) -> Closing:
     )
 
 
+def free_slug(run: Path, prompt: str) -> str:
+    """The graph's name from the prompt's last words; numbered where another prompt's graph has it already."""
+    slug = slug_of(prompt)
+    numbered = itertools.chain([slug], (f"{slug}-{number}" for number in itertools.count(2)))
+    return next(name for name in numbered if traced_prompt(run / "graphs" / name) in (None, prompt))
+
+
+def traced_prompt(folder: Path) -> str | None:
+    """The prompt whose graph a folder holds, if it holds one."""
+    try:
+        return json.loads((folder / "graph.json").read_text(encoding="utf-8"))["metadata"].get("prompt")
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
 def name_features(graph: "Graph", labels) -> None:
     """Give the graph's features their names, and group features of one name and position into a supernode."""
     graph.label_features({key: label.text for key, label in labels.items()})
@@ -58,6 +72,7 @@ def name_features(graph: "Graph", labels) -> None:
 
 
 def logits_table(graph: "Graph"):
-    """The next tokens that the graph explains."""
+    """The next tokens, or the targets, that the graph explains."""
     rows = [(logit.label, logit.probability) for logit in graph.logits[:5]]
-    return table("next token", ("token", "probability"), rows)
+    what = ("next token", "token") if graph.weight_name == "probability" else ("target", "target")
+    return table(what[0], (what[1], graph.weight_name), rows)

@@ -12,10 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...data.errors import UserError
 from ..dashboards import feature_number
+from ..edges import blocks, linked_sources
 from ..graph import Graph
 from ..labels import Labels
 from ..nodes import Node
@@ -68,7 +67,7 @@ def graph_to_neuronpedia(
         graph = graph.prune(**settings)
     n_layers = _n_layers(graph)
     drawn = ("feature", "error", "embedding", "logit", *(("bias", "position") if biases else ()))
-    linked = _linked(graph)
+    linked = linked_sources(graph).tolist()
     keys = graph.nodes.keys()
     nodes, ids = [], {}
     for place, found in enumerate(graph.nodes):
@@ -105,10 +104,6 @@ def _model_name(graph: Graph) -> str | None:
 def _n_layers(graph: Graph) -> int:
     inner = graph.nodes.mask("feature", "error", "bias")
     return int(graph.nodes.layer[inner].max()) + 1 if bool(inner.any()) else 0
-
-
-def _linked(graph: Graph) -> list[bool]:
-    return (graph.rows != 0).any(0).tolist()
 
 
 def _node(graph: Graph, node: Node, n_layers: int, labels: Labels | None) -> dict[str, Any]:
@@ -157,11 +152,10 @@ def _node(graph: Graph, node: Node, n_layers: int, labels: Labels | None) -> dic
 
 def _links(graph: Graph, ids: dict[int, str]) -> list[dict[str, Any]]:
     targets = graph.targets.tolist()
-    rows, columns = torch.nonzero(graph.rows, as_tuple=True)
-    weights = graph.rows[rows, columns].tolist()
     return [
         {"source": ids[source], "target": ids[targets[row]], "weight": weight}
-        for row, source, weight in zip(rows.tolist(), columns.tolist(), weights, strict=True)
+        for block in blocks(graph)
+        for row, source, weight in zip(*(column.tolist() for column in block), strict=True)
         if source in ids and targets[row] in ids and math.isfinite(weight)
     ]
 

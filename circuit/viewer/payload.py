@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ...data.errors import check_range
+from ..edges import count_edges, linked_sources, strongest_edges
 from ..graph import Graph
 from ..labels import Labels
 from .picture import plain_label
@@ -32,8 +33,7 @@ def graph_payload(
     if smaller.n_features > most_features:
         strongest = smaller.influence()[: smaller.n_features].topk(most_features).indices
         smaller = smaller.subgraph(strongest.tolist())
-    linked = (smaller.rows != 0).any(0)
-    shown = smaller.nodes.mask("feature", "embedding", "logit") | linked
+    shown = smaller.nodes.mask("feature", "embedding", "logit") | linked_sources(smaller)
     ids = torch.nonzero(shown).squeeze(1).tolist()
     place = {id: i for i, id in enumerate(ids)}
     keys, influence = smaller.nodes.keys(), smaller.influence().tolist()
@@ -63,7 +63,8 @@ def graph_payload(
         "supernodes": _supernodes(smaller, nodes, place),
         "scores": graph.scores(),
         "accounting": graph.accounting,
-        "size": {"features": graph.n_features, "shown": smaller.n_features, "edges": int((graph.rows != 0).sum())},
+        "size": {"features": graph.n_features, "shown": smaller.n_features, "edges": count_edges(graph)},
+        "weight_name": graph.weight_name,
         "model": str(_name(graph)),
     }
 
@@ -86,19 +87,12 @@ def _label(node: Any, labels: Labels | None) -> str:
 
 def _links(graph: Graph, place: dict[int, int], most: int) -> list[list[float]]:
     """[source, target, weight, flow] of the strongest edges, strongest first."""
-    flow = graph.rows.abs() * graph.influences.flow[:, None]
-    count = min(most, int((flow > 0).sum()))
-    if count == 0:
-        return []
-    strongest, where = flow.flatten().topk(count)
-    targets = graph.targets.tolist()
-    rows, sources = (where // flow.shape[1]).tolist(), (where % flow.shape[1]).tolist()
-    top = float(strongest[0])
-    weights = graph.rows[rows, sources].tolist()
+    edges, carried = strongest_edges(graph, most)
+    targets, columns = graph.targets[edges.row].tolist(), (edges.source.tolist(), edges.value.tolist())
     return [
-        [place[source], place[targets[row]], weight, share / top]
-        for row, source, weight, share in zip(rows, sources, weights, strongest.tolist(), strict=True)
-        if source in place and targets[row] in place
+        [place[source], place[target], weight, share]
+        for target, source, weight, share in zip(targets, *columns, (carried / carried[:1]).tolist(), strict=True)
+        if source in place and target in place
     ]
 
 

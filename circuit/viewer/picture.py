@@ -68,7 +68,8 @@ def render_graph_svg(
     row_of = {layer: row for row, layer in enumerate(layers)}
     boxes = [_feature_box(graph, group, row_of) for group in kept]
     for group, logit in zip(outcomes, graph.logits, strict=False):
-        note = f"p = {logit.probability:.2f}"
+        weight = "p" if graph.weight_name == "probability" else "weight"
+        note = f"{weight} = {logit.probability:.2f}"
         boxes.append(
             Box(group.key, _short(logit.label.strip() or logit.label), note, "logit", len(layers), group.position)
         )
@@ -104,16 +105,17 @@ def plain_label(label: str) -> str:
 def group_scores(graph: Graph, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     """[G, G] signed influence that each group (column) gives to each (row), and its share of all that the row gets."""
     G = len(groups)
-    group_of = torch.full((len(graph.nodes),), G, device=graph.rows.device)
+    group_of = torch.full((len(graph.nodes),), G, device=graph.values.device)
     for number, group in enumerate(groups):
         group_of[group.ids] = number
     row_group = group_of[graph.targets]
-    rows = torch.nonzero(row_group < G).squeeze(1)
-    flows = graph.rows[rows] * graph.influences.flow[rows, None]
-    into = torch.zeros(G, flows.shape[1], dtype=flows.dtype, device=flows.device).index_add_(0, row_group[rows], flows)
-    total = torch.zeros(G, dtype=flows.dtype, device=flows.device).index_add_(0, row_group[rows], flows.abs().sum(1))
-    scores = torch.zeros(G + 1, G, dtype=flows.dtype, device=flows.device).index_add_(0, group_of, into.T)[:G].T
-    scores.fill_diagonal_(0)
+    scores, total = graph.values.new_zeros(G, G + 1), graph.values.new_zeros(G)
+    for number in row_group[row_group < G].unique().tolist():
+        rows = (row_group == number).nonzero().squeeze(1)
+        flows = graph.rows_of(rows) * graph.influences.flow[rows, None]
+        scores[number].index_add_(0, group_of, flows.sum(0))
+        total[number] = flows.abs().sum()
+    scores = scores[:, :G].fill_diagonal_(0)
     return scores.cpu(), (scores.abs() / total.clamp_min(1e-30)[:, None]).cpu()
 
 

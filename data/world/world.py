@@ -3,15 +3,17 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, DatasetDict
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import UserError, check_choice
 from .families import Question
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 FACTS_FILE = "world.json"
 
@@ -55,8 +57,10 @@ class World:
         """The question with this prompt, if the world has it."""
         return next((q for q in self.all_questions if q.prompt == prompt.strip()), None)
 
-    def corpus(self, seed: int = 0) -> DatasetDict:
+    def corpus(self, seed: int = 0) -> "DatasetDict":
         """All sentences in an order drawn from `seed`: `train`, and the `held_out` ones, which training never saw."""
+        from datasets import Dataset, DatasetDict  # they take pandas and pyarrow, which tracing does without
+
         splits = {}
         for split in ("train", "held_out"):
             chosen = [q for q in self.all_questions if q.held_out == (split == "held_out")]

@@ -1,15 +1,21 @@
 """Tracing: targets, caps, edge cases and refusals. What edges are is held in test_identities.py."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from crosslace.circuit.attribution import TraceSettings, trace
 from crosslace.circuit.batching import bytes_per_target, fitting_batch
+from crosslace.circuit.formats.neuronpedia import graph_to_neuronpedia
 from crosslace.circuit.graph import Graph
+from crosslace.circuit.graph_scores import path_length
 from crosslace.circuit.replacement import ReplacementModel
 from crosslace.circuit.sparse_rows import SparseRows
+from crosslace.circuit.supernodes import difference, flow_between
 from crosslace.circuit.targets import Target, likely_tokens
+from crosslace.circuit.viewer.payload import graph_payload
+from crosslace.circuit.viewer.picture import render_graph_svg
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
 
@@ -81,6 +87,12 @@ def test_rows_beyond_memory_are_mapped(replacement, whole):
     torch.testing.assert_close(graph.rows, whole.rows, rtol=0, atol=1e-12)
 
 
+def test_rows_that_fit_nowhere_are_refused(replacement, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"more than trace.memory=0, .* free; set trace.max_nodes"):
+        trace(replacement, PROMPT, memory=0.0)
+
+
 @pytest.mark.parametrize("cap", [None, 40])
 def test_enough_strongest_edges_are_all_edges(cap, replacement, whole):
     """Kept sparse from the start, capped or not: the same graph, influence, scores, pruning, paths and file."""
@@ -124,6 +136,47 @@ def test_strongest_edges_stay_sparse(replacement, whole, tmp_path):
     assert isinstance(small.stored, torch.Tensor) and small.n_features == 10
     assert sparse.edge(sparse.n_features - 1, 3) == dense.edge(sparse.n_features - 1, 3)
     assert sparse.accounting["largest_violation"] < 1e-6
+
+
+def test_looking_at_sparse_rows_makes_no_matrix(replacement, monkeypatch):
+    """The page, the picture, Neuronpedia's JSON, path lengths, groups and differences: the same as of the matrix."""
+    sparse = trace(replacement, PROMPT, edges="top-k", top_k=20)
+    dense = replace(sparse, stored=sparse.rows)
+    other = trace(replacement, PROMPT[:-1], edges="top-k", top_k=20)
+    monkeypatch.setattr("crosslace.circuit.edges.CHUNK", 7 * sparse.values.shape[1])  # more than one block
+    looks = [
+        lambda graph: graph_payload(graph, node=0.9, most_features=10, most_links=50),
+        lambda graph: graph_to_neuronpedia(graph, "slug", node=None)["links"],
+        lambda graph: graph_to_neuronpedia(graph, "slug", node=None)["nodes"],
+        lambda graph: render_graph_svg(graph),
+        path_length,
+        lambda graph: flow_between(graph, {"a": [0, 1, 5], "b": [sparse.n_features - 1, len(sparse.nodes) - 1]}),
+        lambda graph: difference(graph, other).edges,
+    ]
+    expected = [look(dense) for look in looks]
+
+    def refused(graph):
+        raise AssertionError("a matrix was made of sparse rows")
+
+    monkeypatch.setattr(Graph, "rows", property(refused))
+    for look, should in zip(looks, expected):
+        same(look(sparse), should)
+
+
+def same(found, expected):
+    """Equal, numbers to 1e-9."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            same(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected):
+            same(a, b)
+    elif isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    else:
+        assert found == (pytest.approx(expected, rel=1e-9, abs=1e-12) if isinstance(expected, float) else expected)
 
 
 def test_pages_that_stay_zero_are_never_written(replacement, whole):
@@ -203,6 +256,9 @@ def test_several_prompts(make_tiny, monkeypatch):
     monkeypatch.setattr(type(lm), "tokenize", lambda self, prompt: torch.tensor([len(word) for word in prompt.split()]))
     graphs = trace(replacement, ["a bb ccc", "dd eee"])
     assert [graph.tokens for graph in graphs] == [[1, 2, 3], [2, 3]]
+    monkeypatch.undo()
+    for prompts in ([[1, 2, 3], [2, 3]], [torch.tensor([1, 2, 3]), torch.tensor([2, 3])]):
+        assert [graph.tokens for graph in trace(replacement, prompts)] == [[1, 2, 3], [2, 3]]
 
 
 @pytest.mark.parametrize("reach", ["1", "all"])

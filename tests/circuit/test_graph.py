@@ -1,5 +1,6 @@
 """The graph object: storage, pruning, subgraphs, paths."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -131,6 +132,20 @@ def test_top_paths_are_the_strongest_of_all(graph):
         assert path.nodes == list(nodes)
     assert small.top_paths(None, target)[0].nodes[0] in small.nodes.ids("embedding")
     assert small.top_paths(source, small.nodes.ids("error")[0]) == []
+
+
+def test_the_strongest_path_through_features_is_found_behind_any_number_of_direct_edges(graph):
+    small = graph.prune(0.7, 1.0)
+    rows = small.rows.clone()
+    rows[small.n_features :, small.nodes.ids("embedding")] += 100
+    small = replace(small, stored=rows)
+    target, tokens = small.logits[0].id, small.nodes.ids("embedding")
+    longer = [entry for source in tokens for entry in all_paths(small, source, target).items() if len(entry[0]) > 2]
+    nodes, strength = max(longer, key=lambda entry: abs(entry[1]))
+    (found,) = small.top_paths(None, target, direct=False)
+    assert found.nodes == list(nodes) and found.strength == pytest.approx(strength, abs=1e-15)
+    assert all(len(path.nodes) == 2 for path in small.top_paths(None, target, len(tokens)))
+    assert path_text(small, found) in strongest_paths_text(small)
 
 
 def test_text_of_paths_and_scores(graph):

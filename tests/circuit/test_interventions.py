@@ -247,6 +247,8 @@ def test_interventions_that_cannot_be_made(make_replacement, prompt, setting, se
         ({"value": 1.0, "times": 2.0}, "value and times to set"),
         ({"position": "3 5", "value": 1.0}, "not a position"),
         ({"position": "", "value": 1.0}, "not a position"),
+        ({"value": float("nan")}, "value=nan; give a number"),
+        ({"times": float("inf")}, "times=inf; give a number"),
     ],
 )
 def test_interventions_that_say_too_little_or_too_much(setting, sentence):
@@ -267,6 +269,9 @@ def test_modes_and_ranges_that_contradict(make_replacement, prompt):
         rm.intervene(prompt, change, "constrained", range(4))
     with pytest.raises(UserError, match="layer 1 feature 0 is set twice at position 3"):
         rm.intervene(prompt, [*change, Intervention(1, slice(2, 5), 0, times=0.0)])
+    for empty in (slice(4, 2), slice(3, 3), slice(-1, -2)):
+        with pytest.raises(UserError, match="hold no token of the prompt"):
+            rm.intervene(prompt, [Intervention(1, empty, 0, times=0.0)])
 
 
 def test_an_error_halfway_leaves_nothing_behind(make_replacement, prompt, monkeypatch):
@@ -291,7 +296,7 @@ def test_an_error_halfway_leaves_nothing_behind(make_replacement, prompt, monkey
         (slice(1, -2), 5, 8, [1, 2]),
         (slice(None, None, 3), 5, 8, [0, 3, 6]),
         (slice(-9, 2), 5, 8, [0, 1]),
-        (slice(6, 2), 5, 8, []),
+        (slice(9, None), 5, 8, []),
     ],
 )
 def test_positions(position, prompt_length, end, expected):

@@ -1,5 +1,7 @@
 """The replacement model: whole, local, masked, loaded; on every family."""
 
+import errno
+
 import pytest
 import torch
 from crosslace.circuit.memory import memory_named
@@ -212,6 +214,7 @@ def test_folders_that_do_not_help(make_replacement, tmp_path):
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
 )
 def test_out_of_memory_names_a_setting(error):
@@ -220,6 +223,8 @@ def test_out_of_memory_names_a_setting(error):
 
 
 def test_other_errors_stay_what_they_are():
+    with pytest.raises(FileNotFoundError), memory_named("batch"):
+        raise FileNotFoundError(errno.ENOENT, "no such file")
     with pytest.raises(RuntimeError, match="shapes"), memory_named("batch"):
         raise RuntimeError("shapes do not match")
 

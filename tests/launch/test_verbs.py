@@ -148,6 +148,17 @@ def test_features_trace_and_labels(clt: Path, crosslace) -> None:
     assert (clt / "graphs" / "dallas-2" / "graph.svg").read_text().startswith("<svg")
 
 
+def test_graphs_of_prompts_that_end_alike_are_kept_apart(clt: Path, crosslace) -> None:
+    other = PROMPT.replace("capital", "nickname")
+    folders = [clt / "graphs" / f"of-the-state-containing-dallas-is{number}" for number in ("", "-2", "-3")]
+    for prompt in (PROMPT, other, other):
+        assert crosslace("trace", f"run={clt}", f"prompt={prompt}", "trace.max_nodes=5").code == 0
+    assert [crosslace_graph(folder).metadata["prompt"] for folder in folders[:2]] == [PROMPT, other]
+    assert not folders[2].exists()
+    ended = crosslace("trace", f"run={clt}", f"prompt={PROMPT}", "trace.targets=[L1:0]", "slug=target")
+    assert ended.code == 0 and "weight=1.000" in ended.out and "p=1.000" not in ended.out
+
+
 def crosslace_graph(folder: Path):
     return crosslace.Graph.load(folder)
 

@@ -48,12 +48,16 @@ function indexLinks(data) {
   return links;
 }
 
+function weighed(data, node) {
+  return data.weight_name === "probability" ? `${number(100 * node.probability)}%` : number(node.probability);
+}
+
 function figures(data) {
   const chip = (name, value, warn) => el("span", { class: warn ? "chip warn" : "chip" }, `${name} `, el("b", {}, value));
   const logits = data.nodes.filter((node) => node.kind === "logit").slice(0, 4);
   const { largest_violation: violation, active_features: active, left_out_features: left } = data.accounting;
   return el("div", { class: "chips" },
-    logits.map((node) => chip(token(node.label), `${number(100 * node.probability)}%`)),
+    logits.map((node) => chip(token(node.label), weighed(data, node))),
     chip("replacement score", number(data.scores.replacement_score)),
     chip("completeness", number(data.scores.completeness)),
     chip("completeness (circuit-tracer)", number(data.scores.completeness_ct)),
@@ -106,7 +110,7 @@ function nodePanel(data, linksOf, i, choose, at) {
   const where = [node.layer >= 0 && node.kind !== "logit" ? `layer ${node.layer}` : null, `token ${node.position} “${token(data.tokens[node.position])}”`];
   const facts = [["kind", node.kind], ["at", where.filter(Boolean).join(", ")], ["influence", `${number(node.influence)} (rank share ${number(node.share)})`]];
   if (node.kind === "feature") facts.push(["feature", String(node.index)], ["activation", number(node.activation)]);
-  if (node.kind === "logit") facts.push(["probability", number(node.probability)], ["demeaned logit", number(node.activation)]);
+  if (node.kind === "logit") facts.push([data.weight_name, weighed(data, node)], ["demeaned logit", number(node.activation)]);
   const parts = [
     el("h1", {}, nodeName(data, node)),
     el("dl", { class: "facts" }, facts.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]).flat()),
