@@ -19,6 +19,7 @@ from crosslace.train.metrics import ReconstructionMetrics
 from crosslace.train.objective import dense_pass, step_loss
 from crosslace.train.optimizers import Optimizers
 from crosslace.train.partition import cut_dim, new_part, part_of, whole_of
+from crosslace.train.resampling import resample
 from crosslace.train.settings import TrainerSettings
 from crosslace.train.sharding import ParallelSettings, processes
 from crosslace.train.sparse import sparse_pass
@@ -125,9 +126,11 @@ def compare_gradients(case: Case, sharded: StepParts, whole: StepParts, comm: Co
 
 
 def compare_training(case: Case, sharded: StepParts, whole: StepParts, comm: Collectives) -> None:
-    """Weights, clip norm and running state after 20 steps; then metrics."""
+    """Weights, clip norm and running state after 20 steps, some features started again half-way; then metrics."""
     pieces = whole.settings.accumulate
     for step in range(STEPS):
+        if step == STEPS // 2:
+            resample_alike(sharded, whole, comm)
         x, y = batch(step)
         train_step(whole, x, y)
         train_step(sharded, rows_of(x, comm, pieces), rows_of(y, comm, pieces))
@@ -141,6 +144,19 @@ def compare_training(case: Case, sharded: StepParts, whole: StepParts, comm: Col
     for l, density in enumerate(whole.state.density):
         agree(f"{case.name}: density", comm.gather_features(sharded.state.density[l]), density, 1e-6)
     compare_metrics(case, sharded, whole, comm)
+
+
+def resample_alike(sharded: StepParts, whole: StepParts, comm: Collectives) -> None:
+    """Start the same features again on the mesh and whole."""
+    x, y = batch(STEPS)
+    random = torch.Generator().manual_seed(5)
+    dead = [torch.rand(FEATURES, generator=random) < 0.3 for _ in range(LAYERS)]
+    size = FEATURES // comm.feature_ranks
+    own = [mask[comm.feature_rank * size :][:size] for mask in dead]
+    for parts, mask, rows in ((sharded, own, (rows_of(x, comm, 1), rows_of(y, comm, 1))), (whole, dead, (x, y))):
+        inputs = step_inputs(parts)._replace(dead=mask)
+        resample(parts.transcoder, parts.optimizers, parts.state, inputs, *rows, seed=3, comm=parts.comm)
+        assert all((layer[m] > parts.state.dead_below).all() for layer, m in zip(parts.state.density, mask))
 
 
 def compare_metrics(case: Case, sharded: StepParts, whole: StepParts, comm: Collectives) -> None:
