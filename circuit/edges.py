@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .graph import Graph
-from .sparse_rows import CHUNK, SparseRows
+from .sparse_rows import SparseRows, row_blocks
 
 
 class EdgeList(NamedTuple):
@@ -23,13 +23,13 @@ class EdgeList(NamedTuple):
 
 def blocks(graph: Graph) -> Iterator[EdgeList]:
     """All edges that are not zero, row by row."""
-    for some in _rows(graph):
+    for some in row_blocks(graph.values):
         yield _listed(graph, some, graph.values[some] != 0)
 
 
 def count_edges(graph: Graph) -> int:
     """How many edges are not zero."""
-    return sum(int(graph.values[some].count_nonzero()) for some in _rows(graph))
+    return sum(int(graph.values[some].count_nonzero()) for some in row_blocks(graph.values))
 
 
 def linked_sources(graph: Graph) -> Tensor:
@@ -41,7 +41,7 @@ def linked_sources(graph: Graph) -> Tensor:
         others = graph.stored.values[:, k:]
     else:
         others = graph.stored
-    for some in _rows(graph):
+    for some in row_blocks(graph.values):
         linked[len(linked) - others.shape[1] :] |= (others[some] != 0).any(0)
     return linked
 
@@ -50,7 +50,7 @@ def strongest_edges(graph: Graph, most: int) -> tuple[EdgeList, Tensor]:
     """The `most` edges that carry the most influence, the strongest first, and how much each carries."""
     none, carried = graph.targets[:0], graph.values.new_zeros(0)
     best = EdgeList(none, none, carried)
-    for some in _rows(graph):
+    for some in row_blocks(graph.values):
         strength_CW = graph.values[some].abs() * graph.influences.flow[some, None]
         chosen = strength_CW > (carried[-1] if 0 < len(carried) == most else 0)
         both = EdgeList(*map(torch.cat, zip(best, _listed(graph, some, chosen))))
@@ -58,12 +58,6 @@ def strongest_edges(graph: Graph, most: int) -> tuple[EdgeList, Tensor]:
         carried, order = strength.topk(min(most, len(strength)))
         best = EdgeList(*(column[order] for column in both))
     return best, carried
-
-
-def _rows(graph: Graph) -> Iterator[slice]:
-    """Rows in blocks of bounded size."""
-    step = max(1, CHUNK // max(1, graph.values.shape[1]))
-    return (slice(start, start + step) for start in range(0, len(graph.values), step))
 
 
 def _listed(graph: Graph, rows: slice, chosen: Tensor) -> EdgeList:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .edges import count_edges
 from .graph import Graph
 from .prompts import PromptSet
-from .sparse_rows import CHUNK, SparseRows
+from .sparse_rows import SparseRows, row_blocks
 
 COLUMNS = (
     "replacement_score",
@@ -26,8 +26,7 @@ COLUMNS = (
 
 def path_length(graph: Graph) -> float:
     """The mean number of edges from an embedding to a logit, each path weighted by its influence."""
-    step = max(1, CHUNK // max(1, graph.values.shape[1]))
-    blocks = [slice(start, start + step) for start in range(0, len(graph.values), step)]
+    blocks = row_blocks(graph.values)
     total_R = torch.cat([graph.values[some].abs().sum(1, dtype=torch.float64) for some in blocks])
     total_R = (total_R + graph.left_out.double()).clamp_min(1e-300)
     is_input = graph.nodes.mask("embedding", "position")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sparse_rows import CHUNK, SparseRows
+from .sparse_rows import SparseRows, row_blocks, rows_at_once
 
 BINS = 2**16  # bins of the histogram that finds an edge threshold without sorting
 
@@ -40,7 +40,7 @@ def influence(
     values = rows.values if isinstance(rows, SparseRows) else rows
     total_N = weights.to(values.dtype).clone()
     flow_R = values.new_zeros(len(values))
-    step = max(1, CHUNK // max(1, values.shape[1]))
+    step = rows_at_once(values.shape[1])
     for ids in by_depth(depth):
         added_N = torch.zeros_like(total_N)
         for some in ids.split(step):
@@ -117,8 +117,7 @@ def fewest_edges(rows: Tensor, flow: Tensor, share: float) -> Tensor:
     A histogram over the leading 16 bits of each score finds the bin in which the share is reached, and only the
     edges of that bin are sorted: the result is that of a full sort. Scores are looked at a chunk at a time, twice.
     """
-    step = max(1, CHUNK // max(1, rows.shape[1]))
-    chunks = [slice(a, a + step) for a in range(0, len(rows), step)]
+    chunks = row_blocks(rows)
     keep = torch.zeros_like(rows, dtype=torch.bool)
     mass = torch.zeros(BINS, dtype=torch.float64, device=rows.device)
     for some in chunks:
@@ -154,13 +153,12 @@ def move_to_errors(rows: Tensor, left_out: Tensor, moved: Tensor, error_of: Tens
 
     Sums stay what they were; what cancels on the way is booked in `left_out`, as absolute input from errors.
     """
-    step = max(1, CHUNK // max(1, moved.shape[1]))
     places, column = torch.unique(error_of, return_inverse=True)
-    for a in range(0, len(rows), step):
-        part_MR = moved[a : a + step].T
-        before = rows[a : a + step, places]
+    for some in row_blocks(moved):
+        part_MR = moved[some].T
+        before = rows[some, places]
         added = torch.zeros(len(places), part_MR.shape[1], dtype=rows.dtype, device=rows.device)
         after = before + added.index_add_(0, column, part_MR.contiguous()).T
-        left_out[a : a + step] += (before.abs() - after.abs()).sum(1) + part_MR.abs().sum(0)
-        rows[a : a + step, places] = after
+        left_out[some] += (before.abs() - after.abs()).sum(1) + part_MR.abs().sum(0)
+        rows[some, places] = after
     left_out.clamp_(min=0)  # rounding

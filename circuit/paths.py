@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .graph import Graph
 from .nodes import Node
-from .sparse_rows import CHUNK
+from .sparse_rows import rows_at_once
 
 
 class GraphPath(NamedTuple):
@@ -85,7 +85,7 @@ def best_from(graph: Graph, goals: list[int], through: Sequence[str]) -> Tensor:
     fixed = best_N > 0
     may_pass = graph.nodes.mask(*through) | fixed
     depth = graph.nodes.layer[graph.targets]
-    step = max(1, CHUNK // len(graph.nodes))
+    step = rows_at_once(len(graph.nodes))
     for value in sorted(set(depth.tolist())):  # what a layer reads lies in earlier ones
         for rows in (depth == value).nonzero().squeeze(1).split(step):
             ids = graph.targets[rows]

@@ -211,18 +211,6 @@ class ReplacementModel:
         """All interventions at once on one prompt. See `intervening.intervene_many`."""
         return intervene_many(self, prompt, [interventions], mode, layers, past_range)[0]
 
-    def intervene_many(
-        self,
-        prompt: Prompt,
-        groups: Sequence[Sequence[Intervention]],
-        mode: Mode = "free",
-        layers: Collection[int] | None = None,
-        past_range: bool = True,
-        batch: int = 32,
-    ) -> list[InterventionResult]:
-        """Each group of interventions by itself, `batch` of them in one forward pass."""
-        return intervene_many(self, prompt, groups, mode, layers, past_range, batch)
-
     def generate(
         self,
         prompt: Prompt,
@@ -238,21 +226,9 @@ class ReplacementModel:
         more = max_new_tokens, mode, layers, past_range, temperature, seed
         return generate_many(self, prompt, [interventions], *more)[0]
 
-    def generate_many(
-        self,
-        prompt: Prompt,
-        groups: Sequence[Sequence[Intervention]],
-        max_new_tokens: int = 20,
-        mode: Mode = "free",
-        layers: Collection[int] | None = None,
-        past_range: bool = True,
-        temperature: float = 0.0,
-        seed: int = 0,
-        batch: int = 32,
-    ) -> list[Generation]:
-        """Each group of interventions by itself, `batch` of them together: the same texts as one at a time."""
-        more = max_new_tokens, mode, layers, past_range, temperature, seed, batch
-        return generate_many(self, prompt, groups, *more)
+    # The functions of circuit/intervening.py themselves, for several groups of interventions on one prompt.
+    intervene_many = intervene_many
+    generate_many = generate_many
 
     def trace(self, prompt: Any, settings: "TraceSettings | None" = None, **named: Any) -> "Graph":
         """The attribution graph of a prompt; `named` are fields of TraceSettings. See `attribution.trace`."""

@@ -19,7 +19,7 @@ from ..data.errors import UserError
 from .backward import Edges
 from .influence import influence, move_to_errors
 from .nodes import Nodes
-from .sparse_rows import CHUNK, SparseRows
+from .sparse_rows import SparseRows, rows_at_once
 
 
 def allocate(rows: int, columns: int, most_bytes: float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -210,7 +210,7 @@ class CappedRows(Rows):
 
     def _copy(self, into: Tensor, chosen: Tensor, column_of: Tensor, gone: Tensor) -> None:
         """Rows `chosen`, in that order, with the kept columns alone; those of features `gone` go to the errors."""
-        step = max(1, CHUNK // self.rows.shape[1])
+        step = rows_at_once(self.rows.shape[1])
         for start in range(0, len(chosen), step):
             some = chosen[start : start + step]
             rows, left_out = self.rows[some], self.left_out[some]

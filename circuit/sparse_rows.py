@@ -13,6 +13,17 @@ from torch import Tensor
 CHUNK = 2**20  # numbers that are looked at together: bounds what a pass needs beyond the rows
 
 
+def rows_at_once(width: int) -> int:
+    """How many rows of this width are looked at together."""
+    return max(1, CHUNK // max(1, width))
+
+
+def row_blocks(rows: Tensor) -> list[slice]:
+    """All of `rows [R, W]`, as many at once as are looked at together."""
+    step = rows_at_once(rows.shape[1])
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
+
+
 @dataclass(frozen=True, eq=False)
 class SparseRows:
     """`[R, N]` edges, the features being the first columns of N."""
@@ -59,9 +70,7 @@ class SparseRows:
         `error_of [N]`; what cancels there is added to `left_out`."""
         k = self.columns.shape[1]
         values, left_out = torch.empty_like(self.values), left_out.clone()
-        step = max(1, CHUNK // max(1, values.shape[1]))
-        for a in range(0, len(values), step):
-            some = slice(a, a + step)
+        for some in row_blocks(values):
             moved = self.values[some] * gone[some]
             before = self.values[some].masked_fill(gone[some], 0)
             part = SparseRows(before, self.columns[some], self.n_features)

@@ -143,7 +143,7 @@ def test_looking_at_sparse_rows_makes_no_matrix(replacement, monkeypatch):
     sparse = trace(replacement, PROMPT, edges="top-k", top_k=20)
     dense = replace(sparse, stored=sparse.rows)
     other = trace(replacement, PROMPT[:-1], edges="top-k", top_k=20)
-    monkeypatch.setattr("crosslace.circuit.edges.CHUNK", 7 * sparse.values.shape[1])  # more than one block
+    monkeypatch.setattr("crosslace.circuit.sparse_rows.CHUNK", 7 * sparse.values.shape[1])  # more than one block
     looks = [
         lambda graph: graph_payload(graph, node=0.9, most_features=10, most_links=50),
         lambda graph: graph_to_neuronpedia(graph, "slug", node=None)["links"],

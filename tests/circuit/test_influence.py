@@ -3,6 +3,7 @@
 import pytest
 import torch
 from crosslace.circuit import influence as flow
+from crosslace.circuit import sparse_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,11 +29,11 @@ def random_dag(seed, zero_share=0.3):
 @given(st.integers(0, 10_000), st.sampled_from([3, 40, 2**22]))
 def test_influence_is_the_sum_over_all_paths(seed, chunk):
     rows, targets, depth, weights, left_out = random_dag(seed)
-    before, flow.CHUNK = flow.CHUNK, chunk
+    before, sparse_rows.CHUNK = sparse_rows.CHUNK, chunk
     try:
         found = flow.influence(rows, targets, depth, weights, left_out)
     finally:
-        flow.CHUNK = before
+        sparse_rows.CHUNK = before
     hat = torch.zeros(len(weights), len(weights), dtype=torch.float64)
     total = rows.abs().sum(1, keepdim=True) + left_out[:, None]
     hat[targets] = rows.abs() / total
