@@ -3,6 +3,7 @@
     python -m benchmarks.quality                       # the world, all activations, three seeds: hours on a CPU
     python -m benchmarks.quality --quick               # one seed, two activations, fewer steps
     python -m benchmarks.quality --json --model stdlib --activation batchtopk,jumprelu --l0 5,10,20 >> rows.jsonl
+    python -m benchmarks.quality --activation batchtopk --l0 10 trainer.precision=bf16   # another recipe
     python -m benchmarks.quality --table rows.jsonl    # mean and spread over seeds of what was measured
 
 One line a transcoder: `nmse`, `dead` and `l0` on held-out rows at the exported thresholds; `top1` and `kl` of the
@@ -23,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +37,8 @@ from crosslace.data.stdlib import StdlibSettings, build_stdlib
 from crosslace.data.store import ActivationStore
 from crosslace.data.world.build import build_world
 from crosslace.data.world.settings import WorldSettings
-from crosslace.launch.compose import preset
+from crosslace.launch.compose import compose_config, preset
 from crosslace.train.neurons import model_neurons
-from crosslace.train.settings import TrainerSettings
 from crosslace.train.trainer import train
 from crosslace.train.transcoder import Transcoder, TranscoderSettings
 from torch.nn.functional import kl_div
@@ -110,8 +111,14 @@ def measure(
     """Train one transcoder and evaluate it."""
     features = features_for(kind, options.features, bench.train.n_layers)
     shape = TranscoderSettings(features=features, activation=activation, **KINDS[kind])
-    settings = TrainerSettings(
-        steps=options.steps, batch=options.batch, seed=seed, target_l0=l0, eval_every=0, checkpoint_every=0
+    settings = replace(
+        compose_config("train", options.settings).section("trainer"),
+        steps=options.steps,
+        batch=options.batch,
+        seed=seed,
+        target_l0=l0,
+        eval_every=0,
+        checkpoint_every=0,
     )
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as run:
@@ -123,6 +130,7 @@ def measure(
         "model": bench.name,
         "transcoder": kind,
         "init": options.init,
+        "settings": options.settings,
         "activation": activation,
         "features": features,
         "parameters": sum(parameter.numel() for parameter in transcoder.parameters()),
@@ -147,7 +155,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line for the seeds of one transcoder."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        kind = row["transcoder"] + (", init=mlp" if row["init"] == "mlp" else "")
+        recipe = ["init=mlp"] * (row["init"] == "mlp") + [word.removeprefix("trainer.") for word in row["settings"]]
+        kind = ", ".join([row["transcoder"], *recipe])
         key = row["model"], row["steps"], row["activation"], row["target_l0"], kind
         groups.setdefault(key, []).append(row)
     lines = [
@@ -165,6 +174,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("settings", nargs="*", metavar="trainer.NAME=VALUE", help="as `crosslace train` takes them")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="one seed, batchtopk and jumprelu, one L0, 400 steps")
     parser.add_argument("--model", default="world", choices=("world", "stdlib"))
