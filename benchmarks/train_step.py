@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from crosslace.train import native
-from crosslace.train.collectives import global_norm
+from crosslace.train.collectives import gradient_norms
 from crosslace.train.compiled import CompileClock, compiled_pass
 from crosslace.train.objective import Objective, StepInputs, dense_pass, step_loss
 from crosslace.train.optimizers import Optimizers
@@ -136,8 +136,10 @@ def measure(case: Case, sparse: bool) -> dict[str, Any]:
         forwards = clock()
         found.loss.backward()
         backwards = clock()
-        formed = [p.grad for p in transcoder.parameters() if p.grad is not None]
-        norm = global_norm([*formed, *rows.settled()], [])
+        formed = [(name, p.grad) for name, p in transcoder.named_parameters() if p.grad is not None]
+        names = {id(p): name for name, p in transcoder.named_parameters()}
+        unformed = [(names[id(p)], norms) for p, norms in rows.settled()]
+        norm = gradient_norms([*formed, *unformed], [], transcoder.n_layers)[0]
         optimizers.step(norm.clamp_min(1.0), (~norm.isfinite()).float(), rows)
         optimizers.zero_grad()
         for name, seconds in zip(parts, (forwards - start, backwards - forwards, clock() - backwards), strict=True):

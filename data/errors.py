@@ -5,6 +5,7 @@ defect of ours and keeps its traceback.
 """
 
 import errno
+import math
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -30,7 +31,9 @@ def check_choice(setting: str, value: object, choices: Iterable[object]) -> None
 
 
 def check_range(setting: str, value: float, low: float | None = None, high: float | None = None) -> None:
-    """Refuse a number outside [low, high], naming the setting and its range."""
+    """Refuse a number outside [low, high] or none at all, naming the setting and its range."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"{setting}={value} is not a finite number")
     if low is not None and value < low:
         raise SettingsError(f"{setting}={value} is too small; it takes {low} or more")
     if high is not None and value > high:

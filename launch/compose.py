@@ -71,6 +71,11 @@ class Config:
                 if f"{name}.{key}" not in self.given:
                     self.values[name][key] = value
 
+    def go_on_with(self, saved: dict[str, Any]) -> None:
+        """The settings of a run that goes on, wherever the command line did not say otherwise."""
+        self.base_on(saved)
+        self.values |= {key: saved[key] for key in ("seed", "init") if key in saved and key not in self.given}
+
 
 def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     """A settings object from plain values, each of the type that the class states."""

@@ -20,7 +20,10 @@ def saved_settings(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     if not path.is_file():
         return {}
-    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: it is no YAML; put the run's settings back or name another run") from error
     return saved if isinstance(saved, dict) else {}
 
 
@@ -39,11 +42,19 @@ def claim(run: Path, settings: dict[str, Any]) -> bool:
                 f"{run} holds a run with other settings ({shown}); name another run, or resume it with those settings"
             )
         return True
-    if run.exists() and any(run.iterdir()):
+    if run.exists() and any(path.name != "wandb" for path in run.iterdir()):
         raise UserError(f"{run} holds other files and no run; name another folder for this run")
     run.mkdir(parents=True, exist_ok=True)
     write_yaml(config, settings)
     return False
+
+
+def release(run: Path) -> None:
+    """Give up a folder that was claimed just now, where its training was refused before it wrote anything."""
+    if {path.name for path in run.iterdir()} <= {"config.yaml", "wandb"}:
+        (run / "config.yaml").unlink(missing_ok=True)
+        if not any(run.iterdir()):
+            run.rmdir()
 
 
 def writable(folder: Path) -> None:

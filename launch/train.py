@@ -1,6 +1,9 @@
 """`crosslace train`: a transcoder from a store."""
 
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +30,11 @@ def run(job: Job) -> Closing:
 
         return run_plan(job)
     folder = Path(job.top.run)
-    result = fit(job, folder)
+    try:
+        with terminable():
+            result = fit(job, folder)
+    except _Terminated:
+        return Closing("stopped between steps: run the same command again to go on")
     if result is None:
         return Closing(f"{folder} is trained already", next=next_commands(folder))
     if result.status != "finished":
@@ -56,6 +63,27 @@ def next_commands(folder: Path) -> list[str]:
     ]
 
 
+class _Terminated(BaseException):
+    """SIGTERM outside the steps."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM before the first step or after the last, when there is nothing to save, is no failure either."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def fit(job: Job, folder: Path) -> "TrainResult | None":
     """Train in `folder` with the job's settings; None where that was done before."""
     from ..train.sharding import processes
@@ -64,24 +92,28 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
     settings = run_settings(job)
     device = pick_device(job.section("trainer"))
     with open_stores(job) as (store, held_out), processes(mesh_for(job, store, device.type), device) as comm:
-        if comm.is_main:
-            runs.claim(folder, settings)
+        fresh = comm.is_main and not runs.claim(folder, settings)
         comm.barrier()
         if (folder / "transcoder" / "transcoder.json").is_file():
             return None
-        return train(
-            job.section("trainer"),
-            job.section("transcoder"),
-            store,
-            held_out,
-            folder,
-            comm=comm,
-            device=device,
-            sinks=tracking.sinks(job.section("wandb"), folder, settings) if comm.is_main else [],
-            progress=job.progress,
-            meta=masked(store),
-            **beginning(job, store),
-        )
+        try:
+            return train(
+                job.section("trainer"),
+                job.section("transcoder"),
+                store,
+                held_out,
+                folder,
+                comm=comm,
+                device=device,
+                sinks=tracking.sinks(job.section("wandb"), folder, settings) if comm.is_main else [],
+                progress=job.progress,
+                meta=masked(store),
+                **beginning(job, store),
+            )
+        except BaseException:
+            if fresh:
+                runs.release(folder)
+            raise
 
 
 def mesh_for(job: Job, store: "ActivationStore", device: str) -> "ParallelSettings":
@@ -104,6 +136,8 @@ def beginning(job: Job, store: "ActivationStore") -> dict[str, Any]:
         return {}
     if init in ("auto", "mlp"):
         return {"neurons": neurons(job, store, wanted=init == "mlp")}
+    if not init or not Path(init).is_dir():
+        raise UserError(f"init={init} is neither mlp, random nor the folder of a run; there is no such folder")
     source = Transcoder.load(runs.transcoder_folder(Path(init)))
     made_of, needed = (meta.get("model", {}).get("fingerprint") for meta in (source.meta, store.attributes))
     if made_of != needed:

@@ -10,7 +10,8 @@ from .collectives import SINGLE, Collectives
 from .transcoder import Transcoder
 
 # A threshold stands this share below the entry that it was found at, or rounding would say whether that one is active.
-_BELOW = 1e-5
+# Of a small one the share is that of the pre-activations, which are about one: theirs is the rounding.
+_BELOW, _USUAL = 1e-5, 0.3
 
 
 @torch.no_grad()
@@ -39,8 +40,8 @@ def calibrated_thresholds(
     thresholds: list[Tensor] = [own[0]] * transcoder.n_layers
     for g, group in enumerate(groups):
         level = comm.top_threshold(pools[g], counts[g])
-        level = level.clamp_min(1e-30) if topk_kind else level
-        level = level - _BELOW * level.abs()
         for l in group:
-            thresholds[l] = own[l] * level if relative else level.expand(transcoder.features[l]).clone()
+            found = own[l] * level if relative else level.expand(transcoder.features[l])
+            found = found - _BELOW * found.abs().clamp_min(_USUAL)
+            thresholds[l] = found.clamp_min(1e-30) if topk_kind else found
     return thresholds

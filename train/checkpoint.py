@@ -75,9 +75,7 @@ class Checkpoints:
                 if problem is None:
                     found = str(path)
                     break
-                message = f"passing over the damaged checkpoint {path}: {problem}"
-                _log.warning(message)
-                warnings.warn(message, stacklevel=2)
+                _log.warning("passing over the damaged checkpoint %s: %s", path, problem)
         found = self.comm.broadcast(found)
         return None if found is None else (Path(found), json.loads((Path(found) / STATE_FILE).read_text()))
 
@@ -94,8 +92,8 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Finished checkpoints, newest first."""
-        numbered = [(int(path.name.split("-")[1]), path) for path in self.folder.glob("step-*")]
-        return [path for _, path in sorted(numbered, reverse=True)]
+        found = [path for path in self.folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
     @property
     def _alone(self) -> bool:
@@ -108,6 +106,7 @@ class Checkpoints:
     def _seal(self, aside: Path, final: Path, step: int, state: dict[str, Any]) -> None:
         files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(aside.iterdir())}
         content = {"format_version": FORMAT_VERSION, "step": step, "files": files, **state}
+        content["checksum"] = _own_checksum(content)
         (aside / STATE_FILE).write_text(json.dumps(content, indent=1))
         for path in [*aside.iterdir(), aside]:
             _sync(path)
@@ -123,12 +122,18 @@ def damage(path: Path) -> str | None:
         state = json.loads((path / STATE_FILE).read_text())
         if state["format_version"] != FORMAT_VERSION:
             return f"it has format {state['format_version']}, this version reads {FORMAT_VERSION}"
+        if state.pop("checksum", None) not in (None, _own_checksum(state)):
+            return f"{STATE_FILE} is not what was written"
         for name, (size, expected) in state["files"].items():
             if (path / name).stat().st_size != size or checksum(path / name) != expected:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{STATE_FILE} or a file that it names cannot be read ({error})"
     return None
+
+
+def _own_checksum(state: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
 def checksum(path: Path) -> int:

@@ -53,6 +53,22 @@ def check_run(
         )
 
 
+def named_device(name: str) -> torch.device:
+    """The device of this name, which torch must be able to use."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise SettingsError(f"trainer.device={name} is not known; it takes auto, cpu, cuda or cuda:N")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise SettingsError(f"trainer.device={name} needs a Mac with Metal; there is none")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count() or "none"
+        raise SettingsError(f"trainer.device={name} needs a GPU that torch can see; there is {found}")
+    return device
+
+
 def check_sparsity(settings: TrainerSettings, transcoder: TranscoderSettings, n_layers: int) -> None:
     """How many features may be active, against how many there are and what the activation can do."""
     sizes = transcoder.sizes(n_layers)
@@ -63,6 +79,10 @@ def check_sparsity(settings: TrainerSettings, transcoder: TranscoderSettings, n_
         if wanted > size:
             name = "transcoder.k" if targets is None else "trainer.target_l0"
             raise SettingsError(f"{name}={wanted:g} is more than the {size} features of a layer")
+    together = transcoder.activation == "batchtopk" and transcoder.k_scope == "all"
+    if together and len(set(targets or ks)) > 1:
+        name = "transcoder.k_per_layer" if targets is None else "trainer.target_l0_per_layer"
+        raise SettingsError(f"{name} needs transcoder.k_scope=layer: with all, the layers share their sum out")
     if transcoder.activation == "topk" and any(target != round(target) for target in targets or []):
         raise SettingsError("trainer.target_l0 must be a whole number for topk, which keeps as many at each token")
     if transcoder.activation == "relu" and settings.sparsity in ("l0", "target"):

@@ -5,7 +5,7 @@ process, and `train/sharding.py` builds the distributed ones. Two axes: *feature
 layer and see the same tokens; *data* ranks hold the same features and see different tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -140,18 +140,26 @@ class SingleProcess:
 SINGLE: Collectives = SingleProcess()
 
 
-def global_norm(sharded: Iterable[Tensor], replicated: Iterable[Tensor], comm: Collectives = SINGLE) -> Tensor:
-    """The 2-norm of all gradients together: each shard's part added up, what every rank holds counted once."""
-    squares = [_square_sum(sharded), _square_sum(replicated)]
+Named = Sequence[tuple[str, Tensor]]
+
+
+def gradient_norms(sharded: Named, replicated: Named, layers: int, comm: Collectives = SINGLE) -> Tensor:
+    """[1 + L]: the 2-norm of all gradients together, and of each layer's (names end in its number): each shard's part
+    added up, what every rank holds counted once."""
+    squares = [_square_sums(named, layers) for named in (sharded, replicated)]
+    if squares[0] is not None:
+        squares[0] = comm.sum_shards(squares[0])
     parts = [part for part in squares if part is not None]
-    if not parts:
-        return torch.zeros(())
-    total = comm.sum_shards(squares[0]) if squares[0] is not None else torch.zeros_like(parts[0])
-    return (total if squares[1] is None else total + squares[1]).sqrt()
+    return torch.stack(parts).sum(0).sqrt() if parts else torch.zeros(1 + layers)
 
 
-def _square_sum(tensors: Iterable[Tensor]) -> Tensor | None:
-    listed = list(tensors)
-    if not listed:
+def _square_sums(named: Named, layers: int) -> Tensor | None:
+    if not named:
         return None
-    return torch.stack(torch._foreach_norm(listed)).square().sum()
+    norms = torch._foreach_norm([tensor for _, tensor in named])
+    columns: list[list[Tensor]] = [[] for _ in range(layers)]
+    for (name, _), norm in zip(named, norms, strict=True):
+        columns[int(name.rpartition(".")[2])].append(norm)
+    widest, none = max(map(len, columns)), norms[0].new_zeros(())
+    grid = torch.stack([norm for column in columns for norm in column + [none] * (widest - len(column))])
+    return torch.cat([torch.stack(norms).square().sum()[None], grid.view(layers, widest).square().sum(1)])

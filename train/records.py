@@ -41,10 +41,11 @@ class Records:
         if not self.active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+            aside = self.path.with_name(f".{self.path.name}.writing")
+            aside.write_text("".join(f"{line}\n" for line in kept))
+            aside.replace(self.path)
         self._file = self.path.open("a")
 
     def set_apart(self, step: int, stall_seconds: float, device: torch.device) -> None:
@@ -123,7 +124,8 @@ def training_values(
     values = {
         "tokens": float(counters.step * parts.settings.batch),
         "loss": float(sum(columns[name].sum() for name in columns if name.startswith("loss/"))),
-        "grad_norm": float(means["grad_norm"]),
+        "grad_norm": float(means["grad_norms"][0]),
+        **{f"grad_norm/{l}": float(norm) for l, norm in zip(transcoder.layers, means["grad_norms"][1:], strict=True)},
         "lr": scheduled_lr(parts.settings, max(transcoder.features) * comm.feature_ranks, counters.step - 1),
         "bad_steps": float(state.bad_total),
         "bad_steps_in_row": float(state.bad_in_row),

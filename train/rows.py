@@ -168,8 +168,8 @@ class RowGradients:
     def put(self, parameter: Tensor, rows: RowGradient, norms: Tensor) -> None:
         self._held[id(parameter)] = (rows, norms)
 
-    def settled(self) -> list[Tensor]:
-        """After backward: the norms of the rows [F], one tensor a matrix; their norm together is the gradients'.
+    def settled(self) -> list[tuple[Tensor, Tensor]]:
+        """After backward: each matrix and the norms of its gradient's rows [F], whose norm is that of the gradient.
 
         What has got a gradient by another way too is formed after all, and added there.
         """
@@ -177,7 +177,7 @@ class RowGradients:
             gradient = self._asked[key].grad
             if gradient is not None:
                 form(self._held.pop(key)[0], gradient.flatten(1), add=True)
-        return [norms for _, norms in self._held.values()]
+        return [(self._asked[key], norms) for key, (_, norms) in self._held.items()]
 
     def items(self) -> Iterator[tuple[Tensor, RowGradient]]:
         return ((self._asked[key], rows) for key, (rows, _) in self._held.items())

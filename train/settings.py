@@ -170,6 +170,17 @@ class TrainerSettings:
             check_range(f"trainer.{name}", getattr(self, name), low=0, high=1)
         for name in ("dead_after", "eval_tokens", "calibrate_tokens", "max_bad_steps", "prefetch"):
             check_range(f"trainer.{name}", getattr(self, name), low=1)
+        check_range("trainer.seed", self.seed, low=-(2**63), high=2**63 - 1)
+        for name in ("lr", "lr_scale", "lam", "tanh_c", "target_l0", "target_l0_per_layer", "k_first", "aux_k"):
+            _check_above_0(name, getattr(self, name))
+        _check_above_0("init_firing_rate", self.init_firing_rate, high=1)
+        for name, values, high in (
+            ("weight_decay", [self.weight_decay], None),
+            ("lam_per_layer", self.lam_per_layer or [], None),
+            ("betas", self.betas or [], 1 - 1e-9),
+        ):
+            for value in values:
+                check_range(f"trainer.{name}", value, low=0, high=high)
         check_choice("trainer.optimizer", self.optimizer, OPTIMIZERS)
         check_choice("trainer.precision", self.precision, PRECISIONS)
         check_choice("trainer.sparse", self.sparse, ("auto", "on", "off"))
@@ -178,10 +189,6 @@ class TrainerSettings:
         check_choice("trainer.lam_schedule", self.lam_schedule, RAMPS)
         check_choice("trainer.preactivation_over", self.preactivation_over, ("dead", "all"))
         check_choice("trainer.init_decoder", self.init_decoder, ("zero", "uniform"))
-        for name in ("lr", "lam", "target_l0", "k_first"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise SettingsError(f"trainer.{name}={value} is too small; it takes more than 0")
         if self.lr_warmup + self.lr_decay > 1:
             raise SettingsError("trainer.lr_warmup and trainer.lr_decay together are more than the whole run")
         if self.batch % self.accumulate:
@@ -190,6 +197,8 @@ class TrainerSettings:
             )
         if self.sparsity == "target" and self.target_l0 is None and self.target_l0_per_layer is None:
             raise SettingsError("trainer.sparsity=target steers towards trainer.target_l0: give one")
+        if self.weight_decay and self.optimizer == "adam":
+            raise SettingsError("trainer.weight_decay is for adamw and muon: give trainer.optimizer=adamw")
         if self.betas is not None and len(self.betas) != 2:
             raise SettingsError(f"trainer.betas={self.betas} must be two numbers")
 
@@ -216,3 +225,10 @@ class TrainerSettings:
         if len(each) != n_layers:
             raise SettingsError(f"trainer.{name}_per_layer has {len(each)} numbers for {n_layers} layers")
         return [float(value) for value in each]
+
+
+def _check_above_0(name: str, given: float | list[float] | None, high: float | None = None) -> None:
+    for value in given if isinstance(given, list) else [] if given is None else [given]:
+        check_range(f"trainer.{name}", value, high=high)
+        if value <= 0:
+            raise SettingsError(f"trainer.{name}={value} is too small; it takes more than 0")

@@ -70,7 +70,7 @@ class RunningState:
             name: zeros(layers)
             for name in ("reconstruction", "sparsity", "preactivation", "auxiliary", "l0", "power", "lam")
         }
-        self.sums |= {name: zeros() for name in ("steps", "grad_norm")}
+        self.sums |= {"steps": zeros(), "grad_norms": zeros(1 + layers)}
 
     def dead(self, step: int) -> list[Tensor]:
         """Per layer, bool [F]: silent for about `dead_after` tokens; nothing is judged before that many were seen."""
@@ -84,9 +84,9 @@ class RunningState:
 
     @torch.no_grad()
     def update(
-        self, seen: StepLoss, tokens: int, grad_norm: Tensor, bad: Tensor, lam: Tensor, comm: Collectives
+        self, seen: StepLoss, tokens: int, grad_norms: Tensor, bad: Tensor, lam: Tensor, comm: Collectives
     ) -> None:
-        """After a step; a bad one leaves averages and sums as they were."""
+        """After a step; a bad one leaves averages and sums as they were. `grad_norms`: of all, then of each layer."""
         good = 1 - bad
         # An overflow that a smaller loss scale will cure is no bad step.
         curable = self.loss_scale > 1
@@ -107,7 +107,7 @@ class RunningState:
         for name, value in (finite | {"power": seen.power, "l0": l0, "lam": lam}).items():
             self.sums[name] += comm.mean_data(value.to(self.l0.dtype)) * good
         self.sums["steps"] += good
-        self.sums["grad_norm"] += torch.where(bad > 0, 0, grad_norm)
+        self.sums["grad_norms"] += torch.where(bad > 0, 0, grad_norms)
 
     def steered_lam(self, target: Tensor) -> Tensor:
         """[L]: the coefficient that steering gives now."""

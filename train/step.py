@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .activations import candidates
 from .actives import decoder_norms
-from .collectives import Collectives, global_norm
+from .collectives import Collectives, gradient_norms
 from .objective import Objective, Pass, StepInputs, StepLoss, choose, step_loss
 from .optimizers import Optimizers
 from .partition import cut_dim
@@ -111,12 +111,14 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
         torch.autograd.backward([norm for norm, _ in with_gradient], [grad for _, grad in with_gradient])
 
     # Mean over data ranks, norm over all features, one guarded update.
-    unformed = rows.settled() if rows is not None else []
+    names = {id(p): name for name, p in transcoder.named_parameters()}
+    unformed = [(names[id(p)], norms) for p, norms in rows.settled()] if rows is not None else []
     named = [(name, p.grad) for name, p in transcoder.named_parameters() if p.grad is not None]
     comm.reduce_gradients([grad for _, grad in named])
-    cut = [grad for name, grad in named if cut_dim(name, comm) is not None]
-    shared = [grad for name, grad in named if cut_dim(name, comm) is None]
-    norm = global_norm([*cut, *unformed], shared, comm) / scale
+    cut = [(name, grad) for name, grad in named if cut_dim(name, comm) is not None]
+    shared = [(name, grad) for name, grad in named if cut_dim(name, comm) is None]
+    norms_1L = gradient_norms([*cut, *unformed], shared, transcoder.n_layers, comm) / scale
+    norm = norms_1L[0]
     whole = mean_of(seen)
     bad = comm.max_all((~(norm.isfinite() & whole.loss.isfinite())).float())
     clip = (norm / settings.clip).clamp_min(1.0) if settings.clip else torch.ones_like(norm)
@@ -124,7 +126,7 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
     parts.optimizers.step(clip * scale, bad, rows)
 
     # Averages for the next steps and for the metrics.
-    parts.state.update(whole, x.shape[0], norm, bad, inputs.lam, comm)
+    parts.state.update(whole, x.shape[0], norms_1L, bad, inputs.lam, comm)
     if steered(parts) and parts.target_l0 is not None:
         left = 1 - parts.counters.step / settings.steps
         parts.state.steer(parts.target_l0, settling=min(1.0, max(0.1, left / max(settings.lr_decay, 1e-6))))

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.errors import Progress, SettingsError, UserError, out_of_room, silent
+from ..data.errors import Progress, UserError, out_of_room, silent
 from ..data.store import ActivationStore, Batch
 from .actives import own_slice
 from .checkpoint import Checkpoints
-from .checks import check_run, check_same_run, store_identity
+from .checks import check_run, check_same_run, named_device, store_identity
 from .collectives import SINGLE, Collectives
 from .compiled import compiled_pass
 from .evaluation import Evaluation, HeldOut, evaluate
@@ -159,10 +159,10 @@ class Trainer:
                     self._log(loader.stall_seconds)
                 if self._due(settings.eval_every):
                     self._evaluate(settings.eval_tokens)
-                if self._due(settings.checkpoint_every) or counters.step == settings.steps:
+                stopping = stop.requested(counters.step)
+                if stopping or self._due(settings.checkpoint_every) or counters.step == settings.steps:
                     self._save()
-                elif stop.requested(counters.step):
-                    self._save()
+                if stopping:
                     return self._interrupted(stop.by_person)
         return self._finish()
 
@@ -324,9 +324,8 @@ class Trainer:
         return self.evaluation
 
     def _score(self, report: dict[str, Any]) -> float:
-        """Lower is better: nmse where L0 is fixed or on its target, more where it is off; else the newest."""
-        activation = self.transcoder_settings.activation
-        if activation == "topk" or (activation == "batchtopk" and self.targets is None):
+        """Lower is better: nmse where k fixes L0 or L0 is on its target, more where it is off; else the newest."""
+        if self.transcoder_settings.activation in TOPK:
             return report["overall"]["nmse"]
         if self.targets is None:
             return -float(self.parts.counters.step)
@@ -382,13 +381,7 @@ def pick_device(settings: TrainerSettings) -> torch.device:
     """This process's own, unless one is named."""
     if settings.device == "auto":
         return local_device()
-    try:
-        device = torch.device(settings.device)
-    except RuntimeError as error:
-        raise SettingsError(f"trainer.device={settings.device} is not known; it takes auto, cpu, cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SettingsError(f"trainer.device={settings.device} needs a GPU that torch can see; there is none")
-    return device
+    return named_device(settings.device)
 
 
 def train(

@@ -100,7 +100,7 @@ class TranscoderSettings:
             self.sizes(len(self.layers))
         if self.activation == "jumprelu":
             check_range("transcoder.theta_init", self.theta_init, low=1e-6)
-            if self.bandwidth < _LEAST_BANDWIDTH:
+            if not _LEAST_BANDWIDTH <= self.bandwidth < math.inf:
                 raise SettingsError(
                     f"transcoder.bandwidth={self.bandwidth} belongs to activations of unit norm; here E|x|^2 = D, "
                     f"and it takes {_LEAST_BANDWIDTH} or more, usually 1.0"
@@ -110,7 +110,7 @@ class TranscoderSettings:
         """The reach as a number of layers."""
         if self.reach == "all":
             return n_layers
-        if not str(self.reach).isdigit() or int(self.reach) < 1:
+        if not str(self.reach).isdecimal() or int(self.reach) < 1:
             raise SettingsError(f"transcoder.reach={self.reach} is not known; it takes all or a number from 1")
         return min(int(self.reach), n_layers)
 

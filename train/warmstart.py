@@ -21,6 +21,8 @@ def start_from(transcoder: Transcoder, source: Transcoder, normalisation: Normal
         raise UserError(f"init is {source.d_model} wide and this store {transcoder.d_model}: they are of other models")
     if source.settings.read != transcoder.settings.read:
         raise UserError(f"init reads {source.settings.read} and this transcoder {transcoder.settings.read}")
+    if len(source.W_skip) and not len(transcoder.W_skip):
+        raise UserError("init has a skip, without which its features do not fit: set transcoder.skip=true")
     missing = [layer for layer in transcoder.layers if layer not in source.layers]
     if missing:
         raise UserError(f"init does not cover layer {missing[0]}; it covers {', '.join(map(str, source.layers))}")

@@ -30,6 +30,26 @@ def test_other_settings_are_refused_by_name_and_nothing_is_touched(tmp_path: Pat
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
+def test_a_claim_is_given_up_only_where_nothing_was_made(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    runs.claim(run, SETTINGS)
+    runs.release(run)
+    assert not run.exists()
+    runs.claim(run, SETTINGS)
+    (run / "wandb").mkdir()
+    runs.release(run)
+    assert runs.claim(run, {**SETTINGS, "seed": 1}) is False
+    (run / "metrics.jsonl").touch()
+    runs.release(run)
+    assert runs.saved_settings(run)["seed"] == 1
+
+
+def test_damaged_settings_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: [")
+    with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+        runs.saved_settings(tmp_path)
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letters.txt").write_text("dear")
     with pytest.raises(UserError, match="holds other files and no run"):

@@ -1,6 +1,7 @@
 """What a training begins with, on the command line, and that it is a run like any other."""
 
 import json
+import signal
 from pathlib import Path
 
 import torch
@@ -50,3 +51,32 @@ def test_training_begins_with_another_run(crosslace, demo: Path, tmp_path: Path)
     ended = crosslace(*train, f"run={tmp_path / 'wide'}", "transcoder=clt", f"transcoder.features={features + 8}")
     assert ended.code == 0, ended.err
     assert Transcoder.load(tmp_path / "wide" / "transcoder").kind == "clt"
+
+
+def test_a_refused_start_may_be_mended(crosslace, demo: Path, tmp_path: Path) -> None:
+    train = ["train", f"store={demo / 'store'}", *QUICK, *SHAPE, f"run={tmp_path / 'run'}"]
+    for words, message in (
+        (["trainer.batch=100000000"], "lower trainer.batch"),
+        (["transcoder.layers=[9]"], "layer 9"),
+        (["init=nowhere"], "init=nowhere is neither mlp, random nor"),
+        (["trainer.precision=fp16", "trainer.device=cpu"], "fp16 needs a GPU"),
+    ):
+        ended = crosslace(*train, *words)
+        assert ended.code == 2 and message in ended.err and not (tmp_path / "run").exists()
+    ended = crosslace(*train, "init=random", "trainer.steps=2")
+    assert ended.code == 0, ended.err
+
+
+def test_the_run_alone_goes_on_and_changes_are_named(crosslace, demo: Path, tmp_path: Path, monkeypatch) -> None:
+    run = f"run={tmp_path / 'run'}"
+    full = ["train", f"store={demo / 'store'}", *QUICK, *SHAPE, "init=random", "seed=7", run]
+    with monkeypatch.context() as patch:  # SIGTERM after the last step, while the result is measured
+        patch.setattr("crosslace.train.trainer.Trainer._finish", lambda _: signal.raise_signal(signal.SIGTERM))
+        ended = crosslace(*full)
+    assert ended.code == 0 and "run the same command again" in ended.out
+    assert not (tmp_path / "run" / "transcoder").exists()
+    ended = crosslace("train", run, "trainer.steps=80", "seed=3")
+    assert ended.code == 2 and "seed was 7, not 3; trainer.steps was 40, not 80" in ended.err
+    ended = crosslace("train", run, "trainer.log_every=5")
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "run" / "transcoder").exists() and "trained already" in crosslace(*full).out

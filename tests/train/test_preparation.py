@@ -96,6 +96,21 @@ def test_calibrated_thresholds_give_the_target(activation, scope, bias):
     assert [float((a > 0).sum()) / 1000 for a in exported] == pytest.approx(l0, rel=2e-3)
 
 
+def test_an_entry_at_a_small_threshold_is_not_lost_to_rounding():
+    """Rows come several times in real text: with the entry at the threshold all its twins would go."""
+    x, targets, ones = normal(40, L, D).repeat(10, 1, 1), [3.0, 5.0, 7.5], torch.ones(L)
+    relu = Transcoder(TranscoderSettings(features=50, activation="relu"), D, L)
+    for small in (0.0, 1e-5, 1e-4, 1e-3):
+        thresholds = calibrated_thresholds(relu, [x], 400, targets)
+        with torch.no_grad():
+            for b_enc, tau in zip(relu.b_enc, thresholds, strict=True):
+                b_enc.sub_(tau - small)
+        thresholds = calibrated_thresholds(relu, [x], 400, targets)
+        for scale in (1.0, 0.37, 23.0):
+            exported = relu.folded(ones * scale, ones, thresholds).encode(x / scale)
+            assert [float((a > 0).sum()) / 400 for a in exported] == pytest.approx(targets, abs=1e-9)
+
+
 NORM = Normalisation(torch.tensor([2.0, 0.5, 3.0]), torch.tensor([0.1, 4.0, 1.5]), torch.zeros(L, D))
 
 
@@ -137,6 +152,8 @@ def test_warm_starts_that_cannot_be_are_refused():
     ):
         with pytest.raises(UserError, match=message):
             start_from(Transcoder(settings, D, L), source, NORM)
+    with pytest.raises(UserError, match=r"transcoder\.skip=true"):
+        start_from(Transcoder(TranscoderSettings(features=32), D, L), finished("1", skip=True), NORM)
     with pytest.raises(UserError, match="wide"):
         start_from(Transcoder(TranscoderSettings(features=32), D + 1, L), source, NORM)
     with pytest.raises(UserError, match="layer 7"):

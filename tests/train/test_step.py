@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -142,6 +143,11 @@ def test_clipping_is_by_the_global_norm():
         parts.optimizers.step = lambda divisor, bad, rows=None: seen.append(float(divisor))
         train_step(parts, *data())
     norm = torch.stack([p.grad.norm() for p in tight.transcoder.parameters() if p.grad is not None]).norm()
+    layers = [[] for _ in range(tight.transcoder.n_layers)]
+    for name, p in tight.transcoder.named_parameters():
+        layers[int(name[-1])] += [] if p.grad is None else [p.grad.norm()]
+    known = [norm, *(torch.stack(norms).norm() for norms in layers)]
+    torch.testing.assert_close(tight.state.sums["grad_norms"], torch.stack(known).to(torch.float32))
     assert seen[0] == 1.0 and seen[1] == pytest.approx(float(norm) / 1e-3, rel=1e-9)
 
 
@@ -260,6 +266,19 @@ def test_settings_say_what_is_wrong():
         ({"lr_warmup": 0.9, "lr_decay": 0.9}, "trainer.lr_warmup"),
         ({"precision": "int8"}, "trainer.precision"),
         ({"betas": [0.9]}, "trainer.betas"),
+        ({"betas": [0.9, 1.0]}, "trainer.betas"),
+        ({"lr": math.nan}, "trainer.lr=nan is not a finite number"),
+        ({"lr_warmup": math.nan}, "trainer.lr_warmup"),
+        ({"lr_scale": 0.0}, "trainer.lr_scale"),
+        ({"tanh_c": -4.0}, "trainer.tanh_c"),
+        ({"weight_decay": -1.0, "optimizer": "adamw"}, "trainer.weight_decay"),
+        ({"weight_decay": 0.1}, "weight_decay is for adamw"),
+        ({"target_l0": math.inf}, "trainer.target_l0"),
+        ({"target_l0_per_layer": [4.0, 0.0]}, "trainer.target_l0_per_layer=0.0"),
+        ({"lam_per_layer": [1.0, -1.0]}, "trainer.lam_per_layer"),
+        ({"aux_k": 0}, "trainer.aux_k"),
+        ({"init_firing_rate": 1.5}, "trainer.init_firing_rate"),
+        ({"seed": 2**64}, "trainer.seed"),
     ]
     for setting, message in wrong:
         with pytest.raises(SettingsError, match=message):

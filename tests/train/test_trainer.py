@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 import time
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 from crosslace import Transcoder
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.store import in_memory_store
+from crosslace.train.checkpoint import Checkpoints, damage
 from crosslace.train.collectives import SingleProcess
 from crosslace.train.settings import TrainerSettings
 from crosslace.train.state import RunningState
@@ -118,7 +120,9 @@ def test_what_a_run_writes(planted, tmp_path):
     assert [r["step"] for r in training] == [10, 20, 30, 40, 50, 60]
     for name in ("nmse", "l0", "dead", "dense", "decoder_norm", "loss/reconstruction", "loss/auxiliary"):
         assert {name, f"{name}/0", f"{name}/1"} <= training[-1].keys()
-    assert {"grad_norm", "lr", "tokens_per_second", "loader_stall", "memory", "bad_steps"} <= training[-1].keys()
+    per_layer = [training[-1]["grad_norm/0"], training[-1]["grad_norm/1"]]
+    assert max(per_layer) < training[-1]["grad_norm"] < sum(per_layer)
+    assert {"lr", "tokens_per_second", "loader_stall", "memory", "bad_steps"} <= training[-1].keys()
     assert training[-1]["tokens"] == 60 * 64
     held_out = [r for r in records if "held_out/nmse" in r]
     assert [r["step"] for r in held_out] == [30, 60, 60] and held_out[-1]["held_out/theta/1"] > 0
@@ -139,7 +143,10 @@ def test_a_finished_run_is_not_trained_again(planted, tmp_path):
     assert (again.evaluation == first.evaluation and sink.resumed == {}) or sink.resumed == {"id": "run-7"}
 
 
-def test_damaged_checkpoints_are_passed_over_with_a_warning(planted, tmp_path):
+def test_damaged_checkpoints_are_passed_over_with_a_warning(planted, tmp_path, caplog):
+    def warned():
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
     whole = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "whole")
     train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step-60"
@@ -147,13 +154,42 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning(planted, tmp_path):
     content = bytearray(victim.read_bytes())
     content[-3] ^= 1
     victim.write_bytes(content)
-    with pytest.warns(UserWarning, match="step-60"):
-        again = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "run")
+    again = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "run")
+    assert len(warned()) == 1 and "step-60: shard" in warned()[0]
     assert again.evaluation == whole.evaluation
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         (path / "state.json").write_text("{")
-    with pytest.warns(UserWarning, match="step-40"):
-        assert train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "run").evaluation == whole.evaluation
+    for name in ("step-latest", "step-70.bak"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir()  # somebody's own
+    assert train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "run").evaluation == whole.evaluation
+    assert len(warned()) == 3 and "step-40: state.json" in warned()[2]
+
+
+def test_a_flipped_digit_in_the_plain_numbers_is_damage(tmp_path):
+    folder = Checkpoints(tmp_path).save(60, {"weights/b_dec.0": torch.ones(3)}, {"counters": {"seconds": 4.25}})
+    assert damage(folder) is None
+    text = (folder / "state.json").read_text()
+    (folder / "state.json").write_text(text.replace("4.25", "4.26"))
+    assert damage(folder) == "state.json is not what was written"
+
+
+def test_a_request_to_stop_at_the_last_step_is_heard_and_metrics_are_never_half_written(planted, tmp_path, monkeypatch):
+    def progress(label, done, total=None, note=""):
+        if done == 60:
+            signal.raise_signal(signal.SIGTERM)
+
+    result = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path, progress=progress)
+    assert result.status == "interrupted" and result.step == 60
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def cut_off(path, text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pathlib.Path.write_text", cut_off)
+        train(QUICK, SMALL, planted.train, planted.held_out, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert train(QUICK, SMALL, planted.train, planted.held_out, tmp_path).status == "finished"
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(planted, tmp_path, monkeypatch):
@@ -259,6 +295,8 @@ def test_bad_input_is_refused_before_any_work(planted, tmp_path):
         (replace(QUICK, precision="fp16", device="cpu"), SMALL, planted, "fp16 needs a GPU"),
         (replace(QUICK, device="cuda:99"), SMALL, planted, "trainer.device"),
         (replace(QUICK, device="toaster"), SMALL, planted, "trainer.device"),
+        (replace(QUICK, device="meta"), SMALL, planted, "trainer.device"),
+        (replace(QUICK, target_l0_per_layer=[2.0, 4.0]), replace(SMALL, k_scope="all"), planted, "k_scope=layer"),
     ):
         with pytest.raises(UserError, match=message):
             train(settings, shape, stores[0], stores[1], tmp_path / "never")

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -173,6 +174,9 @@ def test_decoder_norms_cover_the_whole_row_with_gradient():
         ({"layers": [2, 1]}, "transcoder.layers"),
         ({"layers": [0, 1], "features_per_layer": [3]}, "transcoder.features_per_layer"),
         ({"activation": "jumprelu", "bandwidth": 0.001}, "unit norm"),
+        ({"activation": "jumprelu", "bandwidth": math.nan}, "transcoder.bandwidth"),
+        ({"activation": "jumprelu", "theta_init": math.nan}, "transcoder.theta_init"),
+        ({"reach": "²"}, "transcoder.reach"),
         ({"k_scope": "token"}, "transcoder.k_scope"),
     ],
 )
