@@ -83,7 +83,7 @@ def measure(folder: Path, edges: Path | None, fields: dict[str, Any]) -> dict[st
     from transformers import LlamaForCausalLM
 
     lm = LanguageModel(LlamaForCausalLM.from_pretrained(folder / "model"))
-    replacement = ReplacementModel(lm, Transcoder.load(folder / "ours"))
+    replacement = ReplacementModel(lm, Transcoder.load(folder / "ours", lazy_decoders=True))
     prompt = load_file(folder / "prompt.safetensors")["tokens"]
     loaded = memory("VmRSS")
     replacement.trace(prompt[:WARM_UP], **fields).prune()
