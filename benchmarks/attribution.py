@@ -162,6 +162,7 @@ def run_reference(folder: Path, edges: Path, arguments: argparse.Namespace) -> d
     runs = []
     for batch in tried:
         command = [arguments.circuit_tracer, str(REFERENCE), str(folder), str(edges), str(batch)]
+        command += ["lazy"] if arguments.reference_lazy else []
         runs.append({"batch": batch, **in_process(command)})
         if len(tried) > 1:
             print(
@@ -194,6 +195,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of ours, e.g. max_nodes=7500")
     parser.add_argument(
         "--reference-batch", type=int, help="circuit-tracer's; by default its fastest on the first case"
+    )
+    parser.add_argument(
+        "--reference-lazy", action="store_true", help="circuit-tracer leaves decoders in their files too"
     )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
