@@ -230,7 +230,7 @@ class Tracer:
                 "features": transcoder.features,
             },
             "settings": asdict(self.settings)
-            | {"batch": self.batch, "targets": None if self.wanted is None else self._named()},
+            | {"batch": self.batch, "targets": None if self.wanted is None else [str(one) for one in self.wanted]},
             "seconds": round(seconds, 3),
             "accounting": {
                 "active_features": active,
@@ -239,10 +239,6 @@ class Tracer:
                 "largest_relative_violation": float(self.largest_relative),
             },
         }
-
-    def _named(self) -> list[str]:
-        """The targets that the caller asked for, as text."""
-        return [target.label or f"token {target.token}@{target.position}" for target in self.wanted or []]
 
 
 def with_logits(sources: Nodes, chosen: Chosen, lm: Any) -> Nodes:

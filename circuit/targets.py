@@ -52,6 +52,16 @@ class Target:
         first, dash, second = text.partition(" - ")
         return cls(token=first, minus=second if dash else None, position=position, label=text)
 
+    def __str__(self) -> str:
+        """As `parse` reads it, where it can."""
+        if self.feature is not None:
+            name = f"L{self.layer}:{self.feature}"
+        elif self.token is not None:
+            name = f"{self.token} - {self.minus}" if self.minus is not None else str(self.token)
+        else:
+            name = self.label or "vector"
+        return name if self.position == -1 else f"{name}@{self.position}"
+
 
 class Chosen(NamedTuple):
     """The targets of a graph and how its logit nodes are described."""

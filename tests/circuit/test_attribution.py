@@ -10,6 +10,7 @@ from crosslace.circuit.batching import bytes_per_target, fitting_batch
 from crosslace.circuit.formats.neuronpedia import graph_to_neuronpedia
 from crosslace.circuit.graph import Graph
 from crosslace.circuit.graph_scores import path_length
+from crosslace.circuit.paths import strongest_paths_text
 from crosslace.circuit.replacement import ReplacementModel
 from crosslace.circuit.sparse_rows import SparseRows
 from crosslace.circuit.supernodes import difference, flow_between
@@ -239,6 +240,7 @@ def test_named_targets(replacement, whole):
     torch.testing.assert_close(one[:-4] - eight[:-1], difference[:-4], rtol=0, atol=1e-9)
     torch.testing.assert_close(of_feature[:-4], whole.rows[feature.id][: -len(whole.logits)], rtol=0, atol=1e-9)
     assert graph.logits[3].value == pytest.approx(feature.activation)
+    assert graph.metadata["settings"]["targets"] == ["3", "3 - 8", "vector", targets[3]]
     assert vector.abs().sum() > 0
     assert graph.accounting["largest_violation"] < 1e-6
 
@@ -247,6 +249,7 @@ def test_a_target_at_an_earlier_position_sees_no_later_one(replacement):
     graph = trace(replacement, PROMPT, targets=[Target(token=0, position=4)])
     assert graph.logits[0].position == 4 and graph.logits[0].token == 0
     assert not graph.rows[-1, graph.nodes.position > 4].any()
+    assert strongest_paths_text(graph).startswith("'0' @4 p=") and graph.metadata["settings"]["targets"] == ["0@4"]
     assert graph.accounting["largest_violation"] < 1e-6
 
 
