@@ -40,8 +40,10 @@ class Target:
             return given
         if isinstance(given, Tensor):
             return cls(vector=given, label="vector")
-        if isinstance(given, int):
+        if isinstance(given, int) and not isinstance(given, bool):
             return cls(token=given)
+        if not isinstance(given, str):
+            raise UserError(f"target {given!r} is neither a text, nor a token id, nor a vector")
         text, position = given, -1
         if found := POSITION.match(text):
             text, position = found[1], int(found[2])
@@ -84,6 +86,8 @@ def one_token(lm: LanguageModel, text: int | str, probabilities: Tensor) -> int:
         if not 0 <= text < lm.d_vocab:
             raise UserError(f"target {text} is no token: ids are 0 to {lm.d_vocab - 1}")
         return text
+    if not text:
+        raise UserError("a target is empty text; name a token, as in Austin or Austin - Dallas")
     if lm.tokenizer is None:
         raise UserError(f"target {text!r} cannot be looked up: the model has no tokenizer; give token ids")
     forms = [text] if text.startswith(" ") else [text, " " + text]

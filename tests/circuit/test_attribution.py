@@ -242,6 +242,10 @@ def test_named_targets(replacement, whole):
     assert graph.logits[3].value == pytest.approx(feature.activation)
     assert graph.metadata["settings"]["targets"] == ["3", "3 - 8", "vector", targets[3]]
     assert vector.abs().sum() > 0
+    for alone in (3, targets[3], direction):  # one target needs no list
+        assert torch.equal(
+            trace(replacement, PROMPT, targets=alone).rows, trace(replacement, PROMPT, targets=[alone]).rows
+        )
     assert graph.accounting["largest_violation"] < 1e-6
 
 
@@ -262,6 +266,7 @@ def test_several_prompts(make_tiny, monkeypatch):
     monkeypatch.undo()
     for prompts in ([[1, 2, 3], [2, 3]], [torch.tensor([1, 2, 3]), torch.tensor([2, 3])]):
         assert [graph.tokens for graph in trace(replacement, prompts)] == [[1, 2, 3], [2, 3]]
+    assert [graph.tokens for graph in trace(replacement, torch.tensor([[1, 2], [3, 4]]))] == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("reach", ["1", "all"])
@@ -328,6 +333,9 @@ def test_likely_tokens():
         (["word"], "no tokenizer"),
         ([], "empty"),
         ([Target()], "a token, a vector or a feature"),
+        ([1.5], "target 1.5 is neither"),
+        ([True], "target True is neither"),
+        ([""], "empty text"),
     ],
 )
 def test_targets_that_are_refused(targets, sentence, replacement):

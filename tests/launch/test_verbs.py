@@ -157,7 +157,7 @@ def test_graphs_of_prompts_that_end_alike_are_kept_apart(clt: Path, crosslace) -
     assert not folders[2].exists()
     ended = crosslace("trace", f"run={clt}", f"prompt={PROMPT}", "trace.targets=[L1:0]", "slug=target")
     assert ended.code == 0 and "weight=1.000" in ended.out and "p=1.000" not in ended.out
-    targets = "trace.targets=[Austin,Texas,Lone,Austin@5]"
+    targets = "trace.targets=[Austin,Texas,the,Austin@5]"
     ended = crosslace("trace", f"run={clt}", f"prompt={PROMPT}", targets, "slug=targets")
     assert ended.code == 0 and ended.out.count(" p=") == 4, "a path for each of them"
     assert "' Austin' @5 p=" in ended.out and " Austin @5" in ended.out
