@@ -83,7 +83,7 @@ def measure(folder: Path, edges: Path | None, fields: dict[str, Any]) -> dict[st
     from transformers import LlamaForCausalLM
 
     lm = LanguageModel(LlamaForCausalLM.from_pretrained(folder / "model"))
-    replacement = ReplacementModel(lm, Transcoder.load(folder / "ours"))
+    replacement = ReplacementModel(lm, Transcoder.load(folder / "ours", lazy_decoders=True))
     prompt = load_file(folder / "prompt.safetensors")["tokens"]
     loaded = memory("VmRSS")
     replacement.trace(prompt[:WARM_UP], **fields).prune()
@@ -162,6 +162,7 @@ def run_reference(folder: Path, edges: Path, arguments: argparse.Namespace) -> d
     runs = []
     for batch in tried:
         command = [arguments.circuit_tracer, str(REFERENCE), str(folder), str(edges), str(batch)]
+        command += ["lazy"] if arguments.reference_lazy else []
         runs.append({"batch": batch, **in_process(command)})
         if len(tried) > 1:
             print(
@@ -194,6 +195,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of ours, e.g. max_nodes=7500")
     parser.add_argument(
         "--reference-batch", type=int, help="circuit-tracer's; by default its fastest on the first case"
+    )
+    parser.add_argument(
+        "--reference-lazy", action="store_true", help="circuit-tracer leaves decoders in their files too"
     )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)

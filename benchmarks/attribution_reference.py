@@ -1,6 +1,8 @@
 """circuit-tracer on a case of benchmarks/attribution.py: run by another environment's interpreter, needs no network.
 
-PYTHON attribution_reference.py FOLDER EDGES BATCH
+PYTHON attribution_reference.py FOLDER EDGES BATCH [lazy]
+
+lazy: decoders stay in their files, as ours do.
 """
 
 import json
@@ -34,7 +36,7 @@ class Words:
         return str(ids)
 
 
-def load(folder: Path, first: int) -> TransformerLensReplacementModel:
+def load(folder: Path, first: int, lazy: bool) -> TransformerLensReplacementModel:
     """The model of a folder with its transcoder."""
     hf = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     c = hf.config
@@ -67,7 +69,7 @@ def load(folder: Path, first: int) -> TransformerLensReplacementModel:
     theirs = folder / "theirs"
     described = yaml.safe_load((theirs / "config.yaml").read_text())
     hooks = {key: described[key] for key in ("feature_input_hook", "feature_output_hook")}
-    new = {"device": torch.device("cpu"), "dtype": torch.float32, "lazy_decoder": False, "lazy_encoder": False}
+    new = {"device": torch.device("cpu"), "dtype": torch.float32, "lazy_decoder": lazy, "lazy_encoder": False}
     if described["model_kind"] == "transcoder_set":
         paths = {l: str(theirs / f"layer_{l}.safetensors") for l in range(c.num_hidden_layers)}
         transcoders = load_transcoder_set(paths, scan="local", **hooks, **new)
@@ -88,7 +90,7 @@ def memory(entry: str) -> float:
 def main() -> None:
     folder, edges, batch = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     prompt = load_file(folder / "prompt.safetensors")["tokens"]
-    model = load(folder, int(prompt[0]))
+    model = load(folder, int(prompt[0]), "lazy" in sys.argv[4:])
     options = {"max_n_logits": 10, "desired_logit_prob": 0.95, "batch_size": batch}
     loaded = memory("VmRSS")
     attribute(prompt[:8], model, **options)

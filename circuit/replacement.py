@@ -77,13 +77,15 @@ class ReplacementModel:
         model: LanguageModel | ModelSettings | str | None = None,
         force: bool = False,
         device: str = "auto",
+        lazy_decoders: bool = False,
     ) -> "ReplacementModel":
-        """From a run's folder or a transcoder's; the model is the one it was trained on unless another is given."""
+        """From a run's folder or a transcoder's; the model is the one it was trained on unless another is given.
+        `lazy_decoders`: see `Transcoder.load`; for graphs and interventions of transcoders larger than memory."""
         folder = Path(folder)
         folder = folder / "transcoder" if (folder / "transcoder").is_dir() else folder
         if not folder.is_dir():
             raise UserError(f"{folder} is not there; give the folder of a run or of a transcoder")
-        transcoder = Transcoder.load(folder)
+        transcoder = Transcoder.load(folder, lazy_decoders=lazy_decoders)
         if model is None:
             model = _trained_on(transcoder, folder, device)
         if not isinstance(model, LanguageModel):

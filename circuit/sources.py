@@ -6,6 +6,7 @@ scaled by their activations and sorted by position: then those of one position a
 they belong to are one run of `run_order`, whatever the reach.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -125,10 +126,38 @@ def find_sources(
     run_order = features.position.argsort(stable=True)
     rank = torch.empty_like(run_order)
     rank[run_order] = torch.arange(len(run_order), device=run_order.device)
-    writers = [_writers(lm, transcoder, recording, features, rank, keep, layer, dtype) for layer in range(lm.n_layers)]
+    written = _written(transcoder, features, rank, dtype)
+    writers = [
+        _writers(lm, transcoder, recording, features, rank, written, keep, layer, dtype) for layer in range(lm.n_layers)
+    ]
     embeddings = [lm.embed(recording.tokens), lm.position_embed(T)]
     stacked = torch.stack([vectors.to(dtype) for vectors in embeddings if vectors is not None])
     return Sources(features, run_order, writers, stacked)
+
+
+def _written(
+    transcoder: Transcoder, features: Features, rank: Tensor, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """For each covered layer, the features that write to it in run order, and their decoder rows times activations.
+
+    Each source layer's rows are read once, with all that they write.
+    """
+    covered = torch.tensor(transcoder.layers, device=rank.device)
+    counts = (features.layer[:, None] == covered).sum(0).tolist()
+    starts = [0, *itertools.accumulate(counts)]  # features are sorted by layer
+    into = []
+    for l in range(transcoder.n_layers):
+        first = starts[max(0, l - transcoder.reach + 1)]
+        order = rank[first : starts[l + 1]].argsort()
+        into.append((order + first, rank.new_empty(len(order), transcoder.d_model, dtype=dtype)))
+    for l in range(transcoder.n_layers):
+        mine = slice(starts[l], starts[l + 1])
+        rows = transcoder.W_dec[l][features.index[mine]].detach().to(dtype) * features.activation[mine, None, None]
+        for target in range(l, l + transcoder.reach_at(l)):
+            ids, decoders = into[target]
+            here = ((ids >= mine.start) & (ids < mine.stop)).nonzero().squeeze(1)
+            decoders[here] = rows[ids[here] - mine.start, target - l]
+    return into
 
 
 def _writers(
@@ -137,6 +166,7 @@ def _writers(
     recording: Recording,
     features: Features,
     rank: Tensor,
+    written: list[tuple[Tensor, Tensor]],
     keep: Tensor,
     layer: int,
     dtype: torch.dtype,
@@ -148,17 +178,7 @@ def _writers(
     if layer not in transcoder.layers:
         return Writers(mlp_out[:0], [Run(0, 0, 0)] * T, torch.stack([mlp_out, nothing]), None, None)
     l = transcoder.layers.index(layer)
-    first = max(0, l - transcoder.reach + 1)
-    ids, rows = [], []
-    for source in range(first, l + 1):
-        mine = (features.layer == transcoder.layers[source]).nonzero().squeeze(1)
-        decoder = transcoder.W_dec[source].detach()[features.index[mine], l - source].to(dtype)
-        ids.append(mine)
-        rows.append(decoder * features.activation[mine, None].to(dtype))
-    id_n = torch.cat(ids)
-    order = rank[id_n].argsort()
-    id_n, decoders = id_n[order], torch.cat(rows)[order]
-
+    id_n, decoders = written[l]
     replaced = (~keep)[:, None].to(dtype)
     bias = transcoder.b_dec[l].detach().to(dtype).expand(T, D)
     y = nothing.index_add(0, features.position[id_n], decoders)

@@ -83,14 +83,14 @@ def open_stores(job: Job) -> "Iterator[tuple[ActivationStore, ActivationStore]]"
         store.close()
 
 
-def open_replacement(job: Job, run: Path, force: bool = False) -> "ReplacementModel":
+def open_replacement(job: Job, run: Path, force: bool = False, lazy_decoders: bool = False) -> "ReplacementModel":
     """The run's transcoder in its model: the one it was trained on, unless the command line names another."""
     from ..circuit.replacement import ReplacementModel
 
     folder = transcoder_folder(run)
     known = (run / "config.yaml").is_file() or any(name.startswith("model") for name in job.config.given)
     model = open_model(job) if known else None
-    return ReplacementModel.load(folder, model, force=force)
+    return ReplacementModel.load(folder, model, force, lazy_decoders=lazy_decoders)
 
 
 def world_of(model: "LanguageModel") -> Any:

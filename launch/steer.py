@@ -26,7 +26,7 @@ def run(job: Job) -> Closing:
         raise SettingsError(
             'set is missing; it takes a list such as set="[{layer: 1, position: 7, feature: 310, times: 0}]"'
         )
-    model = open_replacement(job, Path(top.run), top.force)
+    model = open_replacement(job, Path(top.run), top.force, lazy_decoders=True)
     layers = range(*top.layers) if top.layers else None
     results = model.intervene_many(top.prompt, list(groups.values()), mode=top.mode, layers=layers)
     each = [results[0].probabilities(clean=True), *(result.probabilities() for result in results)]

@@ -24,7 +24,7 @@ def run(job: Job) -> Closing:
     top, run_folder = job.top, Path(job.top.run)
     folder = run_folder / "graphs" / (top.slug or free_slug(run_folder, top.prompt))
     writable(folder)
-    model = open_replacement(job, run_folder, top.force)
+    model = open_replacement(job, run_folder, top.force, lazy_decoders=True)
     graph = model.trace(top.prompt, job.section("trace"), progress=job.progress)
     labels = Labels.load(run_folder)
     name_features(graph, labels)

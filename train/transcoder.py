@@ -21,12 +21,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..data.errors import SettingsError, UserError, check_choice, check_range
 from .activations import ACTIVATIONS, SparseActs, above, batchtopk_threshold, jumprelu, to_sparse, topk_threshold
 from .collectives import SINGLE, Collectives
+from .stored_rows import StoredRows, read_weights
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE, DESCRIPTION_FILE = "transcoder.safetensors", "transcoder.json"
@@ -297,7 +298,10 @@ class Transcoder(nn.Module):
 
     def decode_from(self, l: int, acts: Tensor | SparseActs) -> Tensor:
         """What covered layer `l` writes: [B, reach_l, D], for dense or sparse activations."""
-        rows_FE = self.W_dec[l].flatten(1)
+        decoders = self.W_dec[l]
+        if isinstance(decoders, StoredRows):
+            decoders, acts = decoders.used_by(acts)
+        rows_FE = decoders.flatten(1)
         if isinstance(acts, SparseActs):
             weights = acts.values.to(rows_FE.dtype)
             written = F.embedding_bag(acts.indices, rows_FE, mode="sum", per_sample_weights=weights)
@@ -396,13 +400,18 @@ class Transcoder(nn.Module):
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        lazy_decoders: bool = False,
     ) -> "Transcoder":
-        """Read what `save` wrote. On a CPU weights are mapped from the file: what is never used takes no memory."""
+        """Read what `save` wrote. On a CPU weights are mapped from the file: what is never used takes no memory.
+        With `lazy_decoders` the decoders stay in the file, and a prompt's active features alone are read."""
         folder = Path(folder)
         try:
             description = json.loads((folder / DESCRIPTION_FILE).read_text())
-            tensors = load_file(folder / WEIGHTS_FILE, device=str(device))
+            tensors = read_weights(folder / WEIGHTS_FILE, device, leave="W_dec." if lazy_decoders else None)
         except FileNotFoundError as error:
             raise UserError(f"{folder} holds no transcoder ({error})") from error
         except (json.JSONDecodeError, SafetensorError) as error:
@@ -421,5 +430,8 @@ class Transcoder(nn.Module):
             dtype=dtype or stored,
             meta=description["meta"],
         )
+        if lazy_decoders:
+            names = [f"W_dec.{l}" for l in range(transcoder.n_layers)]
+            transcoder.W_dec = nn.ModuleList(StoredRows(folder / WEIGHTS_FILE, name) for name in names).to(device)  # type: ignore[assignment]
         transcoder.load_state_dict({name: tensor.to(dtype or stored) for name, tensor in tensors.items()}, assign=True)
-        return transcoder
+        return transcoder.to(dtype or stored)

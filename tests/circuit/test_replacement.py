@@ -4,6 +4,8 @@ import errno
 
 import pytest
 import torch
+from crosslace.circuit.global_weights import virtual_weights
+from crosslace.circuit.interventions import Intervention
 from crosslace.circuit.memory import memory_named
 from crosslace.circuit.replacement import ReplacementModel
 from crosslace.circuit.substitute import TranscoderOutput
@@ -189,6 +191,21 @@ def test_load_from_a_run_or_a_transcoder(saved, prompt):
     torch.testing.assert_close(wide.replaced_logits(tokens_of(rm, prompt)).float(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["free", "constrained", "direct"])
+def test_decoders_that_stay_in_their_file_change_no_result(saved, prompt, mode):
+    _, run = saved
+    whole, lazy = (ReplacementModel.load(run, device="cpu", lazy_decoders=lazy) for lazy in (False, True))
+    assert torch.equal(lazy.trace(prompt).rows, whole.trace(prompt).rows)
+    feature = next(node for node in whole.trace(prompt).nodes if node.kind == "feature")
+    off = [Intervention(feature.layer, str(feature.position), feature.index, value=3.0)]
+    changed = [rm.intervene(prompt, off, mode).logits for rm in (whole, lazy)]
+    torch.testing.assert_close(changed[1], changed[0])
+    assert (changed[1] - whole.lm(tokens_of(whole, prompt))).abs().max() > 1e-4
+    torch.testing.assert_close(*(rm.replaced_logits(tokens_of(rm, prompt)) for rm in (whole, lazy)))
+    virtual = [virtual_weights(rm.transcoder, 1, 2, "inputs")[0] for rm in (whole, lazy)]
+    assert torch.equal(*virtual)
+
+
 def test_another_models_transcoder_is_refused(saved, make_tiny, tiny_models):
     rm, run = saved
     other = tiny_models.make_tiny("llama", torch.float32, seed=5)
@@ -239,9 +256,10 @@ def test_bad_prompts(make_replacement, prompt, sentence):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu(saved, prompt):
+@pytest.mark.parametrize("lazy_decoders", [False, True])
+def test_on_a_gpu(saved, prompt, lazy_decoders):
     rm, run = saved
-    there = ReplacementModel.load(run, device="cuda")
+    there = ReplacementModel.load(run, device="cuda", lazy_decoders=lazy_decoders)
     logits = there.replaced_logits(tokens_of(there, prompt))
     assert logits.is_cuda
     torch.testing.assert_close(logits.cpu(), rm.replaced_logits(tokens_of(rm, prompt)), atol=1e-4, rtol=1e-4)

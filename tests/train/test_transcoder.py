@@ -5,6 +5,9 @@ import torch
 from crosslace import Transcoder
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.train.transcoder import TranscoderSettings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 L, D, B = 3, 8, 10
 
@@ -146,6 +149,63 @@ def test_load_says_what_is_wrong(tmp_path):
     (tmp_path / "transcoder.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         Transcoder.load(tmp_path)
+
+
+@pytest.fixture
+def lazy_pair(tmp_path):
+    """A transcoder in memory and the same with its decoders in their file."""
+    whole = make(reach="2", dtype=torch.float32, features_per_layer=[24, 8, 16])
+    whole.save(tmp_path)
+    return whole, Transcoder.load(tmp_path, lazy_decoders=True)
+
+
+ROWS = st.one_of(
+    st.integers(-8, 7),
+    st.slices(8),
+    st.lists(st.integers(-8, 7), max_size=12).map(lambda ids: torch.tensor(ids, dtype=torch.long)),
+    st.lists(st.booleans(), min_size=8, max_size=8).map(torch.tensor),
+    st.just(torch.tensor([[1, 7], [0, 1]])),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(rows=ROWS, then=st.sampled_from([(), (0,), (1, 3), (slice(1),), (slice(None), slice(2, 5))]))
+def test_rows_in_a_file_are_indexed_like_a_tensor(lazy_pair, rows, then):
+    whole, lazy = lazy_pair
+    if isinstance(rows, slice) and (rows.step or 1) < 0:
+        rows = slice(None)  # tensors take none either
+    assert torch.equal(lazy.W_dec[1][rows, *then], whole.W_dec[1][rows, *then])
+
+
+def test_rows_beyond_the_last_are_refused_not_read(lazy_pair):
+    for rows in (8, -9, torch.tensor([3, 8])):
+        with pytest.raises(IndexError):
+            lazy_pair[1].W_dec[1][rows]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_lazy_transcoder_is_the_transcoder(lazy_pair, sparse, tmp_path):
+    whole, lazy = lazy_pair
+    x = inputs().float()
+    assert torch.allclose(lazy.decode(lazy.encode(x, sparse)), whole(x), atol=1e-6)
+    assert not any(name.startswith("W_dec") for name, _ in lazy.named_parameters())
+    assert torch.equal(lazy.to(torch.float64).W_dec[0][:], whole.W_dec[0].double())
+    lazy.to(torch.float32).save(tmp_path / "copy")
+    assert load_file(tmp_path / "copy" / "transcoder.safetensors").keys() == whole.state_dict().keys()
+    for name, tensor in load_file(tmp_path / "copy" / "transcoder.safetensors").items():
+        assert torch.equal(tensor, whole.state_dict()[name])
+
+
+def test_lazy_rows_outlive_their_files_name_but_not_its_content(lazy_pair, tmp_path):
+    whole, lazy = lazy_pair
+    expected = whole.W_dec[2][3].clone()
+    make(reach="2", dtype=torch.float32, features_per_layer=[24, 8, 16]).double().save(tmp_path)  # renamed over it
+    assert torch.equal(lazy.W_dec[2][3], expected)
+    again = Transcoder.load(tmp_path, lazy_decoders=True)
+    with open(tmp_path / "transcoder.safetensors", "r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(UserError, match="shorter than it was"):
+        again.W_dec[2][:]
 
 
 def test_a_subset_of_layers_keeps_the_models_numbers():
