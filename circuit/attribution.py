@@ -92,7 +92,9 @@ def trace(replacement: "ReplacementModel", prompt: Any, settings: TraceSettings 
 
 
 def is_several(prompt: Any) -> bool:
-    """Whether this is a list of prompts: of texts, or of lists of token ids."""
+    """Whether this is a list of prompts: of texts, or of lists of token ids; or a tensor with one a row."""
+    if isinstance(prompt, Tensor):
+        return prompt.dim() > 1
     if not isinstance(prompt, list | tuple) or not prompt:
         return False
     first = prompt[0]
@@ -106,13 +108,15 @@ class Tracer:
         self,
         replacement: "ReplacementModel",
         prompt: str | Sequence[int] | Tensor,
-        wanted: Sequence[Any] | None,
+        wanted: Any,
         settings: TraceSettings,
     ):
         self.lm, self.transcoder, self.settings = replacement.lm, replacement.transcoder, settings
         self.prompt = prompt
         self.tokens = self.lm.tokenize(prompt)
         self.replacement = replacement
+        if isinstance(wanted, str | int | Tensor | Target):  # one alone
+            wanted = [wanted]
         self.wanted = None if wanted is None else [Target.parse(one, len(self.tokens)) for one in wanted]
         self.dtype = torch.promote_types(self.transcoder.dtype, torch.float32)
         self.done = 0
@@ -230,7 +234,7 @@ class Tracer:
                 "features": transcoder.features,
             },
             "settings": asdict(self.settings)
-            | {"batch": self.batch, "targets": None if self.wanted is None else self._named()},
+            | {"batch": self.batch, "targets": None if self.wanted is None else [str(one) for one in self.wanted]},
             "seconds": round(seconds, 3),
             "accounting": {
                 "active_features": active,
@@ -239,10 +243,6 @@ class Tracer:
                 "largest_relative_violation": float(self.largest_relative),
             },
         }
-
-    def _named(self) -> list[str]:
-        """The targets that the caller asked for, as text."""
-        return [target.label or f"token {target.token}@{target.position}" for target in self.wanted or []]
 
 
 def with_logits(sources: Nodes, chosen: Chosen, lm: Any) -> Nodes:

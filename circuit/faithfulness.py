@@ -7,18 +7,20 @@ every later feature and logit, over all paths: the effects delta solve
 
 since a feature f whose pre-activation moves by delta_f passes on the share delta_f / a_f of its edges, and cannot fall
 below silence. The measured effect comes from a `constrained` intervention: the model frozen up to the feature's own
-layer, live after it, where it also receives what the feature writes there.
+layer, live after it, where it also receives what the feature writes there. Attention, MLPs and norms answer to the
+change there, the last norm included; logits are taken before any soft cap, as a graph has them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..data.errors import Progress, silent
 from ..train.collectives import SINGLE, Collectives
+from .behaviour import resampled
 from .graph import Graph
 from .interventions import Intervention
 from .replacement import ReplacementModel
@@ -33,32 +35,41 @@ class Agreement(NamedTuple):
     pairs: int
     slope: float | None
     """Of measured on predicted, through the origin: 1 is exact, below 1 the graph promises too much."""
+    slope_interval: list[float] | None
+    """95%, from resampling prompts: a slope may rest on a few large effects. None of fewer than two prompts."""
     pearson: float | None
     spearman: float | None
 
 
 class Effects(NamedTuple):
-    """Pairs of predicted and measured effects, and the predictions of a matched random feature for the same pairs."""
+    """Pairs of predicted and measured effects, the predictions of a matched random feature for the same pairs, and the
+    number of the prompt that each pair is from."""
 
     predicted: Tensor
     measured: Tensor
     control: Tensor
+    prompt: Tensor
 
-    def agreement(self) -> dict[str, dict[str, float | int | None]]:
+    def agreement(self) -> dict[str, dict[str, Any]]:
         return {
-            "graph": compare(self.predicted, self.measured)._asdict(),
-            "random": compare(self.control, self.measured)._asdict(),
+            "graph": compare(self.predicted, self.measured, self.prompt)._asdict(),
+            "random": compare(self.control, self.measured, self.prompt)._asdict(),
         }
 
 
-def compare(predicted: Tensor, measured: Tensor) -> Agreement:
+def compare(predicted: Tensor, measured: Tensor, prompt: Tensor) -> Agreement:
     """Slope through the origin, Pearson and Spearman correlation; None where there are too few pairs or no spread."""
     predicted, measured = predicted.double().flatten(), measured.double().flatten()
     n = len(predicted)
     if n < LEAST_PAIRS or not predicted.any():
-        return Agreement(n, None, None, None)
-    slope = (predicted @ measured / (predicted @ predicted)).item()
-    return Agreement(n, slope, _pearson(predicted, measured), _pearson(_ranks(predicted), _ranks(measured)))
+        return Agreement(n, None, None, None, None)
+    _, of_prompt = prompt.unique(return_inverse=True)
+    sums_P2 = predicted.new_zeros(int(of_prompt.max()) + 1, 2)
+    sums_P2.index_add_(0, of_prompt, torch.stack([predicted * measured, predicted.square()], 1))
+    slope = resampled(sums_P2, lambda totals: totals[..., 0] / totals[..., 1])
+    interval = None if slope.low is None or slope.high is None else [slope.low, slope.high]
+    ranks = _pearson(_ranks(predicted), _ranks(measured))
+    return Agreement(n, slope.value, interval, _pearson(predicted, measured), ranks)
 
 
 def _pearson(x: Tensor, y: Tensor) -> float | None:
@@ -117,10 +128,13 @@ def measure_faithfulness(
     for first in range(0, len(graphs), comm.data_ranks):
         number = first + comm.data_rank
         graph = graphs[number] if number < len(graphs) else None
-        own = {kind: torch.zeros(3, 0, dtype=torch.float64) for kind in found}
+        own = {kind: torch.zeros(len(Effects._fields), 0, dtype=torch.float64) for kind in found}
         if graph is not None and graph.n_features > 1:
             generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + number)
-            own = {kind: torch.stack(columns) for kind, columns in _one_prompt(rm, graph, plan, generator).items()}
+            pairs = _one_prompt(rm, graph, plan, generator)
+            own = {
+                kind: torch.stack([*columns, torch.full_like(columns[0], number)]) for kind, columns in pairs.items()
+            }
         rounds = {kind: each_ranks(pairs, comm) for kind, pairs in own.items()}
         for rank in range(comm.data_ranks):
             if not enough():
@@ -160,7 +174,7 @@ def _one_prompt(
     nodes = [graph.nodes[source] for source in sources]
     silenced = [[Intervention(node.layer, node.position, node.index, times=0.0)] for node in nodes]
     for column, result in enumerate(rm.intervene_many(graph.tokens, silenced, mode="constrained")):
-        change_TV = (result.logits - result.clean_logits).double().cpu()
+        change_TV = (rm.lm.before_softcap(result.logits) - rm.lm.before_softcap(result.clean_logits)).double().cpu()
         change_TV -= change_TV.mean(-1, keepdim=True)
         measured = torch.stack([change_TV[position, token] for token, position in logit_ids])
         _add(pairs["to_logits"], predicted_RS, logit_rows, column, len(sources), measured)

@@ -64,7 +64,9 @@ class _Patches:
         if key not in self._acts:
             self._acts[key] = self.rm.activations(tokens), self.rm.keep_mask(tokens)
         acts, keep = self._acts[key]
-        at = position if it.patch_position is None else it.patch_position
+        at = it.patch_position
+        if at is None:
+            at = it.position if isinstance(it.position, int) and it.position < 0 else position
         at = at + len(tokens) if at < 0 else at
         if not 0 <= at < len(tokens) or keep[at]:
             reason = "is masked there" if 0 <= at < len(tokens) else f"has {len(tokens)} tokens"

@@ -41,7 +41,8 @@ class Intervention:
     """Another prompt, whose activation of this feature is taken."""
 
     patch_position: int | None = None
-    """Where in the other prompt, from its end if negative; the same position if not given."""
+    """Where in the other prompt, from its end if negative; if not given, the same position, counted from its end where
+    `position` is a negative number."""
 
     def __post_init__(self):
         given = [name for name in ("value", "times", "patch_from") if getattr(self, name) is not None]

@@ -54,9 +54,9 @@ def record(lm: LanguageModel, tokens: Tensor) -> Recording:
     ]
     try:
         with (
-            lm.capture(("resid", "mlp_in", "mlp_out")) as sites,
             lm.freeze_attention() as patterns,
-            lm.freeze_norms() as denominators,
+            lm.freeze_norms() as denominators,  # before capturing: what is kept has passed through these norms
+            lm.capture(("resid", "mlp_in", "mlp_out")) as sites,
         ):
             logits = lm(tokens[None])[0]
     finally:

@@ -103,8 +103,13 @@ def node_text(graph: Graph, node: Node) -> str:
         name = f" {node.label}" if node.label else ""
         return f"L{node.layer}:{node.index}{name} {place}"
     if node.kind == "logit":
-        return f"{node.label!r}"
+        return f"{node.label!r}{later_place(graph, node)}"
     return f"{node.kind} L{node.layer} {place}" if node.layer >= 0 else f"{node.kind} {place}"
+
+
+def later_place(graph: Graph, node: Node) -> str:
+    """Where a logit stands, unless that is the prompt's end, where most do."""
+    return "" if node.position == len(graph.tokens) - 1 else f" @{node.position}"
 
 
 def path_text(graph: Graph, path: GraphPath) -> str:
@@ -115,11 +120,11 @@ def path_text(graph: Graph, path: GraphPath) -> str:
     return f"{text}   ({abs(path.strength):.1%} of its input)"
 
 
-def strongest_paths_text(graph: Graph, most: int = 3) -> str:
-    """The strongest path from a token to each of the first logits, by way of features where there is one."""
+def strongest_paths_text(graph: Graph) -> str:
+    """The strongest path from a token to each logit by way of features, where there is one."""
     lines, weight = [], "p" if graph.weight_name == "probability" else "weight"
-    for logit in graph.logits[:most]:
-        lines.append(f"{logit.label!r} {weight}={logit.probability:.3f}")
+    for logit in graph.logits:
+        lines.append(f"{node_text(graph, graph.nodes[logit.id])} {weight}={logit.probability:.3f}")
         paths = graph.top_paths(None, logit.id, direct=False)
         lines += [f"  {path_text(graph, path)}" for path in paths] or ["  no path through features"]
     return "\n".join(lines)
@@ -128,10 +133,14 @@ def strongest_paths_text(graph: Graph, most: int = 3) -> str:
 def summary_text(graph: Graph) -> str:
     """Scores and accounting in two lines: they belong wherever a graph is shown."""
     scores, accounting = graph.scores(), graph.accounting
-    return (
+    said = (
         f"replacement score {scores['replacement_score']:.3f}, completeness {scores['completeness']:.3f} "
         f"(circuit-tracer's: {scores['completeness_ct']:.3f})\n"
-        f"{accounting.get('active_features', graph.n_features)} active features, "
-        f"{accounting.get('left_out_features', 0)} left out (their effect is in the errors); "
-        f"edges miss what the model computed by at most {accounting.get('largest_violation', float('nan')):.1e}"
+    )
+    if "active_features" not in accounting:  # a foreign file's graph
+        return f"{said}{graph.n_features} features; how many were active, and what edges miss, the graph does not say"
+    return said + (
+        f"{accounting['active_features']} active features, "
+        f"{accounting['left_out_features']} left out (their effect is in the errors); "
+        f"edges miss what the model computed by at most {accounting['largest_violation']:.1e}"
     )

@@ -40,8 +40,10 @@ class Target:
             return given
         if isinstance(given, Tensor):
             return cls(vector=given, label="vector")
-        if isinstance(given, int):
+        if isinstance(given, int) and not isinstance(given, bool):
             return cls(token=given)
+        if not isinstance(given, str):
+            raise UserError(f"target {given!r} is neither a text, nor a token id, nor a vector")
         text, position = given, -1
         if found := POSITION.match(text):
             text, position = found[1], int(found[2])
@@ -51,6 +53,16 @@ class Target:
             return cls(layer=int(found[1]), feature=int(found[2]), position=position)
         first, dash, second = text.partition(" - ")
         return cls(token=first, minus=second if dash else None, position=position, label=text)
+
+    def __str__(self) -> str:
+        """As `parse` reads it, where it can."""
+        if self.feature is not None:
+            name = f"L{self.layer}:{self.feature}"
+        elif self.token is not None:
+            name = f"{self.token} - {self.minus}" if self.minus is not None else str(self.token)
+        else:
+            name = self.label or "vector"
+        return name if self.position == -1 else f"{name}@{self.position}"
 
 
 class Chosen(NamedTuple):
@@ -74,6 +86,8 @@ def one_token(lm: LanguageModel, text: int | str, probabilities: Tensor) -> int:
         if not 0 <= text < lm.d_vocab:
             raise UserError(f"target {text} is no token: ids are 0 to {lm.d_vocab - 1}")
         return text
+    if not text:
+        raise UserError("a target is empty text; name a token, as in Austin or Austin - Dallas")
     if lm.tokenizer is None:
         raise UserError(f"target {text!r} cannot be looked up: the model has no tokenizer; give token ids")
     forms = [text] if text.startswith(" ") else [text, " " + text]

@@ -177,7 +177,8 @@ class LanguageModel:
         """Undo the final soft cap: the logits as a linear function of the last norm's output."""
         if self.logit_softcap is None:
             return logits
-        return torch.atanh(logits / self.logit_softcap) * self.logit_softcap
+        most = 1 - torch.finfo(logits.dtype).eps  # a logit that is rounded to the cap itself has no finite origin
+        return torch.atanh((logits / self.logit_softcap).clamp(-most, most)) * self.logit_softcap
 
     def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None, cache: DynamicCache | None = None):
         """Logits [B, T, V] of tokens [B, T]; with a cache, of tokens that follow those it has seen."""

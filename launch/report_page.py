@@ -167,8 +167,9 @@ def _faithfulness(found: Mapping[str, Any]) -> str:
     for kind, what in (("to_logits", "feature to logit"), ("to_features", "feature to feature")):
         for source, name in (("graph", "predicted by the graph"), ("random", "predicted for a matched random feature")):
             part = found[kind][source]
-            rows.append([what, name, part["pairs"], part["slope"], part["pearson"], part["spearman"]])
-    heads = ("effect", "prediction", "pairs", "slope", "Pearson", "Spearman")
+            figures = (part[figure] for figure in ("slope", "pearson", "spearman"))
+            rows.append([what, name, part["pairs"], *figures, _interval(part, "slope")])
+    heads = ("effect", "prediction", "pairs", "slope", "Pearson", "Spearman", "slope, 95% interval")
     return "<p>Effects of silencing features, measured by constrained interventions.</p>" + table(heads, rows)
 
 

@@ -30,7 +30,7 @@ def run(job: Job) -> Closing:
     layers = range(*top.layers) if top.layers else None
     results = model.intervene_many(top.prompt, list(groups.values()), mode=top.mode, layers=layers)
     each = [results[0].probabilities(clean=True), *(result.probabilities() for result in results)]
-    shown = torch.cat([probabilities.topk(top.top).indices for probabilities in each]).unique()
+    shown = torch.cat([p.topk(min(top.top, len(p))).indices for p in each]).unique()
     shown = shown[each[-1][shown].argsort(descending=True)]
     names = model.lm.token_strings(shown)
     rows = [(repr(name), *(float(p[id]) for p in each)) for name, id in zip(names, shown.tolist())]
@@ -78,7 +78,18 @@ def intervention(entry: dict[str, Any]) -> "Intervention":
         wrong = f"{unknown[0]} is not known" if unknown else f"{missing[0]} is missing"
         raise SettingsError(f"set={entry} is not an intervention ({wrong}); it takes {', '.join(allowed)}")
     for name in ("layer", "feature", "value", "times"):
-        kind = int if name in ("layer", "feature") else int | float
-        if entry.get(name) is not None and (isinstance(entry[name], bool) or not isinstance(entry[name], kind)):
+        given = entry.get(name)
+        fits = whole(given) or (name in STRENGTHS and isinstance(given, float))
+        if given is not None and not fits:
             raise SettingsError(f"{name}={entry[name]} in set is not of the right type; it takes a number")
+    patch, place = entry.get("patch_from"), entry.get("patch_position")
+    if not (patch is None or isinstance(patch, str) or (isinstance(patch, list) and all(map(whole, patch)))):
+        raise SettingsError(f"patch_from={patch} in set is not of the right type; it takes a text or token ids")
+    if place is not None and not whole(place):
+        raise SettingsError(f"patch_position={place} in set is not of the right type; it takes a whole number")
     return Intervention(**{**entry, "position": str(entry["position"])})
+
+
+def whole(value: object) -> bool:
+    """Whether this is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)

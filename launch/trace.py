@@ -73,6 +73,8 @@ def name_features(graph: "Graph", labels) -> None:
 
 def logits_table(graph: "Graph"):
     """The next tokens, or the targets, that the graph explains."""
-    rows = [(logit.label, logit.probability) for logit in graph.logits[:5]]
+    from ..circuit.paths import later_place
+
+    rows = [(x.label + later_place(graph, graph.nodes[x.id]), x.probability) for x in graph.logits]
     what = ("next token", "token") if graph.weight_name == "probability" else ("target", "target")
     return table(what[0], (what[1], graph.weight_name), rows)

@@ -60,6 +60,7 @@ def graph_to_neuronpedia(
     for what, name in (("slug", slug), ("scan", scan)):
         if not re.fullmatch(SLUG, name):
             raise UserError(f"{what} {name!r} is not allowed; it takes letters, digits, '_', '.' and '-' alone")
+    whole = graph
     shares = dict(zip(graph.nodes.keys(), graph.cumulative_influence().tolist(), strict=True))
     settings = graph.metadata.get("pruned")
     if settings is None and node is not None:
@@ -78,7 +79,7 @@ def graph_to_neuronpedia(
         ids[place] = entry["node_id"]
         nodes.append(entry)
     return {
-        "metadata": _metadata(graph, slug, scan, settings, feature_url, source_set, n_layers),
+        "metadata": _metadata(whole, slug, scan, settings, feature_url, source_set, n_layers),
         "qParams": {
             "pinnedIds": [ids[member] for group in graph.supernodes.values() for member in group if member in ids],
             "supernodes": [[name, *(ids[m] for m in group if m in ids)] for name, group in graph.supernodes.items()],

@@ -121,6 +121,7 @@ def read_neuronpedia(path: str | Path) -> Graph:
             "prompt": data["metadata"]["prompt"],
             "model": {"name": data["metadata"]["scan"]},
             "imported": data["metadata"],
+            "accounting": _accounting(data["metadata"], n_features),
         },
         supernodes=_supernodes(data["qParams"], ids),
     )
@@ -176,6 +177,16 @@ def _tokens(places: Any, metadata: dict[str, Any], length: int) -> list[int]:
         if kind == "embedding":
             tokens[position] = index
     return tokens
+
+
+def _accounting(metadata: dict[str, Any], n_features: int) -> dict[str, Any]:
+    """The whole graph's accounting from our own note, where there is one; features that the file lacks are left out."""
+    note = metadata.get("crosslace")
+    own = note.get("accounting") if isinstance(note, dict) else None
+    known = ("active_features", "largest_violation", "largest_relative_violation")
+    if not isinstance(own, dict) or not all(_is_number(own.get(name)) for name in known):
+        return {}
+    return {**{name: own[name] for name in known}, "left_out_features": max(0, own[known[0]] - n_features)}
 
 
 def _all_nodes(places: list[Place], tokens: list[int], where: str) -> list[Place]:

@@ -23,6 +23,7 @@ FONT = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica 
 
 ROW_HEIGHT, BOX_HEIGHT, CHIP_HEIGHT = 104, 46, 30
 GAP, STACK_GAP, MARGIN, RULER = 20, 22, 28, 74
+NOTE_HEIGHT = 16
 
 
 @dataclass(eq=False)
@@ -61,9 +62,16 @@ def token_key(position: int) -> str:
 
 
 def draw(
-    boxes: Sequence[Box], lines: Sequence[Line], tokens: Sequence[str], rows: Sequence[str], title: str, theme: str
+    boxes: Sequence[Box],
+    lines: Sequence[Line],
+    tokens: Sequence[str],
+    rows: Sequence[str],
+    title: str,
+    theme: str,
+    notes: Sequence[str] = (),
 ) -> str:
-    """Place everything and write the SVG: `rows` names the layers from the lowest up; `theme`: auto, light or dark."""
+    """Place everything and write the SVG: `rows` names the layers from the lowest up; `theme`: auto, light or dark;
+    `notes` stand in small type at the foot."""
     chips = [
         Box(token_key(position), _shown(token), "", "embedding", -1, position) for position, token in enumerate(tokens)
     ]
@@ -72,7 +80,8 @@ def draw(
     head = 54 if title else 16
     *middles, height = _place(boxes, chips, lines, len(rows), head)
     width = max([box.x + box.width for box in everything.values()], default=300.0) + MARGIN + 14
-    width = max(width, text_width(title, 17) + 2 * MARGIN)
+    texts = [text_width(title, 17), *(text_width(note, 11) for note in notes)]
+    width = max(width, *(text + 2 * MARGIN for text in texts))
 
     used = {line.source for line in lines}
     parts = [_guides(rows, middles, chips, width)]
@@ -81,6 +90,9 @@ def draw(
     parts += [_box(box) for box in boxes]
     if title:
         parts.append(f'<text class="ink" x="{MARGIN}" y="36" font-size="17" font-weight="600">{_text(title)}</text>')
+    for note in notes:
+        parts.append(f'<text class="soft" x="{MARGIN}" y="{height - 8:.1f}" font-size="11">{_text(note)}</text>')
+        height += NOTE_HEIGHT
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '

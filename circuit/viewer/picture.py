@@ -17,6 +17,7 @@ from torch import Tensor
 from ...data.errors import check_choice
 from ..graph import Graph
 from ..labels import Labels
+from ..paths import summary_text
 from .drawing import Box, Line, draw, token_key
 
 LEAST_SHARE = 0.06  # of the strongest edge: weaker ones are drawn only where a box would else hang free
@@ -42,7 +43,8 @@ def render_graph_svg(
     path: Sequence[int] | None = None,
     theme: str = "auto",
 ) -> str:
-    """Draw the `most` influential groups of features, the first `logits` targets and the prompt.
+    """Draw the `most` influential groups of features, the first `logits` targets and the prompt; scores and accounting
+    stand below.
 
     `path` names the nodes of a path to draw boldly, from input to logit; None finds the strongest. `theme` is light,
     dark or auto, which follows the reader's system.
@@ -74,7 +76,8 @@ def render_graph_svg(
             Box(group.key, _short(logit.label.strip() or logit.label), note, "logit", len(layers), group.position)
         )
     rows = [f"layer {layer}" for layer in layers] + ["output"]
-    return draw(boxes, lines, graph.token_strings, rows, _title(graph) if title is None else title, theme)
+    title, notes = _title(graph) if title is None else title, summary_text(graph).splitlines()
+    return draw(boxes, lines, graph.token_strings, rows, title, theme, notes)
 
 
 def feature_groups(graph: Graph, labels: Labels | None = None) -> list[Group]:

@@ -10,6 +10,7 @@ from crosslace.circuit.batching import bytes_per_target, fitting_batch
 from crosslace.circuit.formats.neuronpedia import graph_to_neuronpedia
 from crosslace.circuit.graph import Graph
 from crosslace.circuit.graph_scores import path_length
+from crosslace.circuit.paths import strongest_paths_text
 from crosslace.circuit.replacement import ReplacementModel
 from crosslace.circuit.sparse_rows import SparseRows
 from crosslace.circuit.supernodes import difference, flow_between
@@ -239,7 +240,12 @@ def test_named_targets(replacement, whole):
     torch.testing.assert_close(one[:-4] - eight[:-1], difference[:-4], rtol=0, atol=1e-9)
     torch.testing.assert_close(of_feature[:-4], whole.rows[feature.id][: -len(whole.logits)], rtol=0, atol=1e-9)
     assert graph.logits[3].value == pytest.approx(feature.activation)
+    assert graph.metadata["settings"]["targets"] == ["3", "3 - 8", "vector", targets[3]]
     assert vector.abs().sum() > 0
+    for alone in (3, targets[3], direction):  # one target needs no list
+        assert torch.equal(
+            trace(replacement, PROMPT, targets=alone).rows, trace(replacement, PROMPT, targets=[alone]).rows
+        )
     assert graph.accounting["largest_violation"] < 1e-6
 
 
@@ -247,6 +253,7 @@ def test_a_target_at_an_earlier_position_sees_no_later_one(replacement):
     graph = trace(replacement, PROMPT, targets=[Target(token=0, position=4)])
     assert graph.logits[0].position == 4 and graph.logits[0].token == 0
     assert not graph.rows[-1, graph.nodes.position > 4].any()
+    assert strongest_paths_text(graph).startswith("'0' @4 p=") and graph.metadata["settings"]["targets"] == ["0@4"]
     assert graph.accounting["largest_violation"] < 1e-6
 
 
@@ -259,6 +266,7 @@ def test_several_prompts(make_tiny, monkeypatch):
     monkeypatch.undo()
     for prompts in ([[1, 2, 3], [2, 3]], [torch.tensor([1, 2, 3]), torch.tensor([2, 3])]):
         assert [graph.tokens for graph in trace(replacement, prompts)] == [[1, 2, 3], [2, 3]]
+    assert [graph.tokens for graph in trace(replacement, torch.tensor([[1, 2], [3, 4]]))] == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("reach", ["1", "all"])
@@ -325,6 +333,9 @@ def test_likely_tokens():
         (["word"], "no tokenizer"),
         ([], "empty"),
         ([Target()], "a token, a vector or a feature"),
+        ([1.5], "target 1.5 is neither"),
+        ([True], "target True is neither"),
+        ([""], "empty text"),
     ],
 )
 def test_targets_that_are_refused(targets, sentence, replacement):

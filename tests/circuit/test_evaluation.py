@@ -9,7 +9,7 @@ import torch
 from crosslace.circuit.behaviour import TextBatch, resampled
 from crosslace.circuit.controls import calibrate, neuron_condition, untrained
 from crosslace.circuit.evaluation import EvalSettings, EvalText, evaluate, verdicts
-from crosslace.circuit.faithfulness import compare, total_effects
+from crosslace.circuit.faithfulness import FaithfulnessPlan, compare, measure_faithfulness, total_effects
 from crosslace.circuit.graph import Graph
 from crosslace.circuit.graph_scores import path_length
 from crosslace.circuit.health import density_histogram, duplicates, warnings
@@ -213,11 +213,36 @@ def test_resampled_interval_covers_the_value():
 
 
 def test_compare_gives_slope_and_ranks():
-    x = torch.linspace(-1, 1, 101)
-    assert compare(x, 0.5 * x).slope == pytest.approx(0.5)
-    cubed = compare(x, x**3)
+    x, prompt = torch.linspace(-1, 1, 101), torch.arange(101) % 10
+    half = compare(x, 0.5 * x, prompt)
+    assert half.slope == pytest.approx(0.5) and half.slope_interval == pytest.approx([0.5, 0.5])
+    cubed = compare(x, x**3, prompt)
     assert cubed.spearman == pytest.approx(1) and cubed.pearson is not None and cubed.pearson < 1
-    assert compare(x[:5], x[:5]).slope is None
+    assert compare(x[:5], x[:5], prompt[:5]).slope is None
+    assert compare(x, x, torch.full_like(x, 3)).slope_interval is None
+
+
+def test_a_slope_that_rests_on_one_prompt_shows_it():
+    x, prompt = torch.linspace(-1, 1, 100), torch.arange(100) // 10
+    y = x.clone()
+    x[0], y[0] = 20, 0  # one promise that is not kept outweighs all others
+    found = compare(x, y, prompt)
+    assert found.slope is not None and found.slope < 0.1
+    assert found.slope_interval is not None and found.slope_interval[0] < 0.1 and found.slope_interval[1] > 0.9
+
+
+def test_effects_on_logits_are_taken_before_a_soft_cap(make_tiny, make_replacement):
+    """As a graph has them: a cap that bites and none give the same effects."""
+    prompts = [[3, 0, 17, 9, 28, 4], [5, 9, 11, 7]]
+    found = []
+    for cap in (2.0, None):
+        lm = make_tiny("gemma2", final_logit_softcapping=cap)
+        rm = ReplacementModel(lm, make_replacement("gemma2").transcoder)
+        graphs = [rm.trace(prompt, targets=[1, 8]) for prompt in prompts]
+        found.append(measure_faithfulness(rm, graphs, FaithfulnessPlan(pairs=40))["to_logits"])
+    assert found[0].measured.abs().max() > 0.1 and set(found[0].prompt.tolist()) == {0, 1}
+    for capped, plain in zip(*found, strict=True):
+        torch.testing.assert_close(capped, plain, rtol=0, atol=1e-5)
 
 
 def chain_graph(weights: Sequence[float]) -> Graph:

@@ -49,10 +49,12 @@ def test_circuit_tracer_round_trip(tmp_path, activation, reach, skip, read):
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu"])
 @pytest.mark.parametrize("skip", [False, True])
-def test_saelens_round_trip(tmp_path, activation, skip):
-    transcoder = make("1", activation, skip, sizes=[F, F + 1, F + 2])
+@pytest.mark.parametrize("read", ["resid", "mlp_in"])
+def test_saelens_round_trip(tmp_path, activation, skip, read):
+    transcoder = make("1", activation, skip, read, sizes=[F, F + 1, F + 2])
     folder = export_saelens(transcoder, tmp_path / "out")
     same(transcoder, import_saelens(folder))
+    assert import_saelens(folder).settings.read == read
     one = import_saelens(folder / "layer_1")
     assert one.layers == [1] and one.features == [F + 1]
 

@@ -112,6 +112,22 @@ def test_a_graph_comes_back_the_same(tmp_path):
     assert torch.equal(Graph.load(tmp_path / "saved").rows, read.rows)
 
 
+def test_scores_and_accounting_of_the_whole_graph_travel_along(tmp_path):
+    graph = random_graph()
+    own = {"active_features": graph.n_features, "largest_violation": 1e-6, "largest_relative_violation": 1e-7}
+    graph.metadata["accounting"] = {**own, "left_out_features": 0}
+    path = write_neuronpedia(graph, tmp_path / "g.json", node=0.5)
+    data = json.loads(path.read_text())
+    assert data["metadata"]["crosslace"]["scores"] == graph.scores()
+    read = read_neuronpedia(path)
+    assert 0 < read.n_features < graph.n_features
+    assert read.accounting == {**own, "left_out_features": graph.n_features - read.n_features}
+    for wrong in ("x", {}, {**own, "active_features": "many"}, {**own, "largest_violation": float("nan")}):
+        data["metadata"]["crosslace"]["accounting"] = wrong
+        path.write_text(json.dumps(data))
+        assert read_neuronpedia(path).accounting == {}
+
+
 def test_a_graph_of_circuit_tracer_without_our_notes_is_read(tmp_path):
     data = graph_to_neuronpedia(random_graph(), "g", node=None)
     del data["metadata"]["crosslace"]

@@ -152,9 +152,11 @@ def test_text_of_paths_and_scores(graph):
     path = graph.top_paths(None, graph.logits[0].id)[0]
     text = path_text(graph, path)
     assert "→" in text and repr(graph.logits[0].label) in text
-    assert strongest_paths_text(graph).count("p=") == min(3, len(graph.logits))
+    assert strongest_paths_text(graph).count("p=") == len(graph.logits) > 3
     text = summary_text(graph.prune())
     assert "replacement score" in text and "left out" in text and "at most" in text
+    text = summary_text(replace(graph, metadata={}))  # as of another program's file
+    assert f"{graph.n_features} features; how many were active" in text and "nan" not in text
 
 
 def test_a_group_takes_nodes_of_the_graph(graph):

@@ -165,6 +165,7 @@ def test_values_multiples_and_patches(make_replacement, prompt, active):
     torch.testing.assert_close(
         logits(patch_from=tuple(other), patch_position=-1), logits(value=theirs[7].item()), **CLOSE
     )
+    torch.testing.assert_close(logits(-2, patch_from=other), logits(5, value=theirs[6].item()))  # from its own end
     torch.testing.assert_close(logits(-1, value=4.0), logits(6, value=4.0))
     torch.testing.assert_close(logits("2:4", value=4.0), logits(slice(2, 4), value=4.0))
     torch.testing.assert_close(logits(slice(0, 2), value=4.0), logits(1, value=4.0))  # position 0 has no features

@@ -15,6 +15,7 @@ import torch
 from crosslace.circuit.dashboards import DashboardWriter
 from crosslace.circuit.graph import Graph
 from crosslace.circuit.labels import Label, Labels
+from crosslace.circuit.paths import summary_text
 from crosslace.circuit.viewer.drawing import Box, Line, draw
 from crosslace.circuit.viewer.payload import graph_payload
 from crosslace.circuit.viewer.picture import feature_groups, group_scores, render_graph_svg
@@ -214,6 +215,8 @@ def test_the_picture_is_one_whole_svg(view_run, theme):
     texts = "".join(root.itertext())
     assert "state: <img src=x" in texts and "<img" not in picture  # shown as text, never as markup
     assert "F1" not in texts
+    for line in summary_text(graph).splitlines():  # scores and accounting, wherever a graph is shown
+        assert line in texts
     assert not re.search(r"(href|src|url)\s*[=(]", re.sub(r">[^<]*<", "><", picture))
 
 

@@ -82,6 +82,12 @@ def test_norms_and_unembedding_reproduce_the_modules(tiny, tokens):
     assert sites.stacked("resid").shape == (B, T, tiny.n_layers, tiny.d_model)
 
 
+def test_a_logit_at_the_soft_cap_has_a_finite_origin(make_tiny):
+    tiny = make_tiny("gemma2")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert tiny.before_softcap(torch.tensor([-2.0, 0.0, 2.0], dtype=dtype)).isfinite().all()
+
+
 def test_the_last_linear_map_of_an_mlp_reads_its_neurons(tiny, tokens):
     for parts in tiny.layers:
         if parts.mlp_down is None:

@@ -157,6 +157,10 @@ def test_graphs_of_prompts_that_end_alike_are_kept_apart(clt: Path, crosslace) -
     assert not folders[2].exists()
     ended = crosslace("trace", f"run={clt}", f"prompt={PROMPT}", "trace.targets=[L1:0]", "slug=target")
     assert ended.code == 0 and "weight=1.000" in ended.out and "p=1.000" not in ended.out
+    targets = "trace.targets=[Austin,Texas,the,Austin@5]"
+    ended = crosslace("trace", f"run={clt}", f"prompt={PROMPT}", targets, "slug=targets")
+    assert ended.code == 0 and ended.out.count(" p=") == 4, "a path for each of them"
+    assert "' Austin' @5 p=" in ended.out and " Austin @5" in ended.out
 
 
 def crosslace_graph(folder: Path):
@@ -175,6 +179,8 @@ def test_steer_changes_the_answer(clt: Path, crosslace) -> None:
         "steer", f"run={clt}", f"prompt={PROMPT}", "set=[{layer: 1, position: 2:4, feature: 0, times: 0}]"
     )
     assert ended.code == 0
+    patch = entry.replace("times: -2", "patch_from: the capital of the state containing Boston is, patch_position: -1")
+    assert crosslace("steer", f"run={clt}", f"prompt={PROMPT}", f"set={patch}", "top=100000").code == 0
     several = entry.replace("times: -2", "times: [0, 1, -2]")
     ended = crosslace("steer", f"run={clt}", f"prompt={PROMPT}", f"set={several}", "generate=2")
     assert ended.code == 0
@@ -190,6 +196,8 @@ def test_steer_changes_the_answer(clt: Path, crosslace) -> None:
         ("[{layer: 1, position: 1, feature: 0}]", "give one of value, times"),
         ("[{layer: 1, position: 1, feature: 100000, value: 1}]", "has features 0 to"),
         ("[{layer: one, position: 1, feature: 1, value: 1}]", "takes a number"),
+        ("[{layer: 1, position: 1, feature: 1, patch_from: 5}]", "it takes a text or token ids"),
+        ("[{layer: 1, position: 1, feature: 1, patch_from: a, patch_position: b}]", "it takes a whole number"),
         ("[]", "set is missing"),
     ]:
         ended = crosslace("steer", f"run={clt}", f"prompt={PROMPT}", f"set={wrong}")
