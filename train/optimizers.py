@@ -13,6 +13,9 @@ from .rows import RowGradients, adam_numbers, adam_rows
 from .settings import TrainerSettings
 from .transcoder import Transcoder
 
+# The second moment of features that start again, against the others': their steps are some six times as large at first.
+_RENEWED = 0.03
+
 MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 
 
@@ -97,11 +100,12 @@ class Optimizers:
         }
 
     def renew(self, name: str, rows: Tensor, comm: Collectives = SINGLE, whole: bool = False) -> None:
-        """Begin the moments of some rows anew (features that were resampled): the first at zero; the second at the mean
-        of the other rows, over all shards unless this rank holds the `whole` tensor's rows.
+        """Begin the moments of some rows anew (features that were resampled): the first at zero; the second at a share
+        of the other rows' mean, over all shards unless this rank holds the `whole` tensor's rows.
 
         From a second moment of zero, Adam would take its first steps at full size whatever the gradient, along every
-        coordinate at once: that alone drives a new feature off the tokens it was made for, within a few steps.
+        coordinate at once: that alone drives most new features off the tokens they were made for, within a few steps.
+        At the others' mean, which few features make, they hardly learn.
         """
         for optimizer, parameters, (first, *second) in self.parts:
             if name not in parameters:
@@ -114,4 +118,4 @@ class Optimizers:
                 total, count = torch.tensordot(others, scale, 1), others.sum()
                 if not whole:
                     total, count = comm.sum_shards(total), comm.sum_shards(count)
-                scale[rows] = total / count.clamp_min(1)
+                scale[rows] = _RENEWED * total / count.clamp_min(1)

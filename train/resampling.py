@@ -43,7 +43,7 @@ def resample(
         x_BD, usual_rate = whole_batch(x[:, l], comm), inputs.k[l] / (size * comm.feature_ranks)
         usual_norm = total / count if float(count) else x.new_tensor(1.0)
         all_dead = comm.gather_features(inputs.dead[l])
-        rows = deal(error_BL[:, l].square(), all_dead, hash((seed, l)))[comm.feature_rank * size :][:size][dead]
+        rows = deal(x_BD, error_BL[:, l].square(), all_dead, hash((seed, l)))[comm.feature_rank * size :][:size][dead]
         towards = torch.nn.functional.normalize(x_BD[rows], dim=1)
         transcoder.W_enc[l][dead] = towards * usual_norm * _ENCODER_SHARE
         # What the activation compares with: its own threshold, or the one that it chose among these tokens.
@@ -59,11 +59,14 @@ def resample(
         optimizers.renew(f"W_dec.{l}", written, comm, whole=comm.slices > 1)
 
 
-def deal(weight_B: Tensor, dead_F: Tensor, seed: int) -> Tensor:
+def deal(x_BD: Tensor, weight_B: Tensor, dead_F: Tensor, seed: int) -> Tensor:
     """[F]: to each dead feature a token of its own, drawn by weight, as long as there are enough (others get any): two
-    features with one encoder would stay the same feature for good."""
+    features with one encoder would stay the same feature for good. Tokens with equal rows count as one."""
     generator = torch.Generator().manual_seed(seed & 0x7FFFFFFF)
-    weight_B = weight_B.double().cpu()
+    rows_U, of_B = x_BD.unique(dim=0, return_inverse=True)
+    numbers = torch.arange(len(of_B), device=x_BD.device)
+    first = of_B.new_full((len(rows_U),), len(of_B)).scatter_reduce(0, of_B, numbers, "amin")
+    weight_B = torch.zeros_like(weight_B).index_copy(0, first, weight_B[first]).double().cpu()
     order = torch.multinomial(weight_B / weight_B.sum() + 1e-12, len(weight_B), generator=generator)
     return order.to(dead_F.device)[(dead_F.cumsum(0) - 1) % len(order)]
 
