@@ -39,8 +39,9 @@ from crosslace.data.world.build import build_world
 from crosslace.data.world.settings import WorldSettings
 from crosslace.launch.compose import compose_config, preset
 from crosslace.train.neurons import model_neurons
+from crosslace.train.settings import TranscoderSettings
 from crosslace.train.trainer import train
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 from torch.nn.functional import kl_div
 
 PLT, CLT = (preset("transcoder", name)[1] for name in ("plt", "clt"))

@@ -31,13 +31,12 @@ from crosslace.train.collectives import Collectives
 from crosslace.train.optimizers import Optimizers
 from crosslace.train.partition import new_part
 from crosslace.train.plan import MachineSettings, Shape, make_plan
-from crosslace.train.settings import TrainerSettings
+from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.sharding import MeshCollectives, ParallelSettings, local_device, processes
 from crosslace.train.sparse import sparse_pass
 from crosslace.train.state import Counters, RunningState
 from crosslace.train.step import StepParts, objective_of, train_step
 from crosslace.train.trainer import Trainer
-from crosslace.train.transcoder import TranscoderSettings
 
 STEPS, WARM = 6, 2
 SIZES = {

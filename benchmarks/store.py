@@ -256,9 +256,8 @@ def bench_harvest(folder: Path, n_layers: int, d_model: int, tokens: int) -> dic
 
 def bench_train(folder: Path, n_layers: int, d_model: int, rows: int, block_rows: int, steps: int) -> dict[str, float]:
     """A CLT trained from the store, every block of which is read for the first time: what its log says of waiting."""
-    from crosslace.train.settings import TrainerSettings
+    from crosslace.train.settings import TrainerSettings, TranscoderSettings
     from crosslace.train.trainer import train
-    from crosslace.train.transcoder import TranscoderSettings
 
     content = pieces(n_layers, d_model)
     layout = StoreLayout(SITES, tuple(range(n_layers)), d_model, "float16", block_rows)

@@ -33,9 +33,9 @@ from crosslace.train.compiled import CompileClock, compiled_pass
 from crosslace.train.objective import Objective, StepInputs, dense_pass, step_loss
 from crosslace.train.optimizers import Optimizers
 from crosslace.train.rows import RowGradients
-from crosslace.train.settings import TrainerSettings
+from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.sparse import sparse_pass
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 from crosslace.train.workspace import Workspace
 from torch import Tensor
 

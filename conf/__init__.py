@@ -24,7 +24,7 @@ SECTIONS = {
     "model": Section("data/model.py", "ModelSettings", "the language model", shorthand="name"),
     "dataset": Section("data/corpus.py", "DatasetSettings", "the text", shorthand="name"),
     "store": Section("data/harvest.py", "HarvestSettings", "the cached activations", shorthand="path"),
-    "transcoder": Section("train/transcoder.py", "TranscoderSettings", "the dictionary that is trained"),
+    "transcoder": Section("train/settings.py", "TranscoderSettings", "the dictionary that is trained"),
     "trainer": Section("train/settings.py", "TrainerSettings", "how it is trained"),
     "parallel": Section("train/sharding.py", "ParallelSettings", "several processes"),
     "machine": Section("train/plan.py", "MachineSettings", "the machine that --plan reckons with"),

@@ -8,8 +8,7 @@ import torch
 from ..data.errors import SettingsError, UserError
 from ..data.store import ActivationStore
 from .collectives import Collectives
-from .settings import HARMLESS, TrainerSettings
-from .transcoder import TranscoderSettings
+from .settings import HARMLESS, TrainerSettings, TranscoderSettings
 
 
 def check_run(

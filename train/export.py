@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .collectives import Collectives
 from .partition import cut_dim
-from .transcoder import DESCRIPTION_FILE, WEIGHTS_FILE, Transcoder, TranscoderSettings
+from .settings import TranscoderSettings
+from .transcoder import DESCRIPTION_FILE, WEIGHTS_FILE, Transcoder
 
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
 _WRITTEN_AT_ONCE = 64 * 2**20

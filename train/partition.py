@@ -8,7 +8,8 @@ import torch
 
 from ..data.errors import SettingsError
 from .collectives import Collectives
-from .transcoder import Transcoder, TranscoderSettings
+from .settings import TranscoderSettings
+from .transcoder import Transcoder
 
 BY_FEATURE = ("W_enc", "b_enc", "W_dec", "log_theta")
 BY_WIDTH = {"W_dec": 2, "b_dec": 0, "W_skip": 0}

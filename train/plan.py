@@ -20,10 +20,9 @@ from typing import NamedTuple
 
 from ..data.errors import check_choice, check_range
 from ..data.units import parse_bytes
-from .settings import TrainerSettings
+from .settings import TrainerSettings, TranscoderSettings
 from .sharding import BUCKET_BYTES, EXCHANGES, ParallelSettings
 from .traffic import FLOAT, Work, actives_are_fewer, all_flows, moved
-from .transcoder import TranscoderSettings
 
 NORMED = ("tanh", "l1")
 LIBRARIES = {"cpu": 130e6, "cuda": 1.2e9}

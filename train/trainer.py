@@ -32,13 +32,13 @@ from .optimizers import Optimizers
 from .partition import new_part, part_of
 from .records import Records, training_values
 from .resampling import resample
-from .settings import TrainerSettings
+from .settings import TrainerSettings, TranscoderSettings
 from .sharding import local_device
 from .sinks import Sink
 from .sparse import sparse_pass, use_sparse
 from .state import Counters, RunningState
 from .step import TOPK, StepParts, autocast, objective_of, step_inputs, train_step
-from .transcoder import Transcoder, TranscoderSettings
+from .transcoder import Transcoder
 from .warmstart import start_from, start_from_neurons
 from .workspace import Workspace
 

@@ -14,7 +14,7 @@ set), `decode`. `train/objective.py` composes them densely; `train/sparse.py` do
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,112 +24,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..data.errors import SettingsError, UserError, check_choice, check_range
-from .activations import ACTIVATIONS, SparseActs, above, batchtopk_threshold, jumprelu, to_sparse, topk_threshold
+from ..data.errors import UserError
+from .activations import SparseActs, above, batchtopk_threshold, jumprelu, to_sparse, topk_threshold
 from .collectives import SINGLE, Collectives
+from .settings import TranscoderSettings
 from .stored_rows import StoredRows, read_weights
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE, DESCRIPTION_FILE = "transcoder.safetensors", "transcoder.json"
 
-# Below this, a bandwidth belongs to activations of unit norm, not to E|x|^2 = D.
-_LEAST_BANDWIDTH = 0.05
-
 # Random numbers in memory at once, when a large transcoder is begun.
 _DRAWN_AT_ONCE = 1 << 24
 
 Acts = Sequence[Tensor | SparseActs]
-
-
-@dataclass(frozen=True)
-class TranscoderSettings:
-    """What the transcoder is; how it is trained stands in `TrainerSettings`."""
-
-    features: int = 1024
-    """Features of each layer."""
-
-    features_per_layer: list[int] | None = None
-    """Features of each covered layer, one number a layer; takes the place of `features`."""
-
-    reach: str = "all"
-    """How many layers a feature writes to, its own first: 1 (per-layer), all (cross-layer), or a number between."""
-
-    activation: str = "batchtopk"
-    """relu, jumprelu, topk (k per token and layer) or batchtopk (k per token on average over the batch)."""
-
-    k: int = 16
-    """Active features per token and layer, for topk and batchtopk; `trainer.target_l0` takes its place where given."""
-
-    k_per_layer: list[int] | None = None
-    """The same, one number a layer; takes the place of `k`."""
-
-    k_scope: str = "layer"
-    """Where batchtopk chooses: `layer` gives each layer its own k, `all` lets layers compete for n_layers * k."""
-
-    skip: bool = False
-    """Add a linear map from each layer's input to its output."""
-
-    read: str = "resid"
-    """The site that is read: resid (before the MLP's norm) or mlp_in (after it)."""
-
-    layers: list[int] | None = None
-    """Layers of the model to cover; all of the store's where not given."""
-
-    theta_init: float = 0.03
-    """jumprelu: the thresholds' first value, under E|x|^2 = D."""
-
-    bandwidth: float = 1.0
-    """jumprelu: width of the straight-through window, under E|x|^2 = D."""
-
-    ste_reaches_h: bool = True
-    """jumprelu: whether the estimator's gradient reaches the pre-activation too, or the threshold alone."""
-
-    def __post_init__(self) -> None:
-        check_choice("transcoder.activation", self.activation, ACTIVATIONS)
-        check_choice("transcoder.k_scope", self.k_scope, ("layer", "all"))
-        check_choice("transcoder.read", self.read, ("resid", "mlp_in"))
-        for setting, sizes in (("features", [self.features]), ("features_per_layer", self.features_per_layer or [])):
-            for size in sizes:
-                check_range(f"transcoder.{setting}", size, low=1)
-        for setting, sizes in (("k", [self.k]), ("k_per_layer", self.k_per_layer or [])):
-            for size in sizes:
-                check_range(f"transcoder.{setting}", size, low=1)
-        self.reach_of(1)
-        if self.layers is not None and (not self.layers or sorted(set(self.layers)) != list(self.layers)):
-            raise SettingsError(f"transcoder.layers={self.layers} must name each layer once, in rising order")
-        if self.features_per_layer and self.layers and len(self.features_per_layer) != len(self.layers):
-            self.sizes(len(self.layers))
-        if self.activation == "jumprelu":
-            check_range("transcoder.theta_init", self.theta_init, low=1e-6)
-            if not _LEAST_BANDWIDTH <= self.bandwidth < math.inf:
-                raise SettingsError(
-                    f"transcoder.bandwidth={self.bandwidth} belongs to activations of unit norm; here E|x|^2 = D, "
-                    f"and it takes {_LEAST_BANDWIDTH} or more, usually 1.0"
-                )
-
-    def reach_of(self, n_layers: int) -> int:
-        """The reach as a number of layers."""
-        if self.reach == "all":
-            return n_layers
-        if not str(self.reach).isdecimal() or int(self.reach) < 1:
-            raise SettingsError(f"transcoder.reach={self.reach} is not known; it takes all or a number from 1")
-        return min(int(self.reach), n_layers)
-
-    def sizes(self, n_layers: int) -> list[int]:
-        """Features of each covered layer."""
-        return self._each("features", n_layers)
-
-    def ks(self, n_layers: int) -> list[int]:
-        """k of each covered layer."""
-        return self._each("k", n_layers)
-
-    def _each(self, name: str, n_layers: int) -> list[int]:
-        one, each = getattr(self, name), getattr(self, f"{name}_per_layer")
-        if each is None:
-            return [one] * n_layers
-        if len(each) != n_layers:
-            raise SettingsError(f"transcoder.{name}_per_layer has {len(each)} numbers for {n_layers} layers")
-        return list(each)
 
 
 class Transcoder(nn.Module):
@@ -412,6 +319,8 @@ class Transcoder(nn.Module):
         try:
             description = json.loads((folder / DESCRIPTION_FILE).read_text())
             tensors = read_weights(folder / WEIGHTS_FILE, device, leave="W_dec." if lazy_decoders else None)
+            if not isinstance(description, dict):
+                raise json.JSONDecodeError(f"{DESCRIPTION_FILE} is no object", "", 0)
         except FileNotFoundError as error:
             raise UserError(f"{folder} holds no transcoder ({error})") from error
         except (json.JSONDecodeError, SafetensorError) as error:

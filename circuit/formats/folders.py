@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...data.errors import UserError
-from ...train.transcoder import Transcoder, TranscoderSettings
+from ...train.settings import TranscoderSettings
+from ...train.transcoder import Transcoder
 
 LEAST_THETA = 1e-30
 """A threshold of zero is a ReLU: this stands for it, because thresholds are kept as logarithms."""

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from crosslace.circuit.replacement import ReplacementModel
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.settings import TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 
 FEATURES = 12
 

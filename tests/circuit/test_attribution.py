@@ -18,7 +18,8 @@ from crosslace.circuit.targets import Target, likely_tokens
 from crosslace.circuit.viewer.payload import graph_payload
 from crosslace.circuit.viewer.picture import render_graph_svg
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.settings import TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 
 PROMPT = [5, 0, 9, 3, 0, 7, 1, 12, 30, 2]
 

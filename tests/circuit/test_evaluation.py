@@ -19,7 +19,8 @@ from crosslace.circuit.prompts import PromptSet, prompt_set
 from crosslace.circuit.replacement import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.model import LanguageModel
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.settings import TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 
 QUICK = EvalSettings(prompts=0, pairs=0, tokens=1000, calibration_tokens=1000)
 

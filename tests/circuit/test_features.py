@@ -17,7 +17,8 @@ from crosslace.circuit.features import FeatureSettings, build_features, direct_l
 from crosslace.circuit.labels import Label, Labels, label_from_record
 from crosslace.circuit.replacement import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.settings import TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 from jsonschema import Draft7Validator
 
 SCHEMA = Path(__file__).parents[1] / "interop" / "neuronpedia-feature-schema.json"

@@ -8,7 +8,8 @@ import yaml
 from crosslace.circuit.formats.circuit_tracer import export_circuit_tracer, import_circuit_tracer
 from crosslace.circuit.formats.saelens import export_saelens, import_saelens
 from crosslace.data.errors import UserError
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.settings import TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 from safetensors.torch import load_file, save_file
 
 L, D, F = 3, 8, 20

@@ -5,7 +5,8 @@ import torch
 from crosslace.circuit.global_weights import GlobalWeightSettings, neighbourhood, virtual_weights
 from crosslace.data.errors import UserError
 from crosslace.data.store import in_memory_store
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.settings import TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 
 L, D, F, N = 3, 16, 10, 400
 

@@ -10,7 +10,8 @@ from crosslace.circuit.graph import Graph
 from crosslace.circuit.paths import path_text, strongest_paths_text, summary_text
 from crosslace.circuit.replacement import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.settings import TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 
 PROMPT = [5, 0, 9, 3, 0, 7, 1]
 

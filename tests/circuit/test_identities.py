@@ -10,7 +10,8 @@ from crosslace.circuit.linear import record
 from crosslace.circuit.replacement import ReplacementModel
 from crosslace.circuit.sources import active_features, find_sources
 from crosslace.circuit.targets import feature_targets
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.settings import TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 
 PROMPT = [5, 0, 9, 3, 0, 7]  # token id 0 is a token like any other
 FEATURES = 12

@@ -5,7 +5,8 @@ import torch
 from crosslace.circuit.attribution import trace
 from crosslace.circuit.replacement import ReplacementModel
 from crosslace.circuit.supernodes import average_linkage, difference, flow_between, propose_supernodes
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.settings import TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 
 PROMPT = [5, 0, 9, 3, 0, 7, 1]
 HALF = 8

@@ -15,7 +15,8 @@ import torch
 from crosslace.circuit.formats.circuit_tracer import export_circuit_tracer
 from crosslace.circuit.replacement import ReplacementModel
 from crosslace.data.model import LanguageModel
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.settings import TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 

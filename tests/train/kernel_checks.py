@@ -21,11 +21,11 @@ from crosslace.train.rows import (
     form,
     gradient_norms,
 )
-from crosslace.train.settings import TrainerSettings
+from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.sparse import sparse_pass
 from crosslace.train.state import Counters, RunningState
 from crosslace.train.step import StepParts, objective_of, train_step
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 from crosslace.train.workspace import Workspace
 from torch import Tensor
 

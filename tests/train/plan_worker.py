@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 from crosslace.data.store import ActivationStore
-from crosslace.train.settings import TrainerSettings
+from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.trainer import Trainer
-from crosslace.train.transcoder import TranscoderSettings
 
 
 def status(field: str) -> int:

@@ -8,9 +8,8 @@ import sys
 import torch
 from crosslace.data.errors import UserError
 from crosslace.data.store import in_memory_store
-from crosslace.train.settings import TrainerSettings
+from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.trainer import train
-from crosslace.train.transcoder import TranscoderSettings
 
 
 def stores():

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from crosslace.data.store import ActivationStore
-from crosslace.train.settings import TrainerSettings
+from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.sharding import ParallelSettings, processes
 from crosslace.train.trainer import train
-from crosslace.train.transcoder import TranscoderSettings
 
 
 class StopAt:

@@ -20,12 +20,12 @@ from crosslace.train.objective import dense_pass, step_loss
 from crosslace.train.optimizers import Optimizers
 from crosslace.train.partition import cut_dim, new_part, part_of, whole_of
 from crosslace.train.resampling import resample
-from crosslace.train.settings import TrainerSettings
+from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.sharding import ParallelSettings, processes
 from crosslace.train.sparse import sparse_pass
 from crosslace.train.state import Counters, RunningState
 from crosslace.train.step import StepParts, objective_of, step_inputs, train_step
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 
 STEPS, TOKENS, LAYERS, WIDTH, FEATURES = 20, 16, 3, 8, 12
 

@@ -6,7 +6,8 @@ from crosslace.data.errors import UserError
 from crosslace.data.store import in_memory_store
 from crosslace.train.neurons import model_neurons, neurons_of
 from crosslace.train.normalisation import normalisation_of
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.settings import TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 from crosslace.train.warmstart import start_from_neurons
 
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")

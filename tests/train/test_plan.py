@@ -12,9 +12,9 @@ import torch
 from crosslace.data.layout import StoreLayout
 from crosslace.data.writer import write_store
 from crosslace.train.plan import MachineSettings, Shape, make_plan, what_fits
-from crosslace.train.settings import TrainerSettings
+from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.sharding import ParallelSettings
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 
 WORKER = Path(__file__).with_name("plan_worker.py")
 TRAINER = TrainerSettings(batch=4096)

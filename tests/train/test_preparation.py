@@ -12,9 +12,9 @@ from crosslace.train.objective import StepInputs, choose
 from crosslace.train.optimizers import Optimizers
 from crosslace.train.resampling import deal, resample
 from crosslace.train.schedules import annealed_k, default_lr, learning_rate, ramp
-from crosslace.train.settings import TrainerSettings
+from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.state import RunningState
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 from crosslace.train.warmstart import start_from, start_from_neurons
 
 L, D = 3, 8

@@ -12,8 +12,7 @@ import torch
 from crosslace import Transcoder
 from crosslace.data.layout import StoreLayout
 from crosslace.data.writer import write_store
-from crosslace.train.settings import TrainerSettings
-from crosslace.train.transcoder import TranscoderSettings
+from crosslace.train.settings import TrainerSettings, TranscoderSettings
 
 WORKER = Path(__file__).with_name("runs_worker.py")
 STOP = 10

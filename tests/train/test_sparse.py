@@ -7,8 +7,9 @@ import torch
 from crosslace.train import native
 from crosslace.train.collectives import SINGLE
 from crosslace.train.objective import Objective, Pass, StepInputs, dense_pass, step_loss
+from crosslace.train.settings import TranscoderSettings
 from crosslace.train.sparse import SPARSE_BELOW, sparse_pass, use_sparse
-from crosslace.train.transcoder import Transcoder, TranscoderSettings
+from crosslace.train.transcoder import Transcoder
 from crosslace.train.workspace import Room, Workspace
 from torch import Tensor
 

@@ -13,11 +13,10 @@ from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.store import in_memory_store
 from crosslace.train.checkpoint import Checkpoints, damage
 from crosslace.train.collectives import SingleProcess
-from crosslace.train.settings import TrainerSettings
+from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.state import RunningState
 from crosslace.train.step import train_step
 from crosslace.train.trainer import Trainer, train
-from crosslace.train.transcoder import TranscoderSettings
 
 QUICK = TrainerSettings(steps=60, batch=64, eval_every=30, checkpoint_every=20, log_every=10, dead_after=2000)
 SMALL = TranscoderSettings(features=48, k=3)

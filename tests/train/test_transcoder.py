@@ -5,7 +5,7 @@ import pytest
 import torch
 from crosslace import Transcoder
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.train.transcoder import TranscoderSettings
+from crosslace.train.settings import TranscoderSettings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -147,9 +147,10 @@ def test_load_says_what_is_wrong(tmp_path):
     (tmp_path / "transcoder.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match="damaged"):
         Transcoder.load(tmp_path)
-    (tmp_path / "transcoder.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        Transcoder.load(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "transcoder.json").write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            Transcoder.load(tmp_path)
 
 
 @pytest.fixture
