@@ -96,6 +96,19 @@ def write_parts(out: IO[bytes] | OutFile, parts: list[np.ndarray]) -> None:
         parts = _after(parts, os.writev(out.fileno(), parts[:MAX_PARTS]))  # type: ignore[arg-type]
 
 
+def read_fully(descriptor: int, name: str, offset: int, buffers: list[np.ndarray]) -> None:
+    """Fill uint8 arrays with the bytes of an open file from `offset` on."""
+    got = os.preadv(descriptor, buffers, offset)  # type: ignore[arg-type]
+    wanted = sum(buffer.nbytes for buffer in buffers)
+    while got < wanted:
+        # a signal or a network folder may cut a read short
+        rest = _after(buffers, got)
+        more = os.preadv(descriptor, rest, offset + got)  # type: ignore[arg-type]
+        if not more:
+            raise EOFError(f"{name} ends at byte {offset + got}")
+        got += more
+
+
 class LocalFiles:
     """A folder. Reads go straight from the page cache into the caller's buffers."""
 
@@ -132,15 +145,7 @@ class LocalFiles:
 
     def read_into(self, name: str, offset: int, buffers: list[np.ndarray]) -> None:
         with self.descriptors([name]) as (descriptor,):
-            got = os.preadv(descriptor, buffers, offset)  # type: ignore[arg-type]
-            wanted = sum(buffer.nbytes for buffer in buffers)
-            while got < wanted:
-                # a signal or a network folder may cut a read short
-                rest = _after(buffers, got)
-                more = os.preadv(descriptor, rest, offset + got)  # type: ignore[arg-type]
-                if not more:
-                    raise EOFError(f"{name} ends at byte {offset + got}")
-                got += more
+            read_fully(descriptor, name, offset, buffers)
 
     @contextmanager
     def descriptors(self, names: list[str]) -> Iterator[list[int]]:

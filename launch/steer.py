@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.errors import SettingsError
+from .compose import fits
 from .job import Job
 from .sources import open_replacement
 from .terminal import Closing, table
@@ -78,18 +79,13 @@ def intervention(entry: dict[str, Any]) -> "Intervention":
         wrong = f"{unknown[0]} is not known" if unknown else f"{missing[0]} is missing"
         raise SettingsError(f"set={entry} is not an intervention ({wrong}); it takes {', '.join(allowed)}")
     for name in ("layer", "feature", "value", "times"):
-        given = entry.get(name)
-        fits = whole(given) or (name in STRENGTHS and isinstance(given, float))
-        if given is not None and not fits:
+        if not fits(entry.get(name), (float if name in STRENGTHS else int) | None):
             raise SettingsError(f"{name}={entry[name]} in set is not of the right type; it takes a number")
-    patch, place = entry.get("patch_from"), entry.get("patch_position")
-    if not (patch is None or isinstance(patch, str) or (isinstance(patch, list) and all(map(whole, patch)))):
-        raise SettingsError(f"patch_from={patch} in set is not of the right type; it takes a text or token ids")
-    if place is not None and not whole(place):
+    if not fits(entry.get("patch_from"), str | list[int] | None):
+        raise SettingsError(
+            f"patch_from={entry['patch_from']} in set is not of the right type; it takes a text or token ids"
+        )
+    if not fits(entry.get("patch_position"), int | None):
+        place = entry["patch_position"]
         raise SettingsError(f"patch_position={place} in set is not of the right type; it takes a whole number")
     return Intervention(**{**entry, "position": str(entry["position"])})
-
-
-def whole(value: object) -> bool:
-    """Whether this is a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -17,9 +17,10 @@ from torch import Tensor
 from .collectives import Collectives
 from .partition import cut_dim
 from .settings import TranscoderSettings
+from .stored_rows import DTYPES
 from .transcoder import DESCRIPTION_FILE, WEIGHTS_FILE, Transcoder
 
-_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WRITTEN_AT_ONCE = 64 * 2**20
 
 
@@ -79,7 +80,7 @@ def layout(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int], int]:
     entries, offset = {}, 0
     for name, tensor in tensors.items():
         entries[name] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + tensor.nbytes],
         }

@@ -7,18 +7,20 @@ rows around each one as well.
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..data.errors import UserError
+from ..data.files import read_fully
 from .activations import SparseActs
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# By their names in a safetensors file.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class StoredRows(nn.Module):
@@ -33,7 +35,7 @@ class StoredRows(nn.Module):
         header = int.from_bytes(self.file.read(8), "little")
         entry = json.loads(self.file.read(header))[name]
         self.path, self.shape = path, tuple(entry["shape"])
-        self.stored, self.start = _DTYPES[entry["dtype"]], 8 + header + entry["data_offsets"][0]
+        self.stored, self.start = DTYPES[entry["dtype"]], 8 + header + entry["data_offsets"][0]
         self.register_buffer("like", torch.empty(0, dtype=self.stored), persistent=False)
 
     def __getitem__(self, key: Any) -> Tensor:
@@ -49,19 +51,16 @@ class StoredRows(nn.Module):
         if len(ids) == 0:
             return torch.empty(0, *self.shape[1:], dtype=self.stored)
         width = math.prod(self.shape[1:]) * self.stored.itemsize
-        memory = bytearray(len(ids) * width)
-        view, begin = memoryview(memory), 0
-        for end in [*((ids.diff() != 1).nonzero().squeeze(1) + 1).tolist(), len(ids)]:
-            self._fill(view[begin * width : end * width], self.start + int(ids[begin]) * width)
-            begin = end
-        return torch.frombuffer(memory, dtype=self.stored).view(-1, *self.shape[1:])
-
-    def _fill(self, view: memoryview, offset: int) -> None:
-        while view:
-            count = os.preadv(self.file.fileno(), [view], offset)
-            if count == 0:
-                raise UserError(f"{self.path} is shorter than it was when it was opened; write it again")
-            view, offset = view[count:], offset + count
+        memory = np.empty(len(ids) * width, dtype=np.uint8)
+        begin = 0
+        try:
+            for end in [*((ids.diff() != 1).nonzero().squeeze(1) + 1).tolist(), len(ids)]:
+                place = self.start + int(ids[begin]) * width
+                read_fully(self.file.fileno(), str(self.path), place, [memory[begin * width : end * width]])
+                begin = end
+        except EOFError as error:
+            raise UserError(f"{self.path} is shorter than it was when it was opened; write it again") from error
+        return torch.from_numpy(memory).view(self.stored).view(-1, *self.shape[1:])
 
     def used_by(self, acts: Tensor | SparseActs) -> tuple[Tensor, Tensor | SparseActs]:
         """The rows of features that fire, and activations [B, F] over them alone."""
