@@ -4,22 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .circuit.graph import Graph
-    from .circuit.interventions import Intervention
-    from .circuit.replacement import ReplacementModel
-    from .data.store import ActivationStore
-    from .train.transcoder import Transcoder
+    from .circuit.graph.graph import Graph
+    from .circuit.replacement.model import ReplacementModel
+    from .circuit.replacement.requests import Intervention
+    from .data.store.store import ActivationStore
+    from .train.transcoder.transcoder import Transcoder
 
 __version__ = "0.1.0"
 __all__ = ["ActivationStore", "Graph", "Intervention", "ReplacementModel", "Transcoder"]
 
 # Public names load on first use: `import crosslace` costs nothing.
 _HOMES = {
-    "ActivationStore": ".data.store",
-    "Transcoder": ".train.transcoder",
-    "ReplacementModel": ".circuit.replacement",
-    "Intervention": ".circuit.interventions",
-    "Graph": ".circuit.graph",
+    "ActivationStore": ".data.store.store",
+    "Transcoder": ".train.transcoder.transcoder",
+    "ReplacementModel": ".circuit.replacement.model",
+    "Intervention": ".circuit.replacement.requests",
+    "Graph": ".circuit.graph.graph",
 }
 
 

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 from crosslace.circuit.formats.circuit_tracer import export_circuit_tracer
-from crosslace.circuit.replacement import ReplacementModel
-from crosslace.data.model import LanguageModel
+from crosslace.circuit.replacement.model import ReplacementModel
+from crosslace.data.models.language_model import LanguageModel
 from crosslace.train.settings import TranscoderSettings
-from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder.transcoder import Transcoder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import torch
-from crosslace.launch.evaluate import evaluated
-from crosslace.launch.job import start
-from crosslace.launch.sources import open_corpus, open_replacement
+from crosslace.launch.cli.job import start
+from crosslace.launch.verbs.evaluate import evaluated
+from crosslace.launch.workspace.sources import open_corpus, open_replacement
 
 
 class Stopwatch:

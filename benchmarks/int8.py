@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crosslace.data.layout import StoreLayout
-from crosslace.data.store import ActivationStore
-from crosslace.data.writer import write_store
+from crosslace.data.store.layout import StoreLayout
+from crosslace.data.store.store import ActivationStore
+from crosslace.data.store.writer import write_store
 
 OUTLIER = 40.0
 SITES = ("resid", "mlp_out")

@@ -29,19 +29,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from crosslace.circuit.substitute import TranscoderOutput
-from crosslace.data.corpus import Corpus, DatasetSettings, load_corpus
-from crosslace.data.harvest import HarvestSettings, harvest
-from crosslace.data.model import LanguageModel, load_model
-from crosslace.data.stdlib import StdlibSettings, build_stdlib
-from crosslace.data.store import ActivationStore
-from crosslace.data.world.build import build_world
-from crosslace.data.world.settings import WorldSettings
-from crosslace.launch.compose import compose_config, preset
-from crosslace.train.neurons import model_neurons
+from crosslace.circuit.replacement.substitute import TranscoderOutput
+from crosslace.data.harvest.harvest import HarvestSettings, harvest
+from crosslace.data.models.language_model import LanguageModel, load_model
+from crosslace.data.store.store import ActivationStore
+from crosslace.data.text.corpus import Corpus, DatasetSettings, load_corpus
+from crosslace.data.worlds.stdlib import StdlibSettings, build_stdlib
+from crosslace.data.worlds.world.build import build_world
+from crosslace.data.worlds.world.settings import WorldSettings
+from crosslace.launch.cli.compose import compose_config, preset
 from crosslace.train.settings import TranscoderSettings
+from crosslace.train.start.neurons import model_neurons
 from crosslace.train.trainer import train
-from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder.transcoder import Transcoder
 from torch.nn.functional import kl_div
 
 PLT, CLT = (preset("transcoder", name)[1] for name in ("plt", "clt"))

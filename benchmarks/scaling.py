@@ -24,19 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crosslace.data.layout import StoreLayout
-from crosslace.data.store import ActivationStore
-from crosslace.data.writer import write_store
-from crosslace.train.collectives import Collectives
-from crosslace.train.optimizers import Optimizers
-from crosslace.train.partition import new_part
-from crosslace.train.plan import MachineSettings, Shape, make_plan
+from crosslace.data.store.layout import StoreLayout
+from crosslace.data.store.store import ActivationStore
+from crosslace.data.store.writer import write_store
+from crosslace.train.loss.state import Counters, RunningState
+from crosslace.train.parallel.collectives import Collectives
+from crosslace.train.parallel.mesh import MeshCollectives, ParallelSettings, local_device, processes
+from crosslace.train.planning.plan import MachineSettings, Shape, make_plan
+from crosslace.train.run.optimizers import Optimizers
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
-from crosslace.train.sharding import MeshCollectives, ParallelSettings, local_device, processes
-from crosslace.train.sparse import sparse_pass
-from crosslace.train.state import Counters, RunningState
+from crosslace.train.sparse.sparse_pass import sparse_pass
 from crosslace.train.step import StepParts, objective_of, train_step
 from crosslace.train.trainer import Trainer
+from crosslace.train.transcoder.partition import new_part
 
 STEPS, WARM = 6, 2
 SIZES = {

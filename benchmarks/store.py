@@ -35,9 +35,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from crosslace.data.layout import StoreLayout
-from crosslace.data.store import ActivationStore
-from crosslace.data.writer import StoreWriter
+from crosslace.data.store.layout import StoreLayout
+from crosslace.data.store.store import ActivationStore
+from crosslace.data.store.writer import StoreWriter
 
 SHAPES = [(12, 256), (12, 768)]
 SITES = ("resid", "mlp_out")
@@ -201,10 +201,10 @@ def bench_zarr(folder: Path, n_layers: int, d_model: int, pipeline: str) -> floa
 
 def bench_harvest(folder: Path, n_layers: int, d_model: int, tokens: int) -> dict[str, float]:
     """A random Llama of this shape over random text."""
-    from crosslace.data.corpus import TokenSequence
-    from crosslace.data.harvest import HarvestSettings, harvest
-    from crosslace.data.model import LanguageModel
-    from crosslace.data.plan import batches
+    from crosslace.data.harvest.harvest import HarvestSettings, harvest
+    from crosslace.data.harvest.window_plan import batches
+    from crosslace.data.models.language_model import LanguageModel
+    from crosslace.data.text.corpus import TokenSequence
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

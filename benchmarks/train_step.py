@@ -27,16 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crosslace.train import native
-from crosslace.train.collectives import gradient_norms
-from crosslace.train.compiled import CompileClock, compiled_pass
-from crosslace.train.objective import Objective, StepInputs, dense_pass, step_loss
-from crosslace.train.optimizers import Optimizers
-from crosslace.train.rows import RowGradients
+from crosslace.train.loss.objective import Objective, StepInputs, dense_pass, step_loss
+from crosslace.train.parallel.collectives import gradient_norms
+from crosslace.train.run.compiled import CompileClock, compiled_pass
+from crosslace.train.run.optimizers import Optimizers
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
-from crosslace.train.sparse import sparse_pass
-from crosslace.train.transcoder import Transcoder
-from crosslace.train.workspace import Workspace
+from crosslace.train.sparse import cpu as native
+from crosslace.train.sparse.row_gradients import RowGradients
+from crosslace.train.sparse.sparse_pass import sparse_pass
+from crosslace.train.sparse.workspace import Workspace
+from crosslace.train.transcoder.transcoder import Transcoder
 from torch import Tensor
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crosslace.circuit.graph import Graph
-from crosslace.circuit.nodes import Nodes
+from crosslace.circuit.graph.graph import Graph
+from crosslace.circuit.graph.nodes import Nodes
 from crosslace.circuit.viewer.payload import graph_payload
 from crosslace.circuit.viewer.picture import render_graph_svg
 from crosslace.circuit.viewer.server import ViewSettings, serve

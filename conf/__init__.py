@@ -21,22 +21,26 @@ class Section(NamedTuple):
 
 
 SECTIONS = {
-    "model": Section("data/model.py", "ModelSettings", "the language model", shorthand="name"),
-    "dataset": Section("data/corpus.py", "DatasetSettings", "the text", shorthand="name"),
-    "store": Section("data/harvest.py", "HarvestSettings", "the cached activations", shorthand="path"),
+    "model": Section("data/models/language_model.py", "ModelSettings", "the language model", shorthand="name"),
+    "dataset": Section("data/text/corpus.py", "DatasetSettings", "the text", shorthand="name"),
+    "store": Section("data/harvest/harvest.py", "HarvestSettings", "the cached activations", shorthand="path"),
     "transcoder": Section("train/settings.py", "TranscoderSettings", "the dictionary that is trained"),
     "trainer": Section("train/settings.py", "TrainerSettings", "how it is trained"),
-    "parallel": Section("train/sharding.py", "ParallelSettings", "several processes"),
-    "machine": Section("train/plan.py", "MachineSettings", "the machine that --plan reckons with"),
-    "eval": Section("circuit/evaluation.py", "EvalSettings", "what is measured"),
-    "trace": Section("circuit/attribution.py", "TraceSettings", "the attribution graph"),
-    "features": Section("circuit/features.py", "FeatureSettings", "the features' dashboards"),
+    "parallel": Section("train/parallel/mesh.py", "ParallelSettings", "several processes"),
+    "machine": Section("train/planning/plan.py", "MachineSettings", "the machine that --plan reckons with"),
+    "eval": Section("circuit/judge/evaluation.py", "EvalSettings", "what is measured"),
+    "trace": Section("circuit/attribution/trace.py", "TraceSettings", "the attribution graph"),
+    "features": Section("circuit/features/gather.py", "FeatureSettings", "the features' dashboards"),
     "view": Section("circuit/viewer/server.py", "ViewSettings", "the local page"),
-    "wandb": Section("launch/tracking.py", "WandbSettings", "Weights & Biases"),
-    "demo": Section("launch/settings.py", "DemoSettings", "how much the demonstration does"),
-    "launcher": Section("launch/settings.py", "LauncherSettings", "where the runs of a sweep run"),
-    "world": Section("data/world/settings.py", "WorldSettings", "the bundled world (model=world)", shorthand="size"),
-    "stdlib": Section("data/stdlib.py", "StdlibSettings", "the bundled Python model (model=stdlib)", shorthand="size"),
+    "wandb": Section("launch/workspace/tracking.py", "WandbSettings", "Weights & Biases"),
+    "demo": Section("launch/cli/settings.py", "DemoSettings", "how much the demonstration does"),
+    "launcher": Section("launch/cli/settings.py", "LauncherSettings", "where the runs of a sweep run"),
+    "world": Section(
+        "data/worlds/world/settings.py", "WorldSettings", "the bundled world (model=world)", shorthand="size"
+    ),
+    "stdlib": Section(
+        "data/worlds/stdlib.py", "StdlibSettings", "the bundled Python model (model=stdlib)", shorthand="size"
+    ),
 }
 SOURCES = ("model", "dataset", "world", "stdlib")
 """The sections that say which model and which text."""
@@ -51,9 +55,9 @@ class Verb(NamedTuple):
     summary: str
     """What it does, for the list of verbs."""
     module: str
-    """The module of `launch/` whose `run(job)` does it."""
+    """The module of the package whose `run(job)` does it."""
     settings: str
-    """The class in launch/settings.py with its top-level settings."""
+    """The class in launch/cli/settings.py with its top-level settings."""
     sections: tuple[str, ...]
     """The groups that it takes."""
     examples: tuple[str, ...]
@@ -63,14 +67,14 @@ class Verb(NamedTuple):
 VERBS = {
     "demo": Verb(
         "everything, on the bundled world, on a CPU",
-        "demo",
+        "launch.verbs.demo",
         "DemoVerbSettings",
         ("demo", "world", "store", "transcoder", "trainer", "trace", "features", "wandb"),
         ("crosslace demo run=runs/demo", "crosslace demo experiment=demo_quick run=runs/quick"),
     ),
     "cache": Verb(
         "run a language model over text and store its activations",
-        "cache",
+        "launch.verbs.cache",
         "CacheSettings",
         (*SOURCES, "store"),
         (
@@ -80,7 +84,7 @@ VERBS = {
     ),
     "train": Verb(
         "train a transcoder on a store, or on activations as they stream",
-        "train",
+        "launch.verbs.train",
         "TrainSettings",
         ("store", "transcoder", "trainer", "parallel", "machine", *SOURCES, "wandb"),
         (
@@ -90,63 +94,63 @@ VERBS = {
     ),
     "eval": Verb(
         "measure a transcoder on held-out text",
-        "evaluate",
+        "launch.verbs.evaluate",
         "EvalVerbSettings",
         ("eval", "store", *SOURCES),
         ("crosslace eval run=runs/clt",),
     ),
     "features": Verb(
         "make the dashboards of a transcoder's features",
-        "features",
+        "launch.verbs.features",
         "FeaturesSettings",
         ("features", *SOURCES),
         ("crosslace features run=runs/clt",),
     ),
     "trace": Verb(
         "trace the circuit behind a prompt's next token",
-        "trace",
+        "launch.verbs.trace",
         "TraceVerbSettings",
         ("trace", *SOURCES),
         ('crosslace trace run=runs/clt prompt="the capital of the state containing Dallas is" slug=dallas',),
     ),
     "steer": Verb(
         "set features and see what the model says then",
-        "steer",
+        "launch.verbs.steer",
         "SteerSettings",
         SOURCES,
         ('crosslace steer run=runs/clt prompt="..." set="[{layer: 1, position: 7, feature: 310, times: 0}]"',),
     ),
     "view": Verb(
         "look at graphs and features in a local page",
-        "view",
+        "launch.verbs.view",
         "ViewVerbSettings",
         ("view",),
         ("crosslace view run=runs/clt",),
     ),
     "export": Verb(
         "write a transcoder in another program's format",
-        "exchange",
+        "launch.verbs.exchange",
         "ExportSettings",
         SOURCES,
         ("crosslace export run=runs/clt to=circuit-tracer out=exported/clt",),
     ),
     "import": Verb(
         "read a transcoder from another program's format into a run",
-        "exchange",
+        "launch.verbs.exchange",
         "ImportSettings",
         SOURCES,
         ("crosslace import from=circuit-tracer path=exported/clt run=runs/imported",),
     ),
     "sweep": Verb(
         "train and measure every combination of settings",
-        "sweep",
+        "launch.sweeps.sweep",
         "SweepSettings",
         ("launcher", "store", "transcoder", "trainer", "parallel", "eval", *SOURCES, "wandb"),
         ("crosslace sweep run=runs/sweep transcoder=clt,plt trainer.target_l0=8,16,32",),
     ),
     "report": Verb(
         "draw one page about one run, several, or a sweep",
-        "report",
+        "launch.verbs.report",
         "ReportSettings",
         (),
         ("crosslace report run=runs/sweep", "crosslace report runs/clt runs/plt"),

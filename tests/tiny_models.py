@@ -1,4 +1,4 @@
-"""Tiny random models of every family of `data/families.py`, for tests in any room.
+"""Tiny random models of every family of `data/models/families.py`, for tests in any room.
 
 They are small enough to build in milliseconds, yet have what makes each family different: grouped queries, sliding
 windows shorter than the prompts, soft caps that bite, biases and norm weights that are not at their neutral values.
@@ -7,8 +7,8 @@ windows shorter than the prompts, soft caps that bite, biases and norm weights t
 from typing import Any
 
 import torch
-from crosslace.data.families import FAMILIES
-from crosslace.data.model import LanguageModel
+from crosslace.data.models.families import FAMILIES
+from crosslace.data.models.language_model import LanguageModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 

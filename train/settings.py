@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 from ..data.errors import SettingsError, check_choice, check_range
-from .activations import ACTIVATIONS
-from .schedules import DECAYS, RAMPS
+from .loss.schedules import DECAYS, RAMPS
+from .transcoder.activations import ACTIVATIONS
 
 SPARSITIES = ("auto", "tanh", "l1", "l0", "target")
 OPTIMIZERS = ("adam", "adamw", "muon")

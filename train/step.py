@@ -6,17 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .activations import candidates
-from .actives import decoder_norms
-from .collectives import Collectives, gradient_norms
-from .objective import Objective, Pass, StepInputs, StepLoss, choose, step_loss
-from .optimizers import Optimizers
-from .partition import cut_dim
-from .rows import RowGradients
-from .schedules import annealed_k, default_lr, learning_rate, ramp
+from .loss.objective import Objective, Pass, StepInputs, StepLoss, choose, step_loss
+from .loss.schedules import annealed_k, default_lr, learning_rate, ramp
+from .loss.state import Counters, RunningState
+from .parallel.collectives import Collectives, gradient_norms
+from .parallel.exchange import decoder_norms
+from .run.optimizers import Optimizers
 from .settings import TrainerSettings
-from .state import Counters, RunningState
-from .transcoder import Transcoder
+from .sparse.row_gradients import RowGradients
+from .transcoder.activations import candidates
+from .transcoder.partition import cut_dim
+from .transcoder.transcoder import Transcoder
 
 TOPK = ("topk", "batchtopk")
 

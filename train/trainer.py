@@ -1,7 +1,7 @@
 """The training run, top to bottom: prepare, go on where a checkpoint stands, step, log, evaluate, save, export.
 
-train/step.py        one optimizer step        train/state.py       running averages and counters
-train/evaluation.py  held-out figures          train/checkpoint.py  exact resume
+train/step.py        one optimizer step        train/loss/state.py       running averages and counters
+train/run/evaluation.py  held-out figures          train/run/checkpoint.py  exact resume
 """
 
 import dataclasses
@@ -15,32 +15,32 @@ import torch
 from torch import Tensor
 
 from ..data.errors import Progress, UserError, out_of_room, silent
-from ..data.store import ActivationStore, Batch
-from .actives import own_slice
-from .checkpoint import Checkpoints
-from .checks import check_run, check_same_run, named_device, store_identity
-from .collectives import SINGLE, Collectives
-from .compiled import compiled_pass
-from .evaluation import Evaluation, HeldOut, evaluate
-from .export import save_whole
-from .initialisation import initialise, rows_for
-from .interruption import StopRequest
-from .neurons import Neurons
-from .normalisation import Normalisation, normalisation_of
-from .objective import Pass, StepInputs, dense_pass
-from .optimizers import Optimizers
-from .partition import new_part, part_of
-from .records import Records, training_values
-from .resampling import resample
+from ..data.store.store import ActivationStore, Batch
+from .loss.objective import Pass, StepInputs, dense_pass
+from .loss.state import Counters, RunningState
+from .parallel.collectives import SINGLE, Collectives
+from .parallel.exchange import own_slice
+from .parallel.mesh import local_device
+from .run.checkpoint import Checkpoints
+from .run.checks import check_run, check_same_run, named_device, store_identity
+from .run.compiled import compiled_pass
+from .run.evaluation import Evaluation, HeldOut, evaluate
+from .run.interruption import StopRequest
+from .run.optimizers import Optimizers
+from .run.records import Records, training_values
+from .run.resampling import resample
+from .run.trackers import Sink
 from .settings import TrainerSettings, TranscoderSettings
-from .sharding import local_device
-from .sinks import Sink
-from .sparse import sparse_pass, use_sparse
-from .state import Counters, RunningState
+from .sparse.sparse_pass import sparse_pass, use_sparse
+from .sparse.workspace import Workspace
+from .start.initialisation import initialise, rows_for
+from .start.neurons import Neurons
+from .start.warmstart import start_from, start_from_neurons
 from .step import TOPK, StepParts, autocast, objective_of, step_inputs, train_step
-from .transcoder import Transcoder
-from .warmstart import start_from, start_from_neurons
-from .workspace import Workspace
+from .transcoder.export import save_whole
+from .transcoder.normalisation import Normalisation, normalisation_of
+from .transcoder.partition import new_part, part_of
+from .transcoder.transcoder import Transcoder
 
 # Steps between looks at the densities, which decide whether the sparse step and the auxiliary loss are worth it.
 LOOK_EVERY = 25

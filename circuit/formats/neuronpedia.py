@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ...data.errors import UserError
-from ..dashboards import feature_number
-from ..edges import blocks, linked_sources
-from ..graph import Graph
-from ..labels import Labels
-from ..nodes import Node
+from ..features.dashboards import feature_number
+from ..features.labels import Labels
+from ..graph.edges import blocks, linked_sources
+from ..graph.graph import Graph
+from ..graph.nodes import Node
 from .neuronpedia_read import SLUG, TYPES, check_neuronpedia, read_neuronpedia
 
 __all__ = ["check_neuronpedia", "graph_to_neuronpedia", "read_neuronpedia", "slugified", "write_neuronpedia"]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ...data.errors import UserError
-from ..dashboards import from_feature_number
-from ..graph import Graph
-from ..nodes import KINDS, Nodes
+from ..features.dashboards import from_feature_number
+from ..graph.graph import Graph
+from ..graph.nodes import KINDS, Nodes
 
 SLUG = r"(?!\.{1,2}$)[A-Za-z0-9_.-]+"
 TYPES = {

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from ...data.errors import check_range
-from ..edges import count_edges, linked_sources, strongest_edges
-from ..graph import Graph
-from ..labels import Labels
+from ..features.labels import Labels
+from ..graph.edges import count_edges, linked_sources, strongest_edges
+from ..graph.graph import Graph
 from .picture import plain_label
 
 MOST_FEATURES, MOST_LINKS = 1500, 20_000

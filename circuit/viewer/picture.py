@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ...data.errors import check_choice
-from ..graph import Graph
-from ..labels import Labels
-from ..paths import summary_text
+from ..features.labels import Labels
+from ..graph.graph import Graph
+from ..graph.paths import summary_text
 from .drawing import Box, Line, draw, token_key
 
 LEAST_SHARE = 0.06  # of the strongest edge: weaker ones are drawn only where a box would else hang free

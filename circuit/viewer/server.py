@@ -23,9 +23,9 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...data.errors import UserError, check_range
-from ..dashboards import DashboardReader
-from ..graph import Graph
-from ..labels import Labels, labels_path
+from ..features.dashboards import DashboardReader
+from ..features.labels import Labels, labels_path
+from ..graph.graph import Graph
 from .payload import graph_payload
 from .picture import render_graph_svg
 from .runs import Run, find_runs

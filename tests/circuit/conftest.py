@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from crosslace.circuit.replacement import ReplacementModel
+from crosslace.circuit.replacement.model import ReplacementModel
 from crosslace.train.settings import TranscoderSettings
-from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder.transcoder import Transcoder
 
 FEATURES = 12
 

@@ -5,21 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from crosslace.circuit.attribution import TraceSettings, trace
-from crosslace.circuit.batching import bytes_per_target, fitting_batch
+from crosslace.circuit.attribution.batching import bytes_per_target, fitting_batch
+from crosslace.circuit.attribution.targets import Target, likely_tokens
+from crosslace.circuit.attribution.trace import TraceSettings, trace
 from crosslace.circuit.formats.neuronpedia import graph_to_neuronpedia
-from crosslace.circuit.graph import Graph
-from crosslace.circuit.graph_scores import path_length
-from crosslace.circuit.paths import strongest_paths_text
-from crosslace.circuit.replacement import ReplacementModel
-from crosslace.circuit.sparse_rows import SparseRows
-from crosslace.circuit.supernodes import difference, flow_between
-from crosslace.circuit.targets import Target, likely_tokens
+from crosslace.circuit.graph.graph import Graph
+from crosslace.circuit.graph.paths import strongest_paths_text
+from crosslace.circuit.graph.sparse_rows import SparseRows
+from crosslace.circuit.graph.supernodes import difference, flow_between
+from crosslace.circuit.judge.graph_scores import path_length
+from crosslace.circuit.replacement.model import ReplacementModel
 from crosslace.circuit.viewer.payload import graph_payload
 from crosslace.circuit.viewer.picture import render_graph_svg
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.train.settings import TranscoderSettings
-from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder.transcoder import Transcoder
 
 PROMPT = [5, 0, 9, 3, 0, 7, 1, 12, 30, 2]
 
@@ -145,7 +145,7 @@ def test_looking_at_sparse_rows_makes_no_matrix(replacement, monkeypatch):
     sparse = trace(replacement, PROMPT, edges="top-k", top_k=20)
     dense = replace(sparse, stored=sparse.rows)
     other = trace(replacement, PROMPT[:-1], edges="top-k", top_k=20)
-    monkeypatch.setattr("crosslace.circuit.sparse_rows.CHUNK", 7 * sparse.values.shape[1])  # more than one block
+    monkeypatch.setattr("crosslace.circuit.graph.sparse_rows.CHUNK", 7 * sparse.values.shape[1])  # more than one block
     looks = [
         lambda graph: graph_payload(graph, node=0.9, most_features=10, most_links=50),
         lambda graph: graph_to_neuronpedia(graph, "slug", node=None)["links"],
@@ -208,7 +208,7 @@ def test_batches_fill_what_is_free(free, targets, expected):
 def test_an_accelerator_s_free_memory_sets_the_batch(replacement, whole, monkeypatch):
     """With a stand-in for the device's figures: half of what is free is filled, and the graph is the same."""
     each = bytes_per_target(len(PROMPT), replacement.lm.d_model, 16, len(whole.nodes), 8)
-    monkeypatch.setattr("crosslace.circuit.attribution.free_memory", lambda device: 2 * 33 * each)
+    monkeypatch.setattr("crosslace.circuit.attribution.trace.free_memory", lambda device: 2 * 33 * each)
     graph = trace(replacement, PROMPT)
     assert graph.metadata["settings"]["batch"] == 32 and whole.metadata["settings"]["batch"] > 32
     torch.testing.assert_close(graph.rows, whole.rows, rtol=0, atol=1e-12)
@@ -359,6 +359,6 @@ def test_out_of_memory_names_the_setting(replacement, monkeypatch):
     def out_of_memory(*arguments, **named):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("crosslace.circuit.attribution.FrozenModel.edges", out_of_memory)
+    monkeypatch.setattr("crosslace.circuit.attribution.trace.FrozenModel.edges", out_of_memory)
     with pytest.raises(UserError, match=r"trace.batch"):
         trace(replacement, PROMPT)

@@ -6,21 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from crosslace.circuit.behaviour import TextBatch, resampled
-from crosslace.circuit.controls import calibrate, neuron_condition, untrained
-from crosslace.circuit.evaluation import EvalSettings, EvalText, evaluate, verdicts
-from crosslace.circuit.faithfulness import FaithfulnessPlan, compare, measure_faithfulness, total_effects
-from crosslace.circuit.graph import Graph
-from crosslace.circuit.graph_scores import path_length
-from crosslace.circuit.health import density_histogram, duplicates, warnings
-from crosslace.circuit.nodes import Nodes
-from crosslace.circuit.perturbation import perturbation_growth
-from crosslace.circuit.prompts import PromptSet, prompt_set
-from crosslace.circuit.replacement import ReplacementModel
+from crosslace.circuit.graph.graph import Graph
+from crosslace.circuit.graph.nodes import Nodes
+from crosslace.circuit.judge.behaviour import TextBatch, resampled
+from crosslace.circuit.judge.controls import calibrate, neuron_condition, untrained
+from crosslace.circuit.judge.evaluation import EvalSettings, EvalText, evaluate, verdicts
+from crosslace.circuit.judge.faithfulness import FaithfulnessPlan, compare, measure_faithfulness, total_effects
+from crosslace.circuit.judge.graph_scores import path_length
+from crosslace.circuit.judge.health import density_histogram, duplicates, warnings
+from crosslace.circuit.judge.perturbation import perturbation_growth
+from crosslace.circuit.judge.prompts import PromptSet, prompt_set
+from crosslace.circuit.replacement.model import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.data.model import LanguageModel
+from crosslace.data.models.language_model import LanguageModel
 from crosslace.train.settings import TranscoderSettings
-from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder.transcoder import Transcoder
 
 QUICK = EvalSettings(prompts=0, pairs=0, tokens=1000, calibration_tokens=1000)
 

@@ -5,20 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosslace.circuit.concepts import ConceptCounter, label_by_prompts, score_concepts
-from crosslace.circuit.dashboards import (
-    DashboardReader,
-    DashboardWriter,
-    feature_number,
-    from_feature_number,
-)
-from crosslace.circuit.examples import BINS, Histogram
-from crosslace.circuit.features import FeatureSettings, build_features, direct_logits
-from crosslace.circuit.labels import Label, Labels, label_from_record
-from crosslace.circuit.replacement import ReplacementModel
+from crosslace.circuit.features.concepts import ConceptCounter, label_by_prompts, score_concepts
+from crosslace.circuit.features.dashboards import DashboardReader, DashboardWriter, feature_number, from_feature_number
+from crosslace.circuit.features.examples import BINS, Histogram
+from crosslace.circuit.features.gather import FeatureSettings, build_features, direct_logits
+from crosslace.circuit.features.labels import Label, Labels, label_from_record
+from crosslace.circuit.replacement.model import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.train.settings import TranscoderSettings
-from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder.transcoder import Transcoder
 from jsonschema import Draft7Validator
 
 SCHEMA = Path(__file__).parents[1] / "interop" / "neuronpedia-feature-schema.json"
@@ -119,7 +114,7 @@ def check_example(model, texts, layer, feature, example):
 def test_the_batch_size_changes_nothing(model, texts, tmp_path, monkeypatch):
     settings = FeatureSettings(top=4, quantiles=0, before=3, after=2)
     first = DashboardReader(build_features(model, Texts(texts), tmp_path / "a", settings))
-    monkeypatch.setattr("crosslace.circuit.features.LARGEST_BATCH", 200)
+    monkeypatch.setattr("crosslace.circuit.features.gather.LARGEST_BATCH", 200)
     second = DashboardReader(build_features(model, Texts(texts), tmp_path / "b", settings))
     for layer in range(model.lm.n_layers):
         for one, other in zip(first.layer(layer), second.layer(layer), strict=True):

@@ -9,7 +9,7 @@ from crosslace.circuit.formats.circuit_tracer import export_circuit_tracer, impo
 from crosslace.circuit.formats.saelens import export_saelens, import_saelens
 from crosslace.data.errors import UserError
 from crosslace.train.settings import TranscoderSettings
-from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder.transcoder import Transcoder
 from safetensors.torch import load_file, save_file
 
 L, D, F = 3, 8, 20

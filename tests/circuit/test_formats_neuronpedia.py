@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from crosslace.circuit.features.labels import Label, Labels
 from crosslace.circuit.formats.neuronpedia import graph_to_neuronpedia, slugified, write_neuronpedia
 from crosslace.circuit.formats.neuronpedia_read import check_neuronpedia, read_neuronpedia
-from crosslace.circuit.graph import Graph
-from crosslace.circuit.labels import Label, Labels
-from crosslace.circuit.nodes import Nodes
+from crosslace.circuit.graph.graph import Graph
+from crosslace.circuit.graph.nodes import Nodes
 from crosslace.data.errors import UserError
 from jsonschema import Draft7Validator
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from crosslace.circuit.global_weights import GlobalWeightSettings, neighbourhood, virtual_weights
+from crosslace.circuit.features.global_weights import GlobalWeightSettings, neighbourhood, virtual_weights
 from crosslace.data.errors import UserError
-from crosslace.data.store import in_memory_store
+from crosslace.data.store.store import in_memory_store
 from crosslace.train.settings import TranscoderSettings
-from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder.transcoder import Transcoder
 
 L, D, F, N = 3, 16, 10, 400
 

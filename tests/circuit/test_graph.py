@@ -5,13 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from crosslace.circuit.attribution import trace
-from crosslace.circuit.graph import Graph
-from crosslace.circuit.paths import path_text, strongest_paths_text, summary_text
-from crosslace.circuit.replacement import ReplacementModel
+from crosslace.circuit.attribution.trace import trace
+from crosslace.circuit.graph.graph import Graph
+from crosslace.circuit.graph.paths import path_text, strongest_paths_text, summary_text
+from crosslace.circuit.replacement.model import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.train.settings import TranscoderSettings
-from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder.transcoder import Transcoder
 
 PROMPT = [5, 0, 9, 3, 0, 7, 1]
 

@@ -4,14 +4,14 @@ from itertools import product
 
 import pytest
 import torch
-from crosslace.circuit.attribution import trace
-from crosslace.circuit.backward import FrozenModel, Places
-from crosslace.circuit.linear import record
-from crosslace.circuit.replacement import ReplacementModel
-from crosslace.circuit.sources import active_features, find_sources
-from crosslace.circuit.targets import feature_targets
+from crosslace.circuit.attribution.backward import FrozenModel, Places
+from crosslace.circuit.attribution.linear import record
+from crosslace.circuit.attribution.sources import active_features, find_sources
+from crosslace.circuit.attribution.targets import feature_targets
+from crosslace.circuit.attribution.trace import trace
+from crosslace.circuit.replacement.model import ReplacementModel
 from crosslace.train.settings import TranscoderSettings
-from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder.transcoder import Transcoder
 
 PROMPT = [5, 0, 9, 3, 0, 7]  # token id 0 is a token like any other
 FEATURES = 12

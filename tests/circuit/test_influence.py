@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from crosslace.circuit import influence as flow
-from crosslace.circuit import sparse_rows
+from crosslace.circuit.graph import influence as flow
+from crosslace.circuit.graph import sparse_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

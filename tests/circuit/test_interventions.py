@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from crosslace.circuit.interventions import Intervention, covered_positions
-from crosslace.circuit.replacement import ReplacementModel
+from crosslace.circuit.replacement.model import ReplacementModel
+from crosslace.circuit.replacement.requests import Intervention, covered_positions
 from crosslace.data.errors import SettingsError, UserError
 from transformers import AttentionInterface
 

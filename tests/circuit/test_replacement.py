@@ -4,15 +4,15 @@ import errno
 
 import pytest
 import torch
-from crosslace.circuit.global_weights import virtual_weights
-from crosslace.circuit.interventions import Intervention
-from crosslace.circuit.memory import memory_named
-from crosslace.circuit.replacement import ReplacementModel
-from crosslace.circuit.substitute import TranscoderOutput
+from crosslace.circuit.features.global_weights import virtual_weights
+from crosslace.circuit.replacement.memory import memory_named
+from crosslace.circuit.replacement.model import ReplacementModel
+from crosslace.circuit.replacement.requests import Intervention
+from crosslace.circuit.replacement.substitute import TranscoderOutput
 from crosslace.data.errors import UserError
-from crosslace.data.model import LanguageModel, ModelSettings
-from crosslace.data.sinks import SinkRule
-from crosslace.train.transcoder import Transcoder
+from crosslace.data.models.attention_sinks import SinkRule
+from crosslace.data.models.language_model import LanguageModel, ModelSettings
+from crosslace.train.transcoder.transcoder import Transcoder
 from tokenizers import Tokenizer, models
 from transformers import AttentionInterface, PreTrainedTokenizerFast
 from transformers.utils import logging

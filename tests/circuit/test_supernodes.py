@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from crosslace.circuit.attribution import trace
-from crosslace.circuit.replacement import ReplacementModel
-from crosslace.circuit.supernodes import average_linkage, difference, flow_between, propose_supernodes
+from crosslace.circuit.attribution.trace import trace
+from crosslace.circuit.graph.supernodes import average_linkage, difference, flow_between, propose_supernodes
+from crosslace.circuit.replacement.model import ReplacementModel
 from crosslace.train.settings import TranscoderSettings
-from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder.transcoder import Transcoder
 
 PROMPT = [5, 0, 9, 3, 0, 7, 1]
 HALF = 8

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosslace.circuit.dashboards import DashboardWriter
-from crosslace.circuit.graph import Graph
-from crosslace.circuit.labels import Label, Labels
-from crosslace.circuit.paths import summary_text
+from crosslace.circuit.features.dashboards import DashboardWriter
+from crosslace.circuit.features.labels import Label, Labels
+from crosslace.circuit.graph.graph import Graph
+from crosslace.circuit.graph.paths import summary_text
 from crosslace.circuit.viewer.drawing import Box, Line, draw
 from crosslace.circuit.viewer.payload import graph_payload
 from crosslace.circuit.viewer.picture import feature_groups, group_scores, render_graph_svg

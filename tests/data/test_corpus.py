@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from crosslace.data.bundled import is_held_out
-from crosslace.data.corpus import DatasetSettings, cut, load_corpus
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.data.stdlib import make_tokenizer
-from crosslace.data.world import WorldSettings, build_world
+from crosslace.data.text.corpus import DatasetSettings, cut, load_corpus
+from crosslace.data.worlds.bundled import is_held_out
+from crosslace.data.worlds.stdlib import make_tokenizer
+from crosslace.data.worlds.world import WorldSettings, build_world
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosslace.data import image, kernels, window
-from crosslace.data.corpus import TokenSequence
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.data.harvest import HarvestSettings, harvest, weigh
-from crosslace.data.model import LanguageModel
-from crosslace.data.sinks import SinkRule
-from crosslace.data.store import ActivationStore
+from crosslace.data.harvest.harvest import HarvestSettings, harvest, weigh
+from crosslace.data.models.attention_sinks import SinkRule
+from crosslace.data.models.language_model import LanguageModel
+from crosslace.data.store import image, kernels, window
+from crosslace.data.store.store import ActivationStore
+from crosslace.data.text.corpus import TokenSequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -181,7 +181,7 @@ def test_says_what_it_will_weigh(lm, tmp_path, monkeypatch):
     size, _ = weigh(lm, to(tmp_path / "s"))
     there = sum(file.stat().st_size for file in (tmp_path / "s").rglob("c/**/*") if file.is_file())
     assert there == size
-    monkeypatch.setattr("crosslace.data.files.LocalFiles.free", lambda self: 1_000_000)
+    monkeypatch.setattr("crosslace.data.store.files.LocalFiles.free", lambda self: 1_000_000)
     with pytest.raises(UserError, match=r"would weigh 7\.\d+ MB.* has room for 1 MB: lower store.tokens"):
         harvest(lm, RandomText(), to(tmp_path / "t"))
 

@@ -7,12 +7,12 @@ import google_crc32c
 import numpy as np
 import pytest
 import torch
-from crosslace.data import kernels
-from crosslace.data.codecs import CODECS
 from crosslace.data.errors import UserError
-from crosslace.data.layout import StoreLayout
-from crosslace.data.store import ActivationStore
-from crosslace.data.writer import write_store
+from crosslace.data.store import kernels
+from crosslace.data.store.codecs import CODECS
+from crosslace.data.store.layout import StoreLayout
+from crosslace.data.store.store import ActivationStore
+from crosslace.data.store.writer import write_store
 
 pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no C++ compiler")
 SITES = ("resid", "mlp_out")

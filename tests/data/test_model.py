@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.data.families import find_family
-from crosslace.data.model import LanguageModel, ModelSettings, load_model
+from crosslace.data.models.families import find_family
+from crosslace.data.models.language_model import LanguageModel, ModelSettings, load_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast

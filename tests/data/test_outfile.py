@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from crosslace.data import files, kernels, outfile
 from crosslace.data.errors import UserError
-from crosslace.data.layout import StoreLayout
-from crosslace.data.outfile import ALIGNMENT, BUFFER_BYTES, OutFile
-from crosslace.data.store import ActivationStore
-from crosslace.data.writer import write_store
+from crosslace.data.store import files, kernels, outfile
+from crosslace.data.store.layout import StoreLayout
+from crosslace.data.store.outfile import ALIGNMENT, BUFFER_BYTES, OutFile
+from crosslace.data.store.store import ActivationStore
+from crosslace.data.store.writer import write_store
 
 SITES = ("resid", "mlp_out")
 LAYOUT = StoreLayout(SITES, (0, 1, 2), 40, "float16", block_rows=32, shard_rows=512)

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from crosslace.data import stdlib
-from crosslace.data.bundled import is_held_out
-from crosslace.data.corpus import DatasetSettings, load_corpus
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.data.stdlib import StdlibSettings, build_stdlib
+from crosslace.data.text.corpus import DatasetSettings, load_corpus
+from crosslace.data.worlds import stdlib
+from crosslace.data.worlds.bundled import is_held_out
+from crosslace.data.worlds.stdlib import StdlibSettings, build_stdlib
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 

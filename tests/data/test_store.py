@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from crosslace.data.batch import Batch
 from crosslace.data.errors import UserError
-from crosslace.data.layout import StoreLayout
-from crosslace.data.store import ActivationStore, in_memory_store
-from crosslace.data.writer import StoreWriter, write_store
+from crosslace.data.store.batch import Batch
+from crosslace.data.store.layout import StoreLayout
+from crosslace.data.store.store import ActivationStore, in_memory_store
+from crosslace.data.store.writer import StoreWriter, write_store
 
 N, L, D = 3003, 3, 40
 SITES = ("resid", "mlp_out")

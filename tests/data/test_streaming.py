@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosslace.data.corpus import TokenSequence
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.data.files import LocalFiles
-from crosslace.data.harvest import Harvester, HarvestSettings, harvest
-from crosslace.data.model import LanguageModel
-from crosslace.data.store import ActivationStore
-from crosslace.data.streaming import RingSource, open_streaming
+from crosslace.data.harvest.harvest import Harvester, HarvestSettings, harvest
+from crosslace.data.harvest.streaming import RingSource, open_streaming
+from crosslace.data.models.language_model import LanguageModel
+from crosslace.data.store.files import LocalFiles
+from crosslace.data.store.store import ActivationStore
+from crosslace.data.text.corpus import TokenSequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SETTINGS = HarvestSettings(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from crosslace.launch.cli import main
+from crosslace.launch.cli.main import main
 from filelock import FileLock
 
 QUICK = ["experiment=demo_quick", "wandb.mode=disabled"]

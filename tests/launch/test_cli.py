@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from crosslace.data.errors import UserError
-from crosslace.launch import cache
+from crosslace.launch.verbs import cache
 
 
 def sentence(err: str) -> str:

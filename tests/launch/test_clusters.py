@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from crosslace import Transcoder
-from crosslace.launch import runs
+from crosslace.launch.workspace import runs
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TRAIN = [
@@ -58,7 +58,7 @@ def store(demo: Path) -> Path:
 @pytest.fixture(scope="module")
 def one(store: Path, tmp_path_factory) -> Path:
     """The run of a single process."""
-    from crosslace.launch.cli import main
+    from crosslace.launch.cli.main import main
 
     folder = tmp_path_factory.mktemp("runs") / "one"
     assert main(["train", f"store={store}", f"run={folder}", *TRAIN]) == 0
@@ -129,7 +129,7 @@ def test_harvest_and_evaluation_are_the_same_on_two_processes(demo: Path, tmp_pa
     """`accelerate launch` for the one, torchrun for the other."""
     cache = ["world=tiny", "tokens=4K", "store.held_out=500", "store.shuffle_rows=1000", "store.shard_rows=1024",
              "store.block_rows=64"]  # fmt: skip
-    from crosslace.launch.cli import main
+    from crosslace.launch.cli.main import main
 
     assert main(["cache", f"store={tmp_path / 'a'}", *cache]) == 0
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
@@ -176,7 +176,7 @@ def different(ours, theirs, at: str = "") -> list[str]:
 @pytest.mark.slow
 def test_submitit_gives_a_job_of_two_tasks_one_training(store: Path, one: Path, tmp_path: Path) -> None:
     """The launcher's own path for several processes a job, on submitit's local executor."""
-    from crosslace.launch.cli import main
+    from crosslace.launch.cli.main import main
 
     folder = tmp_path / "sweep"
     words = ["sweep", f"run={folder}", f"store={store}", *TRAIN, "transcoder.skip=false,true", "jobs=1",

@@ -12,8 +12,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from crosslace.launch.cli import main
-from crosslace.launch.job import start
+from crosslace.launch.cli.job import start
+from crosslace.launch.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from crosslace.conf import SECTIONS, VERBS
-from crosslace.launch.describe import closest, known_settings, presets, section_settings
+from crosslace.launch.cli.describe import closest, known_settings, presets, section_settings
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -36,7 +36,7 @@ def test_overview_lists_the_verbs(crosslace) -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from crosslace.launch.cli import main; main(['train', '--help']);"
+        "import sys; from crosslace.launch.cli.main import main; main(['train', '--help']);"
         "heavy = {'torch', 'transformers', 'hydra', 'rich', 'matplotlib', 'zarr'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )

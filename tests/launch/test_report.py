@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from crosslace.data.errors import UserError
-from crosslace.launch.charts import Chart, Series, page, table
-from crosslace.launch.report import evaluated_below, write_report
+from crosslace.launch.pages.charts import Chart, Series, page, table
+from crosslace.launch.verbs.report import evaluated_below, write_report
 
 
 @pytest.fixture(scope="module")

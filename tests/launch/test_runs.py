@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from crosslace.data.errors import UserError
-from crosslace.launch import runs
+from crosslace.launch.workspace import runs
 
 SETTINGS = {"seed": 0, "trainer": {"steps": 10, "log_every": 5}, "wandb": {"mode": "offline"}}
 

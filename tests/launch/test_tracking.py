@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from crosslace.data.errors import SettingsError
-from crosslace.launch.tracking import WandbSettings, WandbSink, sinks
+from crosslace.launch.workspace.tracking import WandbSettings, WandbSink, sinks
 
 BLOCK, HEADER = (
     32768,

@@ -33,7 +33,7 @@ def test_training_begins_with_the_mlps_own_neurons(crosslace, demo: Path, tmp_pa
     def unavailable(*_: object) -> None:
         raise UserError("no model here")
 
-    monkeypatch.setattr("crosslace.launch.train.open_model", unavailable)
+    monkeypatch.setattr("crosslace.launch.verbs.train.open_model", unavailable)
     (tmp_path / "mlp" / "transcoder").rename(tmp_path / "before")
     ended = crosslace(*train, f"run={tmp_path / 'mlp'}", "init=mlp")
     assert ended.code == 0, ended.err

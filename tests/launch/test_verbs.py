@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from crosslace import Transcoder
-from crosslace.launch import runs
+from crosslace.launch.workspace import runs
 
 PROMPT = "the capital of the state containing Dallas is"
 
@@ -73,7 +73,7 @@ def test_a_second_call_does_nothing_again(demo: Path, crosslace, tmp_path: Path)
 
 
 def test_a_demo_that_is_stopped_goes_on(crosslace, tmp_path: Path, demo: Path, monkeypatch) -> None:
-    from crosslace.launch.demo import Demo
+    from crosslace.launch.verbs.demo import Demo
 
     folder = shutil.copytree(demo, tmp_path / "demo")
     for name in ("summary.json", "stages/swap.json", "stages/trace.json", "swap.json"):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from crosslace.data.store import ActivationStore, in_memory_store
+from crosslace.data.store.store import ActivationStore, in_memory_store
 
 
 class Split(NamedTuple):

@@ -8,11 +8,13 @@ import functools
 
 import pytest
 import torch
-from crosslace.train.collectives import SINGLE
-from crosslace.train.gather import Entries, gather_sum, make_entries
-from crosslace.train.objective import Objective, StepInputs, dense_pass, step_loss
-from crosslace.train.optimizers import Optimizers
-from crosslace.train.rows import (
+from crosslace.train.loss.objective import Objective, StepInputs, dense_pass, step_loss
+from crosslace.train.loss.state import Counters, RunningState
+from crosslace.train.parallel.collectives import SINGLE
+from crosslace.train.run.optimizers import Optimizers
+from crosslace.train.settings import TrainerSettings, TranscoderSettings
+from crosslace.train.sparse.entries import Entries, gather_sum, make_entries
+from crosslace.train.sparse.row_gradients import (
     RowGradient,
     RowGradients,
     adam_numbers,
@@ -21,12 +23,10 @@ from crosslace.train.rows import (
     form,
     gradient_norms,
 )
-from crosslace.train.settings import TrainerSettings, TranscoderSettings
-from crosslace.train.sparse import sparse_pass
-from crosslace.train.state import Counters, RunningState
+from crosslace.train.sparse.sparse_pass import sparse_pass
+from crosslace.train.sparse.workspace import Workspace
 from crosslace.train.step import StepParts, objective_of, train_step
-from crosslace.train.transcoder import Transcoder
-from crosslace.train.workspace import Workspace
+from crosslace.train.transcoder.transcoder import Transcoder
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

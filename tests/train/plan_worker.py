@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from crosslace.data.store import ActivationStore
+from crosslace.data.store.store import ActivationStore
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.trainer import Trainer
 

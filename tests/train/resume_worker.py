@@ -7,7 +7,7 @@ import sys
 
 import torch
 from crosslace.data.errors import UserError
-from crosslace.data.store import in_memory_store
+from crosslace.data.store.store import in_memory_store
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.trainer import train
 

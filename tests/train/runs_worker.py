@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from crosslace.data.store import ActivationStore
+from crosslace.data.store.store import ActivationStore
+from crosslace.train.parallel.mesh import ParallelSettings, processes
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
-from crosslace.train.sharding import ParallelSettings, processes
 from crosslace.train.trainer import train
 
 

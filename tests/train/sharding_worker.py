@@ -12,20 +12,21 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from crosslace.train import select, sparse
-from crosslace.train.actives import all_slices
-from crosslace.train.collectives import SINGLE, Collectives
-from crosslace.train.metrics import ReconstructionMetrics
-from crosslace.train.objective import dense_pass, step_loss
-from crosslace.train.optimizers import Optimizers
-from crosslace.train.partition import cut_dim, new_part, part_of, whole_of
-from crosslace.train.resampling import resample
+from crosslace.train.loss.objective import dense_pass, step_loss
+from crosslace.train.loss.state import Counters, RunningState
+from crosslace.train.parallel.collectives import SINGLE, Collectives
+from crosslace.train.parallel.exchange import all_slices
+from crosslace.train.parallel.mesh import ParallelSettings, processes
+from crosslace.train.run.metrics import ReconstructionMetrics
+from crosslace.train.run.optimizers import Optimizers
+from crosslace.train.run.resampling import resample
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
-from crosslace.train.sharding import ParallelSettings, processes
-from crosslace.train.sparse import sparse_pass
-from crosslace.train.state import Counters, RunningState
+from crosslace.train.sparse import active_set as select
+from crosslace.train.sparse import sparse_pass as sparse
+from crosslace.train.sparse.sparse_pass import sparse_pass
 from crosslace.train.step import StepParts, objective_of, step_inputs, train_step
-from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder.partition import cut_dim, new_part, part_of, whole_of
+from crosslace.train.transcoder.transcoder import Transcoder
 
 STEPS, TOKENS, LAYERS, WIDTH, FEATURES = 20, 16, 3, 8, 12
 

@@ -1,6 +1,14 @@
 import pytest
 import torch
-from crosslace.train.activations import above, batchtopk_threshold, jumprelu, rect, step, to_sparse, topk_threshold
+from crosslace.train.transcoder.activations import (
+    above,
+    batchtopk_threshold,
+    jumprelu,
+    rect,
+    step,
+    to_sparse,
+    topk_threshold,
+)
 from torch.autograd import gradcheck
 
 EPS = 0.4

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from crosslace.train import losses
+from crosslace.train.loss import losses
 from torch.autograd import gradcheck
 
 B, L, D, F = 6, 2, 3, 5

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from crosslace.train.activations import to_sparse
-from crosslace.train.metrics import ReconstructionMetrics
+from crosslace.train.run.metrics import ReconstructionMetrics
+from crosslace.train.transcoder.activations import to_sparse
 
 N, L, D, F = 50, 2, 6, 12
 

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from crosslace.train import native
-from crosslace.train.gather import backend
+from crosslace.train.sparse import cpu as native
+from crosslace.train.sparse.entries import backend
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from crosslace.data.errors import UserError
-from crosslace.data.store import in_memory_store
-from crosslace.train.neurons import model_neurons, neurons_of
-from crosslace.train.normalisation import normalisation_of
+from crosslace.data.store.store import in_memory_store
 from crosslace.train.settings import TranscoderSettings
-from crosslace.train.transcoder import Transcoder
-from crosslace.train.warmstart import start_from_neurons
+from crosslace.train.start.neurons import model_neurons, neurons_of
+from crosslace.train.start.warmstart import start_from_neurons
+from crosslace.train.transcoder.normalisation import normalisation_of
+from crosslace.train.transcoder.transcoder import Transcoder
 
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 # norms of some families compute in float32 whatever the dtype

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosslace.data.layout import StoreLayout
-from crosslace.data.writer import write_store
-from crosslace.train.plan import MachineSettings, Shape, make_plan, what_fits
+from crosslace.data.store.layout import StoreLayout
+from crosslace.data.store.writer import write_store
+from crosslace.train.parallel.mesh import ParallelSettings
+from crosslace.train.planning.plan import MachineSettings, Shape, make_plan, what_fits
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
-from crosslace.train.sharding import ParallelSettings
-from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder.transcoder import Transcoder
 
 WORKER = Path(__file__).with_name("plan_worker.py")
 TRAINER = TrainerSettings(batch=4096)

@@ -3,19 +3,19 @@
 import pytest
 import torch
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.train.calibration import calibrated_thresholds
-from crosslace.train.collectives import SINGLE
-from crosslace.train.initialisation import initialise, quantile_bias
-from crosslace.train.neurons import Neurons
-from crosslace.train.normalisation import Normalisation, normalisation_of
-from crosslace.train.objective import StepInputs, choose
-from crosslace.train.optimizers import Optimizers
-from crosslace.train.resampling import deal, resample
-from crosslace.train.schedules import annealed_k, default_lr, learning_rate, ramp
+from crosslace.train.loss.objective import StepInputs, choose
+from crosslace.train.loss.schedules import annealed_k, default_lr, learning_rate, ramp
+from crosslace.train.loss.state import RunningState
+from crosslace.train.parallel.collectives import SINGLE
+from crosslace.train.run.calibration import calibrated_thresholds
+from crosslace.train.run.optimizers import Optimizers
+from crosslace.train.run.resampling import deal, resample
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
-from crosslace.train.state import RunningState
-from crosslace.train.transcoder import Transcoder
-from crosslace.train.warmstart import start_from, start_from_neurons
+from crosslace.train.start.initialisation import initialise, quantile_bias
+from crosslace.train.start.neurons import Neurons
+from crosslace.train.start.warmstart import start_from, start_from_neurons
+from crosslace.train.transcoder.normalisation import Normalisation, normalisation_of
+from crosslace.train.transcoder.transcoder import Transcoder
 
 L, D = 3, 8
 

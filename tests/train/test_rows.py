@@ -4,18 +4,26 @@ import functools
 
 import pytest
 import torch
-from crosslace.train import native, step
-from crosslace.train.collectives import SINGLE
-from crosslace.train.gather import make_entries
-from crosslace.train.objective import dense_pass
-from crosslace.train.optimizers import Optimizers
-from crosslace.train.rows import RowGradient, RowGradients, adam_numbers, adam_rows, form, gradient_norms
+from crosslace.train import step
+from crosslace.train.loss.objective import dense_pass
+from crosslace.train.loss.state import Counters, RunningState
+from crosslace.train.parallel.collectives import SINGLE
+from crosslace.train.run.optimizers import Optimizers
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
-from crosslace.train.sparse import sparse_pass
-from crosslace.train.state import Counters, RunningState
+from crosslace.train.sparse import cpu as native
+from crosslace.train.sparse.entries import make_entries
+from crosslace.train.sparse.row_gradients import (
+    RowGradient,
+    RowGradients,
+    adam_numbers,
+    adam_rows,
+    form,
+    gradient_norms,
+)
+from crosslace.train.sparse.sparse_pass import sparse_pass
+from crosslace.train.sparse.workspace import Workspace
 from crosslace.train.step import StepParts, objective_of, train_step
-from crosslace.train.transcoder import Transcoder
-from crosslace.train.workspace import Workspace
+from crosslace.train.transcoder.transcoder import Transcoder
 from torch import Tensor
 
 L, D, F, B = 3, 8, 40, 24
@@ -26,7 +34,7 @@ def kernels(request, monkeypatch):
     if request.param == "native" and native.load() is None:
         pytest.skip("no C++ compiler")
     monkeypatch.setenv("CROSSLACE_KERNELS", request.param)
-    monkeypatch.setattr("crosslace.train.rows._CHUNK", 5 * D)  # several chunks, the last one short
+    monkeypatch.setattr("crosslace.train.sparse.row_gradients._CHUNK", 5 * D)  # several chunks, the last one short
     return request.param
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from crosslace.data.errors import SettingsError
-from crosslace.train.ranking import kth_largest
-from crosslace.train.sharding import ParallelSettings, processes
+from crosslace.train.parallel.kth_largest import kth_largest
+from crosslace.train.parallel.mesh import ParallelSettings, processes
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from crosslace import Transcoder
-from crosslace.data.layout import StoreLayout
-from crosslace.data.writer import write_store
+from crosslace.data.store.layout import StoreLayout
+from crosslace.data.store.writer import write_store
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
 
 WORKER = Path(__file__).with_name("runs_worker.py")

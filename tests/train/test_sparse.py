@@ -4,13 +4,13 @@ import functools
 
 import pytest
 import torch
-from crosslace.train import native
-from crosslace.train.collectives import SINGLE
-from crosslace.train.objective import Objective, Pass, StepInputs, dense_pass, step_loss
+from crosslace.train.loss.objective import Objective, Pass, StepInputs, dense_pass, step_loss
+from crosslace.train.parallel.collectives import SINGLE
 from crosslace.train.settings import TranscoderSettings
-from crosslace.train.sparse import SPARSE_BELOW, sparse_pass, use_sparse
-from crosslace.train.transcoder import Transcoder
-from crosslace.train.workspace import Room, Workspace
+from crosslace.train.sparse import cpu as native
+from crosslace.train.sparse.sparse_pass import SPARSE_BELOW, sparse_pass, use_sparse
+from crosslace.train.sparse.workspace import Room, Workspace
+from crosslace.train.transcoder.transcoder import Transcoder
 from torch import Tensor
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -172,8 +172,8 @@ def test_thresholds_and_norms_from_outside():
 def as_on_an_accelerator(monkeypatch):
     """The lists of an accelerator, whose lengths are known beforehand, and no host read in sight; on the CPU."""
     monkeypatch.setenv("CROSSLACE_KERNELS", "torch")
-    for module in ("select", "sparse"):
-        monkeypatch.setattr(f"crosslace.train.{module}.read_freely", lambda tensor: False)
+    for module in ("active_set", "sparse_pass"):
+        monkeypatch.setattr(f"crosslace.train.sparse.{module}.read_freely", lambda tensor: False)
 
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk", "batchtopk"])

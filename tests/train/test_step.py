@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from crosslace.train.collectives import SINGLE
-from crosslace.train.objective import dense_pass
-from crosslace.train.optimizers import Optimizers
-from crosslace.train.rows import RowGradient, form
+from crosslace.train.loss.objective import dense_pass
+from crosslace.train.loss.state import Counters, RunningState
+from crosslace.train.parallel.collectives import SINGLE
+from crosslace.train.run.optimizers import Optimizers
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
-from crosslace.train.sparse import sparse_pass
-from crosslace.train.state import Counters, RunningState
+from crosslace.train.sparse.row_gradients import RowGradient, form
+from crosslace.train.sparse.sparse_pass import sparse_pass
+from crosslace.train.sparse.workspace import Workspace
 from crosslace.train.step import StepParts, objective_of, train_step
-from crosslace.train.transcoder import Transcoder
-from crosslace.train.workspace import Workspace
+from crosslace.train.transcoder.transcoder import Transcoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 L, D, F, B = 3, 8, 40, 24
@@ -234,9 +234,9 @@ class Reads(TorchDispatchMode):
 def test_a_step_on_an_accelerator_reads_nothing_back(activation, trainer, options, accumulate, monkeypatch):
     """With the branches that an accelerator takes, and plain operations in place of its kernels."""
     monkeypatch.setenv("CROSSLACE_KERNELS", "torch")
-    for module in ("select", "sparse"):
-        monkeypatch.setattr(f"crosslace.train.{module}.read_freely", lambda tensor: False)
-    monkeypatch.setattr("crosslace.train.rows.RowGradient.chunks", whole_chunk)
+    for module in ("active_set", "sparse_pass"):
+        monkeypatch.setattr(f"crosslace.train.sparse.{module}.read_freely", lambda tensor: False)
+    monkeypatch.setattr("crosslace.train.sparse.row_gradients.RowGradient.chunks", whole_chunk)
     forward = functools.partial(sparse_pass, workspace=Workspace())
     parts = make_parts(activation, {**trainer, "accumulate": accumulate}, forward, **options)
     reference = make_parts(activation, {**trainer, "accumulate": accumulate}, dense_pass, **options)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from crosslace import Transcoder
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.data.store import in_memory_store
-from crosslace.train.checkpoint import Checkpoints, damage
-from crosslace.train.collectives import SingleProcess
+from crosslace.data.store.store import in_memory_store
+from crosslace.train.loss.state import RunningState
+from crosslace.train.parallel.collectives import SingleProcess
+from crosslace.train.run.checkpoint import Checkpoints, damage
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
-from crosslace.train.state import RunningState
 from crosslace.train.step import train_step
 from crosslace.train.trainer import Trainer, train
 

@@ -1,0 +1,198 @@
+"""Edges of a batch of targets: their cotangents pulled back through the frozen layers, read out at every source.
+
+Targets of a batch are sorted by layer, the last first, so that those which a layer concerns are the leading columns of
+one cotangent tensor; a batch holds targets of neighbouring positions, and no position after its last is visited.
+"""
+
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...data.models.language_model import LanguageModel
+from .linear import FrozenLayer, Recording, readout
+from .sources import Sources
+
+
+class Targets(NamedTuple):
+    """Directions whose causes are asked for; columns in any order."""
+
+    layer: Tensor
+    """[B] layer of the model whose MLP would read the direction; n_layers: read from the last residual stream."""
+    position: Tensor
+    """[B]."""
+    direction: Tensor
+    """[B, D] read from the residual stream: norms folded in, divided by their denominators."""
+    own_bias: Tensor
+    """[B] what the target adds by itself: encoder bias, shift of the norm that it reads through, unembedding bias."""
+    value: Tensor
+    """[B] what the model computed: the edges must sum to it."""
+
+    def select(self, ids: Tensor) -> "Targets":
+        """Some of the targets."""
+        return Targets(*(column[ids] for column in self))
+
+
+class Places(NamedTuple):
+    """Where the targets of a batch stand, as numbers at hand on the host: nothing waits for the device."""
+
+    layers: list[int]
+    positions: list[int]
+
+    @staticmethod
+    def of(targets: Targets) -> "Places":
+        """Read back from the device."""
+        return Places(targets.layer.tolist(), targets.position.tolist())
+
+
+class Edges(NamedTuple):
+    """Edges of a batch, transposed: sources by targets."""
+
+    features: Tensor
+    """[K, B], features in run order."""
+    errors: Tensor
+    """[L, T, B]."""
+    embeddings: Tensor
+    """[1 or 2, T, B]: tokens, then positions."""
+    biases: Tensor
+    """[L, T, B]."""
+
+
+class FrozenModel:
+    """Sources and frozen layers of one prompt."""
+
+    def __init__(self, lm: LanguageModel, recording: Recording, sources: Sources, dtype: torch.dtype):
+        self.sources = sources
+        self.parallel = [parts.parallel for parts in lm.layers]
+        self.layers = [FrozenLayer(parts, recording, layer, dtype) for layer, parts in enumerate(lm.layers)]
+        self.n_layers, self.length, self.dtype = lm.n_layers, len(recording.tokens), dtype
+        self.readers = [self._readers(layer) for layer in range(lm.n_layers)]
+
+    def _readers(self, layer: int) -> Tensor | None:
+        """[k, T, H * hd] vectors to be read out against V of a layer: its value bias; at layer 0 the embeddings too,
+        which spares pulling V back into the residual stream there."""
+        frozen = self.layers[layer]
+        vectors = [] if frozen.value_bias is None else [frozen.value_bias[None]]
+        if layer == 0:
+            vectors.append(self.sources.embeddings @ frozen.W_V)
+        return torch.cat(vectors) if vectors else None
+
+    @torch.no_grad()
+    def edges(self, targets: Targets, places: Places) -> Edges:
+        """All edges into a batch of targets, which must be sorted by layer, the last first, then by position."""
+        sources, n = self.sources, len(targets.layer)
+        T, L = self.length, self.n_layers
+        T_seen = max(places.positions) + 1
+        new = {"dtype": self.dtype, "device": targets.direction.device}
+        out = Edges(
+            torch.zeros(len(sources.run_order), n, **new),
+            torch.zeros(L, T, n, **new),
+            torch.zeros(len(sources.embeddings), T, n, **new),
+            torch.zeros(L, T, n, **new),
+        )
+        self._own_bias(targets, out)
+        G = torch.empty(T_seen, targets.direction.shape[1], n, **new)
+        layers = places.layers
+        seen = joined = self._join(G, targets, 0, layers.count(L))
+        for layer in reversed(range(L)):
+            seen = joined
+            joined += layers.count(layer)
+            self._through_layer(layer, G, targets, places.positions[seen:joined], seen, out)
+        return out
+
+    def _own_bias(self, targets: Targets, out: Edges) -> None:
+        """What a target adds by itself counts with the bias node of its own place, the last layer's for logits."""
+        layer = targets.layer.clamp(max=self.n_layers - 1)
+        out.biases[layer, targets.position, torch.arange(len(layer), device=layer.device)] += targets.own_bias
+
+    def _join(self, G: Tensor, targets: Targets, start: int, stop: int) -> int:
+        """Targets start .. stop enter as they are, each at its position alone."""
+        G[:, :, start:stop] = 0
+        columns = torch.arange(start, stop, device=G.device)
+        G[targets.position[start:stop], :, columns] = targets.direction[start:stop]
+        return stop
+
+    def _through_layer(self, layer: int, G: Tensor, targets: Targets, begin: list[int], seen: int, out: Edges) -> None:
+        """From the layer's output to its input: columns :seen come from above, those after them begin here, at
+        positions `begin`."""
+        joined = seen + len(begin)
+        above = G[:, :, :seen]
+        parallel, frozen = self.parallel[layer], self.layers[layer]
+        if seen:
+            after = self._through_mlp(layer, above, out) if parallel else None
+            if parallel:
+                V = frozen.mix(above)
+            else:
+                skipped = self._through_mlp(layer, above, out)
+                if skipped is not None:
+                    above += skipped
+                V = frozen.mix(above)
+            self._read_attention(layer, above, V, out)
+            if after is not None:
+                above += after
+            if layer > 0:
+                frozen.pull(above, V)
+            else:
+                out.embeddings[:, : len(above), :seen] += readout(self.sources.embeddings, above).transpose(0, 1)
+        if joined == seen:
+            return
+        if parallel:  # their MLP reads the layer's input
+            self._join(G, targets, seen, joined)
+            if layer == 0:
+                entered = readout(self.sources.embeddings, G[:, :, seen:joined])
+                out.embeddings[:, : len(G), seen:joined] += entered.transpose(0, 1)
+        else:
+            self._first_step(layer, G, targets, begin, seen, out)
+
+    def _through_mlp(self, layer: int, G: Tensor, out: Edges) -> Tensor | None:
+        """Read out what writes to the layer's MLP output; gives what comes back through a skip connection."""
+        writers, n = self.sources.writers[layer], G.shape[2]
+        for position, run in enumerate(writers.runs[: len(G)]):
+            if run.stop > run.start:
+                rows = writers.decoders[run.offset : run.offset + run.stop - run.start]
+                out.features[run.start : run.stop, :n].addmm_(rows, G[position])
+        found = readout(writers.error_and_bias, G)
+        out.errors[layer, : len(G), :n] += found[:, 0]
+        out.biases[layer, : len(G), :n] += found[:, 1]
+        if writers.skip is None or writers.skip_scale is None:
+            return None
+        return torch.bmm(writers.skip.expand(len(G), -1, -1), G) * writers.skip_scale[: len(G), :, None]
+
+    def _read_attention(self, layer: int, G: Tensor, V: Tensor, out: Edges) -> None:
+        """Read out attention's biases; at layer 0 also the embeddings, as far as attention carries them."""
+        n, written = G.shape[2], self.layers[layer].written_bias
+        if written is not None:
+            out.biases[layer, : len(G), :n] += readout(written[None], G)[:, 0]
+        vectors = self.readers[layer]
+        if vectors is not None:
+            self._book(layer, readout(vectors, V), slice(0, n), out)
+
+    def _book(self, layer: int, found: Tensor, columns: slice, out: Edges) -> None:
+        """What `readers` of a layer found, [T, k, n]."""
+        length = len(found)
+        if self.layers[layer].value_bias is not None:
+            out.biases[layer, :length, columns] += found[:, 0]
+            found = found[:, 1:]
+        if layer == 0:
+            out.embeddings[:, :length, columns] += found.transpose(0, 1)
+
+    def _first_step(self, layer: int, G: Tensor, targets: Targets, begin: list[int], seen: int, out: Edges) -> None:
+        """Targets that read after this layer's attention, position by position."""
+        frozen, vectors = self.layers[layer], self.readers[layer]
+        start = seen
+        for position, same in groupby(begin):
+            columns = slice(start, start + len(list(same)))
+            start = columns.stop
+            W = targets.direction[columns].T.contiguous()
+            by_head, U = frozen.first(W, position)
+            if frozen.written_bias is not None:
+                out.biases[layer, position, columns] += frozen.written_bias[position] @ W
+            if vectors is not None:
+                self._book(layer, frozen.first_readout(vectors, U, position), columns, out)
+            if layer == 0:
+                out.embeddings[:, position, columns] += self.sources.embeddings[:, position] @ W
+            else:
+                G[: position + 1, :, columns] = frozen.spread(by_head, position)
+                G[position, :, columns] += W
+                G[position + 1 :, :, columns] = 0

@@ -1,0 +1,210 @@
+"""All that can be the source of an edge on one prompt: active features, errors, biases and embeddings as vectors.
+
+A feature's edges into a batch of targets are products of its decoder rows, one per layer that it writes to, with the
+targets' cotangents there. So for each layer the decoder rows of all features that write to it are gathered once,
+scaled by their activations and sorted by position: then those of one position are one matrix, and the features that
+they belong to are one run of `run_order`, whatever the reach.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...data.models.language_model import LanguageModel
+from ...train.transcoder.transcoder import Transcoder
+from ..graph.nodes import Nodes
+from .linear import Recording, fold_reading
+
+
+class Run(NamedTuple):
+    """The features at one position that write to one layer."""
+
+    start: int
+    """Where they begin in run order."""
+    stop: int
+    offset: int
+    """Where their decoder rows begin."""
+
+
+@dataclass
+class Writers:
+    """What writes into one layer's MLP output."""
+
+    decoders: Tensor
+    """[n, D] decoder rows times activations, by position."""
+    runs: list[Run]
+    """One per position."""
+    error_and_bias: Tensor
+    """[2, T, D]: what the transcoder leaves over, and its own bias."""
+    skip: Tensor | None
+    """[D, D] that pulls cotangents back through the skip connection."""
+    skip_scale: Tensor | None
+    """[T, 1] by which each position's is multiplied; zero where the model keeps its own output."""
+
+
+class Features(NamedTuple):
+    """Active features, sorted by (layer, position, index)."""
+
+    layer: Tensor
+    """Of the model."""
+    position: Tensor
+    index: Tensor
+    activation: Tensor
+    preactivation: Tensor
+
+
+@dataclass
+class Sources:
+    """The sources of one prompt."""
+
+    features: Features
+    run_order: Tensor
+    """[K] features sorted by (position, layer, index)."""
+    writers: list[Writers]
+    """Per layer of the model."""
+    embeddings: Tensor
+    """[1 or 2, T, D]: token embeddings, and position embeddings where the model has them."""
+
+    def nodes(self, recording: Recording) -> Nodes:
+        """Every node that is a source, in a graph's order (the logits follow)."""
+        T, L, device = len(recording.tokens), len(self.writers), recording.tokens.device
+        positions = torch.arange(T, device=device)
+        none = torch.zeros_like(positions)
+        layer_major = (torch.arange(L, device=device).repeat_interleave(T), positions.repeat(L), none.repeat(L))
+        f = self.features
+        parts = [
+            Nodes.of("feature", f.layer, f.position, f.index, f.activation),
+            Nodes.of("error", *layer_major),
+            Nodes.of("embedding", none - 1, positions, recording.tokens),
+        ]
+        if len(self.embeddings) > 1:
+            parts.append(Nodes.of("position", none - 1, positions, none))
+        return Nodes.join([*parts, Nodes.of("bias", *layer_major)])
+
+
+def reading(lm: LanguageModel, transcoder: Transcoder, recording: Recording, l: int) -> tuple:
+    """What the transcoder reads at covered layer l: the norm that folds into its weights (None for `resid`), that
+    norm's denominators [T, 1] and the site's values [T, D]."""
+    layer = transcoder.layers[l]
+    norm = lm.layers[layer].mlp_norm
+    if transcoder.settings.read == "resid" or norm is None:
+        return None, torch.ones_like(recording.resid[layer][:, :1]), recording.resid[layer]
+    place = "mlp_norm" if (layer, "mlp_norm") in recording.denominators else "attn_norm"
+    return norm, recording.denominators[layer, place], recording.mlp_in[layer]
+
+
+@torch.no_grad()
+def active_features(
+    lm: LanguageModel, transcoder: Transcoder, recording: Recording, keep: Tensor, dtype: torch.dtype
+) -> Features:
+    """Features that fire at positions that are replaced, `~keep [T]`."""
+    found = []
+    for l, layer in enumerate(transcoder.layers):
+        x = reading(lm, transcoder, recording, l)[2].to(dtype)
+        acts = transcoder.encode_layer(x, l).masked_fill(keep[:, None], 0)
+        position, index = acts.nonzero(as_tuple=True)
+        h = transcoder.preactivation(x, l)[position, index]
+        found.append(Features(torch.full_like(position, layer), position, index, acts[position, index], h))
+    return Features(*(torch.cat(column) for column in zip(*found)))
+
+
+@torch.no_grad()
+def find_sources(
+    lm: LanguageModel,
+    transcoder: Transcoder,
+    recording: Recording,
+    features: Features,
+    keep: Tensor,
+    dtype: torch.dtype,
+) -> Sources:
+    """Gather decoder rows, errors, biases and embeddings."""
+    T = len(recording.tokens)
+    # run order: by position, then by (layer, index), which is the order they have already
+    run_order = features.position.argsort(stable=True)
+    rank = torch.empty_like(run_order)
+    rank[run_order] = torch.arange(len(run_order), device=run_order.device)
+    written = _written(transcoder, features, rank, dtype)
+    writers = [
+        _writers(lm, transcoder, recording, features, rank, written, keep, layer, dtype) for layer in range(lm.n_layers)
+    ]
+    embeddings = [lm.embed(recording.tokens), lm.position_embed(T)]
+    stacked = torch.stack([vectors.to(dtype) for vectors in embeddings if vectors is not None])
+    return Sources(features, run_order, writers, stacked)
+
+
+def _written(
+    transcoder: Transcoder, features: Features, rank: Tensor, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """For each covered layer, the features that write to it in run order, and their decoder rows times activations.
+
+    Each source layer's rows are read once, with all that they write.
+    """
+    covered = torch.tensor(transcoder.layers, device=rank.device)
+    counts = (features.layer[:, None] == covered).sum(0).tolist()
+    starts = [0, *itertools.accumulate(counts)]  # features are sorted by layer
+    into = []
+    for l in range(transcoder.n_layers):
+        first = starts[max(0, l - transcoder.reach + 1)]
+        order = rank[first : starts[l + 1]].argsort()
+        into.append((order + first, rank.new_empty(len(order), transcoder.d_model, dtype=dtype)))
+    for l in range(transcoder.n_layers):
+        mine = slice(starts[l], starts[l + 1])
+        rows = transcoder.W_dec[l][features.index[mine]].detach().to(dtype) * features.activation[mine, None, None]
+        for target in range(l, l + transcoder.reach_at(l)):
+            ids, decoders = into[target]
+            here = ((ids >= mine.start) & (ids < mine.stop)).nonzero().squeeze(1)
+            decoders[here] = rows[ids[here] - mine.start, target - l]
+    return into
+
+
+def _writers(
+    lm: LanguageModel,
+    transcoder: Transcoder,
+    recording: Recording,
+    features: Features,
+    rank: Tensor,
+    written: list[tuple[Tensor, Tensor]],
+    keep: Tensor,
+    layer: int,
+    dtype: torch.dtype,
+) -> Writers:
+    """What writes to one layer of the model."""
+    mlp_out = recording.mlp_out[layer].to(dtype)
+    T, D = mlp_out.shape
+    nothing = mlp_out.new_zeros(T, D)
+    if layer not in transcoder.layers:
+        return Writers(mlp_out[:0], [Run(0, 0, 0)] * T, torch.stack([mlp_out, nothing]), None, None)
+    l = transcoder.layers.index(layer)
+    id_n, decoders = written[l]
+    replaced = (~keep)[:, None].to(dtype)
+    bias = transcoder.b_dec[l].detach().to(dtype).expand(T, D)
+    y = nothing.index_add(0, features.position[id_n], decoders)
+    skip = skip_scale = None
+    if len(transcoder.W_skip):
+        norm, denominator, x = reading(lm, transcoder, recording, l)
+        W_skip = transcoder.W_skip[l].detach().to(dtype)
+        y = y + x.to(dtype) @ W_skip.T
+        if norm is not None and norm.bias is not None:
+            shift = W_skip @ norm.bias.to(dtype)
+            bias, y = bias + shift, y - shift
+        skip = fold_reading(W_skip, norm, dtype).T.contiguous()
+        skip_scale = replaced / denominator.to(dtype)
+    error = mlp_out - (y + bias) * replaced
+    return Writers(
+        decoders, _runs(features.position[id_n], rank[id_n], T), torch.stack([error, bias * replaced]), skip, skip_scale
+    )
+
+
+def _runs(position: Tensor, rank: Tensor, length: int) -> list[Run]:
+    """Where each position's features stand, in run order and among the decoder rows."""
+    counts = torch.bincount(position, minlength=length).tolist()
+    runs, offset = [], 0
+    starts = rank.tolist()
+    for count in counts:
+        start = starts[offset] if count else 0
+        runs.append(Run(start, start + count, offset))
+        offset += count
+    return runs

@@ -1,0 +1,256 @@
+"""From a prompt to its attribution graph.
+
+1. One clean forward pass keeps residual streams, attention patterns and norm denominators (`linear.record`).
+2. Active features, errors, biases and embeddings become vectors (`sources`).
+3. Targets (the likely next tokens, then features) are pulled back in batches through the frozen layers, and read out
+   at every source (`backward`): each batch gives whole rows of the graph.
+4. Where `max_nodes` is less than what is active, rows are found in phases: after each, the most influential of the
+   features that have no row yet are next. Features that get none are added to the errors of their places.
+5. The graph is sealed with its accounting: by how much the rows miss what the model computed, what was left out.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...data.errors import Progress, check_choice, check_range, silent
+from ..graph.graph import Graph
+from ..graph.nodes import Nodes
+from ..replacement.memory import memory_named
+from .backward import FrozenModel, Places, Targets
+from .batching import bytes_per_target, fitting_batch, free_memory
+from .linear import record
+from .rows import CappedRows, Rows, StrongestRows, WholeRows
+from .sources import active_features, find_sources
+from .targets import Chosen, Target, choose_targets, feature_targets
+
+if TYPE_CHECKING:
+    from ..replacement.model import ReplacementModel
+
+PHASES = 8
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """How a prompt is traced."""
+
+    max_nodes: int | None = None
+    """Most features that the graph keeps, the most influential ones; the others' effect goes to the errors."""
+
+    max_logits: int = 10
+    """Most next tokens that the graph explains."""
+
+    logit_mass: float = 0.95
+    """Probability that those tokens reach together, where `max_logits` of them suffice."""
+
+    targets: list[str] | None = None
+    """What to explain instead of the likely next tokens: `Austin`, `Austin - Dallas`, `L3:12` (a feature), each with
+    `@5` for another position than the last."""
+
+    batch: int | None = None
+    """Targets that go through the model together; by default as many as fit in half of an accelerator's free memory,
+    128 on a CPU. Fewer take less memory."""
+
+    edges: str = "all"
+    """`all`, or `top-k`: only each target's strongest `top_k` edges from features, the rest going to the errors."""
+
+    top_k: int = 256
+    """Edges from features that each target keeps under edges=top-k."""
+
+    memory: float = 4.0
+    """GiB that the rows of a graph may take in memory. With `max_nodes`, columns of the least influential features
+    are dropped to stay below; without, rows beyond it are mapped from a temporary file."""
+
+    def __post_init__(self) -> None:
+        check_range("trace.max_logits", self.max_logits, 1)
+        check_range("trace.logit_mass", self.logit_mass, 0, 1)
+        if self.batch is not None:
+            check_range("trace.batch", self.batch, 1)
+        check_range("trace.top_k", self.top_k, 1)
+        check_range("trace.memory", self.memory, 0)
+        check_choice("trace.edges", self.edges, ["all", "top-k"])
+        if self.max_nodes is not None:
+            check_range("trace.max_nodes", self.max_nodes, 0)
+
+
+def trace(replacement: "ReplacementModel", prompt: Any, settings: TraceSettings | None = None, **named: Any) -> Any:
+    """The attribution graph of a prompt (text or token ids); of a list of prompts, their graphs.
+
+    `named` overrides single settings; `targets` may then also hold token ids, vectors and `Target`s. `progress` is told
+    how many targets are done.
+    """
+    settings = settings or TraceSettings()
+    wanted, progress = named.pop("targets", settings.targets), named.pop("progress", silent)
+    settings = TraceSettings(**(asdict(settings) | named))
+    if is_several(prompt):
+        return [Tracer(replacement, one, wanted, settings).run(progress) for one in prompt]
+    return Tracer(replacement, prompt, wanted, settings).run(progress)
+
+
+def is_several(prompt: Any) -> bool:
+    """Whether this is a list of prompts: of texts, or of lists of token ids; or a tensor with one a row."""
+    if isinstance(prompt, Tensor):
+        return prompt.dim() > 1
+    if not isinstance(prompt, list | tuple) or not prompt:
+        return False
+    first = prompt[0]
+    return isinstance(first, str | list | tuple) or (isinstance(first, Tensor) and first.dim() > 0)
+
+
+class Tracer:
+    """The steps of one graph."""
+
+    def __init__(
+        self,
+        replacement: "ReplacementModel",
+        prompt: str | Sequence[int] | Tensor,
+        wanted: Any,
+        settings: TraceSettings,
+    ):
+        self.lm, self.transcoder, self.settings = replacement.lm, replacement.transcoder, settings
+        self.prompt = prompt
+        self.tokens = self.lm.tokenize(prompt)
+        self.replacement = replacement
+        if isinstance(wanted, str | int | Tensor | Target):  # one alone
+            wanted = [wanted]
+        self.wanted = None if wanted is None else [Target.parse(one, len(self.tokens)) for one in wanted]
+        self.dtype = torch.promote_types(self.transcoder.dtype, torch.float32)
+        self.done = 0
+        self.batch = 0
+        self.largest_violation = self.largest_relative = torch.zeros(())
+
+    def run(self, progress: Progress = silent) -> Graph:
+        """Trace the prompt."""
+        with memory_named("trace.batch or trace.max_nodes"):
+            return self._run(progress)
+
+    @torch.no_grad()
+    def _run(self, progress: Progress) -> Graph:
+        lm, transcoder, settings, dtype = self.lm, self.transcoder, self.settings, self.dtype
+        started = time.perf_counter()
+        recording = record(lm, self.tokens)
+        resid = {layer: x[None] for layer, x in enumerate(recording.resid)}
+        keep = self.replacement.keep_mask(self.tokens[None], resid=resid)[0]
+        features = active_features(lm, transcoder, recording, keep, dtype)
+        chosen = choose_targets(lm, transcoder, recording, self.wanted, settings.max_logits, settings.logit_mass, dtype)
+        sources = find_sources(lm, transcoder, recording, features, keep, dtype)
+        of_features = feature_targets(lm, transcoder, recording, features, dtype)
+        frozen = FrozenModel(lm, recording, sources, dtype)
+        nodes = with_logits(sources.nodes(recording), chosen, lm)
+        n_features = len(features.layer)
+        most = n_features if settings.max_nodes is None else min(settings.max_nodes, n_features)
+        common = nodes, chosen.probabilities, sources.run_order, most, dtype
+        rows: Rows
+        if settings.edges == "top-k" and settings.top_k < n_features:
+            rows = StrongestRows(*common, top_k=settings.top_k)
+        else:
+            rows = (CappedRows if most < n_features else WholeRows)(*common, most_bytes=settings.memory * 2**30)
+        del recording
+        self.batch = settings.batch or self._fitting_batch(len(nodes), rows.total)
+
+        progress("tracing", 0, most + len(chosen.tokens))
+        first_logit = len(nodes) - len(chosen.tokens)
+        todo = torch.arange(first_logit, len(nodes), device=self.tokens.device)
+        self._add(rows, frozen, chosen.targets, todo, todo - first_logit, progress, most)
+        while rows.filled < rows.total:
+            if rows.capped:
+                left = rows.total - rows.filled
+                ids = rows.next_features(min(left, max(self.batch, -(-most // PHASES))))
+                if len(ids) == 0:  # no other feature has any influence
+                    break
+            else:
+                ids = torch.arange(n_features, device=self.tokens.device)
+            self._add(rows, frozen, of_features, ids, ids, progress, most)
+
+        progress("tracing", self.done, self.done)  # where no other feature has influence, sooner than planned
+        nodes, found, left_out = rows.finish()
+        kept = int(nodes.mask("feature").sum())
+        return Graph(
+            stored=found,
+            nodes=nodes,
+            probabilities=chosen.probabilities,
+            tokens=self.tokens.tolist(),
+            token_strings=lm.token_strings(self.tokens),
+            left_out=left_out,
+            metadata=self._metadata(n_features, n_features - kept, time.perf_counter() - started),
+        )
+
+    def _add(
+        self,
+        rows: Rows,
+        frozen: FrozenModel,
+        targets: Targets,
+        ids: Tensor,
+        columns: Tensor,
+        progress: Progress,
+        most: int,
+    ) -> None:
+        """Find the rows of nodes `ids`, which are `columns` of `targets`, in batches of neighbouring positions."""
+        # the plan is made on the CPU at once: no batch has to wait for the device to say what it holds
+        layer, position = targets.layer[columns].cpu(), targets.position[columns].cpu()
+        order = position.argsort(stable=True)
+        for some in order.split(self.batch):
+            some = some[(position[some] - layer[some] * frozen.length).argsort(stable=True)]  # the last layer first
+            places = Places(layer[some].tolist(), position[some].tolist())
+            some = some.to(ids.device, non_blocking=True)
+            batch = targets.select(columns[some])
+            sums = rows.add(ids[some], frozen.edges(batch, places), places.layers)
+            self._account(sums, batch.value)
+            self.done += len(some)
+            progress("tracing", self.done, most + len(rows.probabilities))
+
+    def _fitting_batch(self, n_nodes: int, targets: int) -> int:
+        """As many targets together as memory allows."""
+        lm = self.lm
+        heads = max(parts.n_heads * parts.head_dim for parts in lm.layers)
+        each = bytes_per_target(len(self.tokens), lm.d_model, heads, n_nodes, self.dtype.itemsize)
+        return fitting_batch(each, free_memory(lm.device), targets)
+
+    def _account(self, sums: Tensor, value: Tensor) -> None:
+        """Identity 2: edges sum to what the model computed. Stays on the device until the end."""
+        violation = (sums - value).abs()
+        self.largest_violation = torch.maximum(violation.max(), self.largest_violation.to(violation))
+        relative = violation / value.abs().clamp(min=1)
+        self.largest_relative = torch.maximum(relative.max(), self.largest_relative.to(violation))
+
+    def _metadata(self, active: int, left_out: int, seconds: float) -> dict[str, Any]:
+        lm, transcoder = self.lm, self.transcoder
+        prompt = self.prompt if isinstance(self.prompt, str) else "".join(lm.token_strings(self.tokens))
+        return {
+            "prompt": prompt,
+            "model": {"name": lm.name, "revision": lm.revision, "fingerprint": lm.fingerprint, "family": lm.family},
+            "n_layers": lm.n_layers,
+            "transcoder": {
+                "kind": transcoder.kind,
+                "reach": transcoder.reach,
+                "read": transcoder.settings.read,
+                "skip": transcoder.settings.skip,
+                "activation": transcoder.settings.activation,
+                "layers": transcoder.layers,
+                "features": transcoder.features,
+            },
+            "settings": asdict(self.settings)
+            | {"batch": self.batch, "targets": None if self.wanted is None else [str(one) for one in self.wanted]},
+            "seconds": round(seconds, 3),
+            "accounting": {
+                "active_features": active,
+                "left_out_features": left_out,
+                "largest_violation": float(self.largest_violation),
+                "largest_relative_violation": float(self.largest_relative),
+            },
+        }
+
+
+def with_logits(sources: Nodes, chosen: Chosen, lm: Any) -> Nodes:
+    """All nodes of a graph: its sources, then what it explains."""
+    targets, device = chosen.targets, chosen.targets.layer.device
+    tokens = torch.tensor(chosen.tokens, device=device)
+    # a logit stands after the last layer; so does a feature that is a target, which nothing reads from
+    layer = torch.full_like(targets.layer, lm.n_layers)
+    logits = Nodes.of("logit", layer, targets.position, tokens, targets.value)
+    logits.labels = dict(enumerate(chosen.labels))
+    return Nodes.join([sources, logits])

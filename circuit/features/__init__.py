@@ -1,0 +1,1 @@
+"""What a feature is: examples, dashboards, labels, concepts."""

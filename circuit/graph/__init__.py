@@ -1,0 +1,1 @@
+"""The graph itself: nodes, edges, influence, paths, supernodes."""

@@ -1,0 +1,1 @@
+"""How good a transcoder and its graphs are."""

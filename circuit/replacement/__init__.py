@@ -1,0 +1,1 @@
+"""The language model with its MLPs replaced, and interventions on it."""

@@ -1,0 +1,358 @@
+"""Carrying interventions out: set features of a prompt and see what the model does (SPEC 3).
+
+An intervention fixes a feature's activation; the change from its clean activation times the feature's decoder is what
+it writes. How the rest of the model answers is the mode:
+
+- `direct`: attention patterns, norm denominators and all MLP outputs stay as in the clean run. What reaches the logits
+  and later features is the exact linear effect; no other feature changes.
+- `constrained`: the same inside a range of layers; after it the model itself is live, its own MLPs included. What a set
+  feature writes to layers past the range is added to their live outputs; `past_range=False` leaves that out. (Measured
+  on the bundled world with a CLT, adding it agrees better with graphs: it is what a changed feature does.)
+- `free`: attention and norms are live, features are encoded anew at every layer and pass the change on; errors stay.
+
+There are two runs over the same tokens, one clean and one with a row per group of interventions. In generation both
+advance step by step, each with its own cache, so that a clean activation exists at every new token as well; as the
+groups' texts part, the clean run has a row per group too.
+"""
+
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...data.errors import UserError, check_choice
+from .memory import memory_named
+from .requests import MODES, Generation, Intervention, InterventionResult, Mode, Node, Prompt, covered_positions
+from .substitute import add_written
+
+if TYPE_CHECKING:
+    from .model import CleanRun, ReplacementModel
+
+
+def check_intervention(rm: "ReplacementModel", it: Intervention) -> None:
+    """Refuse a layer or a feature that the transcoder does not have."""
+    layers = rm.transcoder.layers
+    if it.layer not in layers:
+        raise UserError(f"set: layer {it.layer} has no features; the transcoder covers layers {layers}")
+    n = rm.transcoder.features[layers.index(it.layer)]
+    if not 0 <= it.feature < n:
+        raise UserError(f"set: layer {it.layer} has features 0 to {n - 1}, not {it.feature}")
+
+
+class _Patches:
+    """Activations of other prompts, each run once."""
+
+    def __init__(self, rm: "ReplacementModel"):
+        self.rm = rm
+        self._acts: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
+
+    def activation(self, it: Intervention, position: int) -> float:
+        tokens = self.rm.lm.tokenize(it.patch_from)  # type: ignore[arg-type]
+        key = tuple(tokens.tolist())
+        if key not in self._acts:
+            self._acts[key] = self.rm.activations(tokens), self.rm.keep_mask(tokens)
+        acts, keep = self._acts[key]
+        at = it.patch_position
+        if at is None:
+            at = it.position if isinstance(it.position, int) and it.position < 0 else position
+        at = at + len(tokens) if at < 0 else at
+        if not 0 <= at < len(tokens) or keep[at]:
+            reason = "is masked there" if 0 <= at < len(tokens) else f"has {len(tokens)} tokens"
+            raise UserError(f"set: position {at} of patch_from holds no features, it {reason}; give patch_position")
+        return acts[self.rm.transcoder.layers.index(it.layer)][at, it.feature].item()
+
+
+class _Changes(NamedTuple):
+    """Activations to set in one covered layer, [n] each; positions count within the step."""
+
+    row: Tensor
+    position: Tensor
+    feature: Tensor
+    value: Tensor
+
+
+@dataclass
+class _Step:
+    """What one step of both runs gave."""
+
+    clean: "CleanRun"
+    logits: Tensor  # [R, T, V]; the clean run has one row or R
+    reads: dict[int, Tensor]  # covered model layer -> [R, T, D]
+    fixed: list[dict[Node, float]]  # one a row
+
+
+class _Runs:
+    """The clean run and the changed one, side by side. One step over a whole prompt, or several with caches."""
+
+    def __init__(
+        self,
+        rm: "ReplacementModel",
+        groups: Sequence[Sequence[Intervention]],
+        mode: Mode,
+        layers: Collection[int] | None,
+        past_range: bool,
+        prompt_length: int,
+        cached: bool = False,
+    ):
+        check_choice("mode", mode, MODES)
+        for it in (it for group in groups for it in group):
+            check_intervention(rm, it)
+        self.rm, self.groups, self.mode, self.past_range = rm, groups, mode, past_range
+        self.prompt_length, self.seen = prompt_length, 0
+        self.frozen = self._frozen_layers(layers)
+        self.patches = _Patches(rm)
+        self.number = {layer: l for l, layer in enumerate(rm.transcoder.layers)}
+        self.clean_cache = rm.lm.new_cache() if cached else None
+        self.cache = rm.lm.new_cache() if cached else None
+
+    def _frozen_layers(self, layers: Collection[int] | None) -> frozenset[int]:
+        """Layers whose attention, norms and MLP output stay as in the clean run."""
+        n_layers, touched = self.rm.lm.n_layers, {it.layer for group in self.groups for it in group}
+        if self.mode != "constrained":
+            if layers is not None:
+                raise UserError(f"layers={list(layers)} belongs to mode=constrained; mode={self.mode} takes none")
+            return frozenset(range(n_layers) if self.mode == "direct" else ())
+        frozen = frozenset(range(max(touched, default=-1) + 1) if layers is None else layers)
+        if not frozen <= set(range(n_layers)):
+            raise UserError(f"layers={sorted(frozen)} goes beyond the model's layers 0 to {n_layers - 1}")
+        if not touched <= frozen:
+            raise UserError(f"layer {min(touched - frozen)} is changed but lies outside layers={sorted(frozen)}")
+        return frozen
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> _Step:
+        """Both runs over the next tokens: [1, T] of all groups, or [R, T]."""
+        clean = self.rm.clean(tokens, self.clean_cache, self.seen, attention=self.frozen)
+        clean_acts = self.rm.features(clean)
+        changes, fixed = self._changes(clean, clean_acts)
+        reads: dict[int, Tensor] = {}
+        write = (
+            self._free(clean, clean_acts, changes) if self.mode == "free" else self._fixed(clean, clean_acts, changes)
+        )
+
+        def overwrite(layer: int, sites: dict[str, Tensor]) -> Tensor | None:
+            if layer in self.number:
+                reads[layer] = sites[self.rm.transcoder.settings.read]
+            return write(layer, sites)
+
+        lm, rows = self.rm.lm, tokens.expand(len(self.groups), -1)
+        with ExitStack() as stack:
+            stack.enter_context(lm.freeze_attention({layer: clean.patterns[layer] for layer in self.frozen}))
+            norms = {key: value for key, value in clean.denominators.items() if self._norm_frozen(key[0])}
+            stack.enter_context(lm.freeze_norms(norms))
+            stack.enter_context(lm.overwrite(overwrite))
+            logits = lm(rows, cache=self.cache)
+        self.seen += tokens.shape[1]
+        return _Step(clean, logits, reads, fixed)
+
+    def _norm_frozen(self, layer: int) -> bool:
+        return layer in self.frozen or self.mode == "direct"
+
+    def _changes(self, clean: "CleanRun", clean_acts: list[Tensor]) -> tuple[dict[int, _Changes], list[dict]]:
+        """Per covered layer the activations to set in this step, and per row the same by node."""
+        fixed: list[dict[Node, float]] = [{} for _ in self.groups]
+        length = clean.tokens.shape[1]
+        for row, it in ((row, it) for row, group in enumerate(self.groups) for it in group):
+            for position in covered_positions(it, self.prompt_length, self.seen + length):
+                at = position - self.seen
+                own = row if len(clean.tokens) > 1 else 0
+                if at < 0 or not self._replaced(clean, own, it, at):
+                    continue
+                node = Node(it.layer, position, it.feature)
+                if node in fixed[row]:
+                    raise UserError(f"set: layer {it.layer} feature {it.feature} is set twice at position {position}")
+                fixed[row][node] = self._value(it, position, clean_acts[self.number[it.layer]][own, at])
+        return {l: self._gathered(l, fixed, clean_acts[l]) for l in self.number.values()}, fixed
+
+    def _replaced(self, clean: "CleanRun", row: int, it: Intervention, at: int) -> bool:
+        """Whether a position holds features; one that was asked for by number must."""
+        if not clean.keep[row, at]:
+            return True
+        if isinstance(it.position, slice):
+            return False
+        raise UserError(
+            f"set: position {it.position} keeps the model's own output (it is first, BOS or a sink) and has no features"
+        )
+
+    def _value(self, it: Intervention, position: int, acts_F: Tensor) -> float:
+        if it.value is not None:
+            return float(it.value)
+        if it.times is not None:
+            return it.times * acts_F[it.feature].item()
+        return self.patches.activation(it, position)
+
+    def _gathered(self, l: int, fixed: list[dict[Node, float]], acts_BTF: Tensor) -> _Changes:
+        layer, device = self.rm.transcoder.layers[l], acts_BTF.device
+        found = [
+            (row, node.position - self.seen, node.feature, value)
+            for row, nodes in enumerate(fixed)
+            for node, value in nodes.items()
+            if node.layer == layer
+        ]
+        where = torch.tensor([entry[:3] for entry in found], dtype=torch.long, device=device).reshape(-1, 3)
+        value = torch.tensor([entry[3] for entry in found], dtype=acts_BTF.dtype, device=device)
+        return _Changes(where[:, 0], where[:, 1], where[:, 2], value)
+
+    def _fixed(self, clean: "CleanRun", clean_acts: list[Tensor], changes: dict[int, _Changes]) -> Any:
+        """MLP outputs in the modes direct and constrained: the clean ones plus what the set features write."""
+        written: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # rows, positions [n], vectors [n, D]
+        for l, (row, position, feature, value) in changes.items():
+            change = value - clean_acts[l][row if len(clean.tokens) > 1 else 0, position, feature]
+            vectors = change[:, None, None] * self.rm.transcoder.W_dec[l][feature]
+            for offset, part in enumerate(vectors.unbind(1)):
+                written.setdefault(l + offset, []).append((row, position, part))
+
+        def write(layer: int, sites: dict[str, Tensor]) -> Tensor | None:
+            frozen = layer in self.frozen
+            if not frozen and not self.past_range:
+                return None
+            own = sites["mlp_out"]
+            out = (clean.mlp_out[layer].expand_as(own) if frozen else own).clone()
+            for row, position, part in written.get(self.number.get(layer, -1), []):
+                out.index_put_((row, position), part.to(out.dtype), accumulate=True)
+            return out
+
+        return write
+
+    def _free(self, clean: "CleanRun", clean_acts: list[Tensor], changes: dict[int, _Changes]) -> Any:
+        """MLP outputs in the mode free: the clean ones plus the change of all features, encoded anew."""
+        transcoder = self.rm.transcoder
+        written: dict[int, Tensor] = {}
+
+        def write(layer: int, sites: dict[str, Tensor]) -> Tensor | None:
+            if layer not in self.number:
+                return None
+            l, own = self.number[layer], sites["mlp_out"]
+            x = sites[transcoder.settings.read].to(transcoder.dtype)
+            acts_RTF = transcoder.encode_layer(x, l) * ~clean.keep[..., None]
+            row, position, feature, value = changes[l]
+            acts_RTF[row, position, feature] = value
+            change = acts_RTF - clean_acts[l]
+            add_written(written, l, transcoder.decode_from(l, change.flatten(0, 1)).unflatten(0, own.shape[:2]))
+            y = written.pop(l)
+            if len(transcoder.W_skip):
+                y = y + (x - clean.read[layer].to(x.dtype)) @ transcoder.W_skip[l].T
+            return torch.where(clean.keep[..., None], own, clean.mlp_out[layer] + y.to(own.dtype))
+
+        return write
+
+
+def intervene_many(
+    rm: "ReplacementModel",
+    prompt: Prompt,
+    groups: Sequence[Sequence[Intervention]],
+    mode: Mode = "free",
+    layers: Collection[int] | None = None,
+    past_range: bool = True,
+    batch: int = 32,
+) -> list[InterventionResult]:
+    """Each group of interventions by itself on one prompt, `batch` groups in one forward pass.
+
+    `layers` is the frozen range of mode `constrained`, by default from the first layer to the group's last one.
+    """
+    tokens = rm.lm.tokenize(prompt)
+    results: dict[int, InterventionResult] = {}
+    for chosen in _batches(groups, batch, together=mode != "constrained" or layers is not None):
+        runs = _Runs(rm, [groups[number] for number in chosen], mode, layers, past_range, len(tokens))
+        with memory_named(f"batch (now {batch}) or the prompt"):
+            step = runs.step(tokens[None])
+        clean_reads = {layer: step.clean.read[layer][0] for layer in rm.transcoder.layers}
+        for row, number in enumerate(chosen):
+            results[number] = InterventionResult(
+                tokens=tokens,
+                logits=step.logits[row],
+                clean_logits=step.clean.logits[0],
+                keep=step.clean.keep[0],
+                reads={layer: read[row] for layer, read in step.reads.items()},
+                clean_reads=clean_reads,
+                fixed=step.fixed[row],
+                transcoder=rm.transcoder,
+            )
+    return [results[number] for number in range(len(groups))]
+
+
+def _batches(groups: Sequence[Sequence[Intervention]], batch: int, together: bool) -> list[list[int]]:
+    """Numbers of the groups that run in one pass; unless all go `together`, those whose last layer is the same."""
+    alike: dict[int, list[int]] = {}
+    for number, group in enumerate(groups):
+        alike.setdefault(0 if together else max((it.layer for it in group), default=-1), []).append(number)
+    return [same[first : first + batch] for same in alike.values() for first in range(0, len(same), batch)]
+
+
+@torch.no_grad()
+def generate_many(
+    rm: "ReplacementModel",
+    prompt: Prompt,
+    groups: Sequence[Sequence[Intervention]],
+    max_new_tokens: int = 20,
+    mode: Mode = "free",
+    layers: Collection[int] | None = None,
+    past_range: bool = True,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch: int = 32,
+) -> list[Generation]:
+    """Go on from a prompt under each group of interventions, `batch` groups together, with a KV cache, until all texts
+    end or the context is full.
+
+    Temperature 0 takes the likeliest token; otherwise each group draws from a random state of its own. Clean
+    activations, patterns and denominators at a new token are those of the unchanged model on the same tokens.
+    """
+    tokens = rm.lm.tokenize(prompt)
+    found: dict[int, Generation] = {}
+    for chosen in _batches(groups, batch, together=mode != "constrained" or layers is not None):
+        some = [groups[number] for number in chosen]
+        with memory_named(f"batch (now {batch}), max_new_tokens or the prompt"):
+            runs = _Runs(rm, some, mode, layers, past_range, len(tokens), cached=True)
+            draw = _Draw(len(some), temperature, seed, tokens.device)
+            found |= zip(chosen, _go_on(rm, tokens, runs, draw, max_new_tokens))
+    return [found[number] for number in range(len(groups))]
+
+
+class _Draw:
+    """Next tokens, each row from random numbers of its own: what a row draws does not depend on those beside it."""
+
+    def __init__(self, rows: int, temperature: float, seed: int, device: torch.device):
+        self.temperature = temperature
+        self.random = [torch.Generator(device=device).manual_seed(seed) for _ in range(rows)]
+
+    def __call__(self, logits_RV: Tensor) -> Tensor:
+        if self.temperature <= 0:
+            return logits_RV.argmax(-1)
+        p_RV = (logits_RV.float() / self.temperature).softmax(-1)
+        return torch.cat([torch.multinomial(p, 1, generator=random) for p, random in zip(p_RV, self.random)])
+
+
+def _go_on(rm: "ReplacementModel", prompt: Tensor, runs: _Runs, draw: _Draw, max_new_tokens: int) -> list[Generation]:
+    """Texts of the groups of one batch. A row that has ended goes on unseen until all have."""
+    R, ends = len(runs.groups), torch.tensor(sorted(rm.lm.end_tokens), dtype=torch.long, device=prompt.device)
+    step = first = runs.step(prompt[None])
+    if R > 1 and runs.clean_cache is not None:
+        runs.clean_cache.batch_repeat_interleave(R)
+    new = prompt.new_zeros(R, 0)
+    over = torch.zeros(R, dtype=torch.bool, device=prompt.device)
+    for number in range(min(max_new_tokens, rm.lm.context_length - len(prompt))):
+        next_R = draw(step.logits[:, -1])
+        new = torch.cat([new, next_R[:, None]], 1)
+        over |= torch.isin(next_R, ends)
+        if bool(over.all()) or number + 1 == max_new_tokens:
+            break
+        step = runs.step(next_R[:, None])
+    clean = first.clean.logits[0, -1].float().softmax(-1)
+    return [
+        _generation(rm, prompt, _until_end(row, ends), clean, first.logits[number, -1].float().softmax(-1))
+        for number, row in enumerate(new)
+    ]
+
+
+def _until_end(new: Tensor, ends: Tensor) -> Tensor:
+    """New tokens up to the first that ends a text, which is the last one kept."""
+    end = torch.isin(new, ends).nonzero()
+    return new[: int(end[0]) + 1] if len(end) else new
+
+
+def _generation(rm: "ReplacementModel", prompt: Tensor, new: Tensor, clean: Tensor, steered: Tensor) -> Generation:
+    return Generation(torch.cat([prompt, new]), len(prompt), rm.lm.text(new), clean, steered)

@@ -1,0 +1,389 @@
+"""Runs the model over a corpus once and keeps what its layers read and write.
+
+1. The plan (`plan.py`): which sequences fill which window of rows; windows fall to processes in turn.
+2. A sample: the median norm of each layer's residual stream, by which sinks are told, and for int8 each channel's size.
+3. For each window: forward passes of a token budget, and behind them a thread that takes each pass's sites, drops the
+   masked positions, sums the statistics and copies the rows off the device while the next pass computes.
+4. A full window is shuffled and written (`writer.py`) while the next one fills.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Progress, SettingsError, UserError, check_choice, check_range, silent
+from ..models.attention_sinks import SinkRule
+from ..models.language_model import SITES, LanguageModel
+from ..store.codecs import DTYPES
+from ..store.files import open_files
+from ..store.image import Rows
+from ..store.layout import BLOCK_ROWS, StoreLayout
+from ..store.reader import HELD_OUT
+from ..store.window import Window
+from ..store.writer import SHUFFLE_ROWS, StoreWriter, default_memory, int8_attributes
+from ..text.corpus import TokenSequence
+from ..units import format_bytes, parse_bytes, parse_count
+from .behind import Behind
+from .window_plan import PlannedWindow, Sampling, Text, batches, plan_windows
+
+
+@dataclass(frozen=True)
+class HarvestSettings:
+    path: str = ""
+    """Folder or fsspec URL of the store."""
+
+    mode: str = "disk"
+    """`disk` keeps all rows; `streaming` keeps a ring of them that is refilled while training goes on."""
+
+    budget: str = "50GB"
+    """Disk that a streaming store may take."""
+
+    dtype: str = "auto"
+    """`float32`, `float16`, `bfloat16`, `int8`, or `auto`: bfloat16 for a bfloat16 model, float16 for others."""
+
+    tokens: str = "10M"
+    """Rows to keep for training, such as 200K, 100M or 1B; fewer where the corpus ends before."""
+
+    held_out: str = "auto"
+    """Rows to keep for evaluation; `auto` is a twentieth of the training rows, at most 256K; 0 for none."""
+
+    layers: list[int] | None = None
+    """Layers to keep, negative ones counted from the last; all if not given."""
+
+    sites: list[str] = field(default_factory=lambda: ["resid", "mlp_out"])
+    """Sites to keep, of `resid`, `mlp_in` and `mlp_out`."""
+
+    fraction: float = 1.0
+    """Share of the positions to keep, drawn at random."""
+
+    sink_multiple: float = 10.0
+    """Positions whose residual stream is larger than this many medians are masked as attention sinks."""
+
+    sample_tokens: int = 16384
+    """Tokens that the medians are found on."""
+
+    batch_tokens: int = 16384
+    """Tokens per forward pass."""
+
+    shuffle_rows: int = SHUFFLE_ROWS
+    """Rows across which rows are shuffled before they are written, at least."""
+
+    memory: str = "auto"
+    """Memory for rows that wait to be shuffled, such as 8GB; a quarter of the machine's by default, disk beyond it."""
+
+    block_rows: int = BLOCK_ROWS
+    """Rows that stay together in every epoch."""
+
+    shard_rows: int = 0
+    """Rows per file; 0 chooses about 128 MiB of each site."""
+
+    seed: int = 0
+    """Of the shuffle."""
+
+    def __post_init__(self):
+        check_choice("store.mode", self.mode, ["disk", "streaming"])
+        check_choice("store.dtype", self.dtype, ["auto", *DTYPES])
+        for site in self.sites:
+            check_choice("store.sites", site, SITES)
+        if self.layers == []:
+            raise SettingsError("store.layers is empty; leave it out to keep all layers")
+        if not self.sites:
+            raise SettingsError("store.sites is empty; it takes some of resid, mlp_in, mlp_out")
+        check_range("store.tokens", parse_count(self.tokens), low=1)
+        parse_bytes(self.budget)
+        check_range("store.fraction", self.fraction, low=1e-6, high=1.0)
+        check_range("store.sink_multiple", self.sink_multiple, low=1.0)
+        for name in ("sample_tokens", "batch_tokens", "shuffle_rows", "block_rows"):
+            check_range(f"store.{name}", getattr(self, name), low=1)
+        if self.shard_rows % self.block_rows:
+            raise SettingsError(
+                f"store.shard_rows={self.shard_rows} is no multiple of store.block_rows={self.block_rows}"
+            )
+
+    @property
+    def train_rows(self) -> int:
+        return parse_count(self.tokens)
+
+    @property
+    def held_out_rows(self) -> int:
+        if self.held_out == "auto":
+            return min(self.train_rows // 20, 1 << 18)
+        return parse_count(self.held_out, "store.held_out")
+
+    def memory_bytes(self, processes: int = 1) -> int:
+        return (default_memory() if self.memory == "auto" else parse_bytes(self.memory, "store.memory")) // processes
+
+
+def make_layout(lm: LanguageModel, settings: HarvestSettings) -> StoreLayout:
+    """The layout of a model's store."""
+    layers = range(lm.n_layers) if settings.layers is None else settings.layers
+    for layer in layers:
+        if not -lm.n_layers <= layer < lm.n_layers:
+            raise SettingsError(
+                f"store.layers={settings.layers} names layer {layer} of a model of {lm.n_layers} layers"
+            )
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if lm.dtype == torch.bfloat16 else "float16"
+    return StoreLayout(
+        tuple(dict.fromkeys(settings.sites)),
+        tuple(sorted({layer % lm.n_layers for layer in layers})),
+        lm.d_model,
+        dtype,
+        settings.block_rows,
+        settings.shard_rows,
+    )
+
+
+def weigh(lm: LanguageModel, settings: HarvestSettings) -> tuple[int, int | None]:
+    """Bytes that the store will take at most, and bytes that are free (None where nobody can tell)."""
+    layout = make_layout(lm, settings)
+    size = layout.total_bytes(settings.train_rows) + layout.total_bytes(settings.held_out_rows)
+    return size, open_files(settings.path).free()
+
+
+class Harvester:
+    """A model, a corpus and the settings that say which of its activations are kept."""
+
+    def __init__(self, lm: LanguageModel, corpus: Text, settings: HarvestSettings):
+        self.lm, self.corpus, self.settings = lm, corpus, settings
+        self.layout = make_layout(lm, settings)
+        self.sampling = Sampling(lm.bos, settings.fraction, settings.seed)
+        self.rule = SinkRule(lm.bos, settings.sink_multiple, {})
+        self.margin = 0.0
+        self.channel_scale: dict[str, Tensor] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides the bytes of the store, beside its layout."""
+        lm, settings = self.lm, self.settings
+        names = ("tokens", "held_out", "fraction", "sink_multiple", "sample_tokens", "batch_tokens", "shuffle_rows")
+        return {
+            "model": {
+                "name": PurePath(lm.name).name if PurePath(lm.name).is_absolute() else lm.name,
+                "revision": lm.revision,
+                "fingerprint": lm.fingerprint,
+                "family": lm.family,
+                "dtype": str(lm.dtype).removeprefix("torch."),
+            },
+            "tokenizer": {"name": type(lm.tokenizer).__name__, "fingerprint": tokenizer_fingerprint(lm)},
+            "dataset": {"fingerprint": self.corpus.fingerprint},
+            "seed": settings.seed,
+            "settings": {name: value for name, value in asdict(settings).items() if name in names},
+        }
+
+    def attributes(self) -> dict[str, Any]:
+        """What the sample told."""
+        found: dict[str, Any] = {"masked": self.rule.to_attributes()}
+        if self.channel_scale:
+            found["int8"] = int8_attributes(self.channel_scale)
+        return found
+
+    # -- the sample ----------------------------------------------------------------------------------------------
+
+    def sample(self) -> dict[str, Any]:
+        """Median norms by layer, the share of sinks, and the size of each channel, on the first training tokens."""
+        norms: dict[int, list[Tensor]] = {layer: [] for layer in self.layout.layers}
+        rows: dict[str, list[Tensor]] = {site: [] for site in self.layout.sites}
+        sequences = list(enumerate(self.corpus.sequences("train", limit_tokens=self.settings.sample_tokens)))
+        if not sequences:
+            raise UserError("the dataset has no text to train on: check dataset.name, dataset.split and dataset.column")
+        for group in batches(sequences, self.settings.batch_tokens, self.settings.seed):
+            sites, _, candidates = self._forward(group)
+            for layer in self.layout.layers:
+                norm = torch.linalg.vector_norm(sites["resid"][layer][candidates], dim=-1, dtype=torch.float32)
+                norms[layer].append(norm.cpu())
+            if self.layout.dtype == "int8":
+                for site in self.layout.sites:
+                    rows[site].append(
+                        self._rows(sites[site], candidates.flatten().nonzero()[:, 0]).stacked().float().cpu()
+                    )
+        joined = {layer: torch.cat(values) for layer, values in norms.items()}
+        if not all(len(norm) and norm.isfinite().all() for norm in joined.values()):
+            raise UserError(
+                "the sample has no usable activations: raise store.sample_tokens, or set model.dtype=float32"
+            )
+        medians = {layer: norm.median().item() for layer, norm in joined.items()}
+        large = torch.stack([joined[layer] > self.settings.sink_multiple * medians[layer] for layer in joined]).any(0)
+        scales = {}
+        for site, parts in rows.items():
+            if parts:
+                x = torch.cat(parts)[~large]
+                scale = x.square().mean(0).sqrt()
+                scales[site] = scale.clamp(min=1e-6 * scale.amax(-1, keepdim=True)).clamp(min=2.0**-60).tolist()
+        return {
+            "median_norm": {str(layer): median for layer, median in medians.items()},
+            "sink_share": large.float().mean().item(),
+            "channel_scale": scales,
+        }
+
+    def learn(self, sample: dict[str, Any]) -> None:
+        """Take over what a sample told: this process's, or the one that came first."""
+        medians = {int(layer): norm for layer, norm in sample["median_norm"].items()}
+        self.rule = SinkRule(self.lm.bos, self.settings.sink_multiple, medians)
+        self.margin = 0.01 + 3 * sample["sink_share"]
+        self.channel_scale = {site: torch.tensor(scale) for site, scale in sample["channel_scale"].items()}
+
+    # -- windows -------------------------------------------------------------------------------------------------
+
+    def windows(self, split: str, window_rows: int) -> Iterator[PlannedWindow]:
+        """The windows of a split, in order."""
+        rows = self.settings.train_rows if split == "train" else self.settings.held_out_rows
+        if rows:
+            yield from plan_windows(self.corpus.sequences(split), self.sampling, rows, window_rows, self.margin)
+
+    def fill(self, planned: PlannedWindow, window: Window, progress: Progress = silent, label: str = "cache") -> None:
+        """Run the model over a window's sequences, from where the window stands."""
+        groups = list(batches(planned.sequences, self.settings.batch_tokens, self.settings.seed, planned.index))
+        with closing(Behind(self.lm.device)) as behind:
+            for number, group in enumerate(groups):
+                if number < window.batches:
+                    continue
+                sites, tokens, candidates = self._forward(group)
+                behind.do(self._keep, window, group, sites, tokens, candidates)
+                progress(label, window.filled, planned.rows, f"window {planned.index}")
+            behind.wait()
+        if window.filled < planned.rows and not planned.last:
+            share = 1 - window.filled / planned.candidates
+            raise UserError(
+                f"{share:.1%} of window {planned.index} are sinks, more than the {self.margin:.1%} set aside after the "
+                "sample: raise store.sample_tokens or store.sink_multiple"
+            )
+        progress(label, window.filled, planned.rows, f"window {planned.index}")
+
+    def _forward(self, group: list[tuple[int, TokenSequence]]) -> tuple[dict[str, dict[int, Tensor]], Tensor, Tensor]:
+        """One pass: every site by layer [B, T, D], tokens [B, T], and which positions may become rows [B, T]."""
+        lm = self.lm
+        length = max(len(sequence.tokens) for _, sequence in group)
+        if length > lm.context_length:
+            raise SettingsError(
+                f"a sequence of {length} tokens is more than the model's context, {lm.context_length}: lower "
+                "dataset.sequence_length"
+            )
+        tokens = torch.zeros(len(group), length, dtype=torch.long)
+        candidates = torch.zeros(len(group), length, dtype=torch.bool)
+        for row, (number, sequence) in enumerate(group):
+            # padding stands to the right, where no causal model sees it
+            tokens[row, : len(sequence.tokens)] = sequence.tokens
+            candidates[row, : len(sequence.tokens)] = self.sampling.candidates(sequence.tokens, number)
+        tokens, candidates = tokens.to(lm.device), candidates.to(lm.device)
+        wanted = tuple(dict.fromkeys(("resid", *self.layout.sites)))
+        with torch.inference_mode(), lm.capture(wanted, self.layout.layers) as captured:
+            lm.model.base_model(input_ids=tokens, use_cache=False)
+        return {site: getattr(captured, site) for site in wanted}, tokens, candidates
+
+    @torch.inference_mode()
+    def _keep(
+        self,
+        window: Window,
+        group: list[tuple[int, TokenSequence]],
+        sites: dict[str, dict[int, Tensor]],
+        tokens: Tensor,
+        candidates: Tensor,
+    ) -> None:
+        """The rows of one pass, into the window."""
+        sinks = self.rule.large(sites["resid"]) & candidates
+        chosen = (candidates & ~sinks).flatten().nonzero()[:, 0]
+        counts = {"sink": int(sinks.sum())}
+        for number, sequence in group:
+            for reason, mask in self.sampling.masks(sequence.tokens, number).items():
+                counts[reason] = counts.get(reason, 0) + int(mask.sum())
+        counts["unused"] = max(0, len(chosen) - (window.rows - window.filled))
+        chosen = chosen[: window.rows - window.filled]
+        documents = torch.zeros(tokens.shape, dtype=torch.long)
+        for row, (_, sequence) in enumerate(group):
+            documents[row, : len(sequence.document)] = sequence.document
+        kept = {site: self._rows(sites[site], chosen) for site in self.layout.sites}
+        window.append(
+            kept, tokens.flatten()[chosen], chosen % tokens.shape[1], documents.flatten()[chosen.cpu()], counts
+        )
+
+    def _rows(self, by_layer: dict[int, Tensor], chosen: Tensor) -> Rows:
+        """Chosen rows of a site's tensors [B, T, D]."""
+        return Rows([by_layer[layer].flatten(0, 1) for layer in self.layout.layers], chosen)
+
+
+def harvest(
+    lm: LanguageModel,
+    corpus: Text,
+    settings: HarvestSettings,
+    progress: Progress = silent,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> bool:
+    """Write the store at `settings.path`, or this process's share of it; True when the store is whole.
+
+    Run again with the same settings, it goes on where it stopped, and ends at once if the store is whole.
+    """
+    if not settings.path:
+        raise SettingsError("store.path is not set; it takes the folder that the store is to be in")
+    if settings.mode != "disk":
+        raise SettingsError("store.mode=streaming has nothing to cache beforehand: train with it directly")
+    harvester = Harvester(lm, corpus, settings)
+    writer = StoreWriter(
+        settings.path,
+        harvester.layout,
+        harvester.identity(),
+        settings.shuffle_rows,
+        settings.memory_bytes(process_count),
+        process_index,
+        process_count,
+    )
+    with writer:
+        if writer.complete:
+            return True
+        _refuse_if_too_large(lm, settings, process_count, progress)
+        harvester.learn(writer.agree("sample", harvester.sample))
+        writer.channel_scale = harvester.channel_scale
+        windows = {}
+        for split in (HELD_OUT, "train"):
+            count = cache_split(harvester, writer, split, split, progress)
+            if count:
+                windows[split] = count
+        if "train" not in windows:
+            raise UserError("the dataset has no text to train on: check dataset.name, dataset.split and dataset.column")
+        return writer.finish(windows, harvester.attributes())
+
+
+def cache_split(harvester: Harvester, writer: StoreWriter, split: str, into: str, progress: Progress) -> int:
+    """Write this process's windows of a corpus' split into one of the store; the number of all its windows."""
+    count = 0
+    for planned in harvester.windows(split, writer.shuffle_rows):
+        count += 1
+        if writer.mine(planned.index) and not writer.done(into, planned.index):
+            window = writer.window(into, planned.index, planned.rows)
+            label = "caching activations" if split == "train" else "caching held-out activations"
+            harvester.fill(planned, window, progress, label)
+            writer.write(into, planned.index, window)
+    return count
+
+
+def _refuse_if_too_large(lm: LanguageModel, settings: HarvestSettings, processes: int, progress: Progress) -> None:
+    """Say what the store will weigh; refuse what the disk cannot hold, rows that wait to be shuffled included."""
+    size, free = weigh(lm, settings)
+    layout = make_layout(lm, settings)
+    window = min(settings.train_rows, 2 * settings.shuffle_rows) * layout.row_bytes
+    spill = 2 * window if 2 * window > settings.memory_bytes(processes) else 0
+    files = open_files(settings.path)
+    there = sum(files.sizes("").values())
+    note = f"the store will weigh {format_bytes(size)}"
+    if free is not None:
+        note += f", {format_bytes(free)} are free"
+        if size + spill > free + there:
+            raise UserError(
+                f"the store would weigh {format_bytes(size)}, with {format_bytes(spill)} of rows that wait to be "
+                f"shuffled, and {settings.path} has room for {format_bytes(free + there)}: lower store.tokens, choose "
+                "store.layers, store.dtype=int8 or store.mode=streaming"
+            )
+    progress("caching activations", 0, settings.train_rows, note)
+
+
+def tokenizer_fingerprint(lm: LanguageModel) -> str:
+    """A hash of the vocabulary."""
+    vocabulary = {} if lm.tokenizer is None else lm.tokenizer.get_vocab()
+    return hashlib.sha256(repr(sorted(vocabulary.items())).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Language models and their families: loading, where layers and norms stand, attention sinks."""

@@ -1,0 +1,1 @@
+"""Activations on disk: the Zarr layout, writing, reading, shuffling, batches."""

@@ -1,0 +1,84 @@
+"""How one activation becomes bytes: the four dtypes of a store, int8 by row and channel group, and the checksum."""
+
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+import torch
+
+from ..errors import UserError
+
+GROUP = 32  # channels that share one scale of an int8 row
+FLOAT16_MAX = 65504.0
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What a store's dtype means to numpy (and Zarr) and to torch."""
+
+    name: str
+    stored: np.dtype
+    """What lies in the Zarr array; bfloat16 lies there as its 16 bits."""
+    read: torch.dtype
+    """What a batch comes in."""
+
+    def check_range(self, largest: float) -> None:
+        """Refuse an activation that the dtype has no number for."""
+        if self.name == "float16" and largest > FLOAT16_MAX:
+            raise UserError(
+                f"an activation of {largest:.3g} is beyond float16: cache with store.dtype=bfloat16 or float32"
+            )
+
+    def to_stored(self, x: torch.Tensor) -> np.ndarray:
+        """The bytes of activations, for every dtype but int8."""
+        if self.name == "float16" and x.dtype != torch.float16 and x.numel():
+            self.check_range(x.abs().amax().item())
+        x = x.detach().to(dtype=self.read).cpu().contiguous()
+        return (x.view(torch.uint16) if self.name == "bfloat16" else x).numpy()
+
+    def to_torch(self, stored: np.ndarray) -> torch.Tensor:
+        """The same bytes as activations, without a copy."""
+        tensor = torch.from_numpy(stored)
+        return tensor.view(torch.bfloat16) if self.name == "bfloat16" else tensor
+
+
+CODECS = {
+    "float32": Codec("float32", np.dtype("<f4"), torch.float32),
+    "float16": Codec("float16", np.dtype("<f2"), torch.float16),
+    "bfloat16": Codec("bfloat16", np.dtype("<u2"), torch.bfloat16),
+    "int8": Codec("int8", np.dtype("i1"), torch.float32),
+}
+
+
+def group_count(width: int) -> int:
+    return -(-width // GROUP)
+
+
+def quantise(x: torch.Tensor, channel_scale: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """int8 values [.., L, D] and float16 scales [.., L, groups] of activations [.., L, D].
+
+    `channel_scale` [L, D] is the typical size of each channel, measured before anything is written: it takes an outlier
+    channel to the size of the others, so that it costs its group nothing. What is left of a row's own size is then the
+    largest value of each group of channels.
+    """
+    x = x.detach().float() / channel_scale.to(x.device)
+    width = x.shape[-1]
+    padded = torch.nn.functional.pad(x, (0, group_count(width) * GROUP - width))
+    grouped = padded.unflatten(-1, (-1, GROUP))
+    # rounded up to a float16 before use: exactly what a reader multiplies by, and nothing clips
+    scale = (grouped.abs().amax(-1) / 127 * (1 + 2**-10)).clamp(min=2.0**-24).half()
+    values = (grouped / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    return values.flatten(-2)[..., :width].cpu().contiguous().numpy(), scale.cpu().numpy()
+
+
+def dequantise(values: torch.Tensor, scale: torch.Tensor, channel_scale: torch.Tensor) -> torch.Tensor:
+    """Activations [L, B, D] of int8 values [L, B, D], scales [L, B, groups] and channel scales [L, D]."""
+    width = values.shape[-1]
+    spread = scale.float().repeat_interleave(GROUP, -1)[..., :width]
+    return values.float().mul_(spread).mul_(channel_scale.unsqueeze(-2))
+
+
+def crc32c(data: np.ndarray) -> int:
+    """The checksum of Zarr's crc32c codec."""
+    return google_crc32c.value(data)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""The command line: parsing, composing settings, help, the terminal."""

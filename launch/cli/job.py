@@ -1,0 +1,86 @@
+"""One command at work: its settings, where it reports, and the folders it may write to."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ...data.errors import UserError
+from ..workspace import runs
+from .compose import Config, compose_config, tidy
+from .terminal import Unseen, Watched
+
+
+@dataclass
+class Job:
+    """What a verb is given."""
+
+    verb: str
+    config: Config
+    words: list[str] = field(default_factory=list)
+    """The overrides, tidied."""
+    progress: Watched = field(default_factory=Watched)
+
+    @property
+    def top(self) -> Any:
+        """The verb's own settings."""
+        return self.config.top()
+
+    def section(self, name: str) -> Any:
+        """The settings of one group."""
+        return self.config.section(name)
+
+    @property
+    def is_main(self) -> bool:
+        """Does this process speak for the job? (Under torchrun only the first does.)"""
+        return int(os.environ.get("RANK", "0")) == 0
+
+    @property
+    def store_path(self) -> str:
+        """The store named on the command line or by the run: a folder, or an fsspec URL."""
+        path = self.config.values["store"]["path"]
+        if not path:
+            raise UserError("store is missing; it takes a folder of cached activations, such as store=stores/world")
+        return path
+
+
+READERS = ("eval", "features", "trace", "steer", "export")
+"""Verbs that read a run, whose settings are then their base."""
+
+
+def start(verb: str, words: Sequence[str]) -> Job:
+    """Compose and check the settings of a command; a run's own settings are the base of what reads the run."""
+    if not sys.stderr.isatty():
+        # Read by Hugging Face's libraries when they are imported: no bars in a log file.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if verb == "train":
+        words = ["plan=true" if word == "--plan" else word for word in words]
+    if verb == "report":
+        plain = [word for word in words if "=" not in word]
+        words = [word for word in words if "=" in word]
+        if plain:
+            listed = ",".join(f"'{name}'" for name in plain)
+            words = [*words, f"runs=[{listed}]"]
+    if verb == "demo" and not any(word.startswith("experiment=") for word in words):
+        words = ["experiment=demo", *words]
+    if verb == "sweep":
+        from ..sweeps.sweep import single_values
+
+        words = tidy(verb, words)
+        config = compose_config(verb, single_values(words))
+    else:
+        config = compose_config(verb, words)
+    config.top()  # what is missing is said first
+    if verb in READERS and config.values["run"]:
+        folder = Path(config.values["run"])
+        if not folder.is_dir():
+            raise UserError(f"there is no run at {folder}; `crosslace train ... run={folder}` would make one")
+        config.base_on(runs.saved_settings(folder))
+    if verb == "train" and config.values["run"] and not config.values["store"]["path"]:
+        config.go_on_with(runs.saved_settings(Path(config.values["run"])))
+    config.check()
+    job = Job(verb, config, list(words))
+    return job if job.is_main else replace(job, progress=Watched(Unseen()))

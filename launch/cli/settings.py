@@ -1,0 +1,230 @@
+"""The settings that stand at the top level of a verb's configuration.
+
+Everything else is configured by the groups (`crosslace.conf`), whose settings stand beside the code they configure.
+"""
+
+from dataclasses import dataclass, field
+
+from ...data.errors import SettingsError, check_choice, check_range
+
+MODES = ("free", "constrained", "direct")
+FORMATS = ("circuit-tracer", "saelens", "neuronpedia")
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every verb takes."""
+
+    seed: int = 0
+    """Where all random numbers start."""
+    debug: bool = False
+    """Show the traceback of an error instead of its sentence alone."""
+
+
+@dataclass(frozen=True)
+class DemoVerbSettings(Common):
+    """The demonstration."""
+
+    run: str = "runs/demo"
+    """The folder for all that the demo makes."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """How much the demonstration does."""
+
+    cities: int = 40
+    """Held-out cities whose circuit is traced, to see whether its path names the right state."""
+    pairs: int = 200
+    """Held-out pairs of cities whose state features are swapped."""
+
+    def __post_init__(self) -> None:
+        check_range("demo.cities", self.cities, low=1)
+        check_range("demo.pairs", self.pairs, low=1)
+
+
+@dataclass(frozen=True)
+class CacheSettings(Common):
+    """Caching activations."""
+
+
+@dataclass(frozen=True)
+class TrainSettings(Common):
+    """Training."""
+
+    run: str = ""
+    """The folder for the run; a run that was cut off goes on when the same command is given again."""
+    init: str = "auto"
+    """What the training begins with: mlp, the language model's own neurons; random, fresh features; or a run or a
+    transcoder's folder, of other reach or activation or with fewer features. auto is mlp, and random for mixtures of
+    experts."""
+    plan: bool = False
+    """Say what the run would take and whether it fits, and do nothing; `--plan` is short for it."""
+
+    def __post_init__(self) -> None:
+        if not self.plan:
+            require("run", self.run, "a folder for the run, such as runs/clt")
+
+
+@dataclass(frozen=True)
+class EvalVerbSettings(Common):
+    """Evaluation."""
+
+    run: str = ""
+    """The run, or any folder that holds a transcoder."""
+
+    def __post_init__(self) -> None:
+        require("run", self.run, "the folder of a run")
+
+
+@dataclass(frozen=True)
+class FeaturesSettings(Common):
+    """Feature dashboards."""
+
+    run: str = ""
+    """The run, or any folder that holds a transcoder."""
+
+    def __post_init__(self) -> None:
+        require("run", self.run, "the folder of a run")
+
+
+@dataclass(frozen=True)
+class TraceVerbSettings(Common):
+    """Tracing."""
+
+    run: str = ""
+    """The run, or any folder that holds a transcoder."""
+    prompt: str = ""
+    """The text whose next token is to be explained."""
+    slug: str | None = None
+    """The graph's short name: letters, digits, `_`, `.` and `-`; made from the prompt when not given."""
+    force: bool = False
+    """Trace although the transcoder was trained on another model."""
+
+    def __post_init__(self) -> None:
+        require("run", self.run, "the folder of a run")
+        require("prompt", self.prompt, "the text whose next token is to be explained")
+        if self.slug is not None and not self.slug.replace("_", "").replace(".", "").replace("-", "").isalnum():
+            raise SettingsError(f"slug={self.slug} cannot be used; it takes letters, digits, `_`, `.` and `-`")
+
+
+@dataclass(frozen=True)
+class SteerSettings(Common):
+    """Interventions."""
+
+    run: str = ""
+    """The run, or any folder that holds a transcoder."""
+    prompt: str = ""
+    """The text to which the model answers."""
+    set: list[dict] = field(default_factory=list)
+    """The features to set: each entry has layer, position (a number, or "2:5"), feature, and `value`, `times` (0
+    ablates) or `patch_from` (another prompt). Lists of `times` or `value` are tried one by one, side by side."""
+    mode: str = "free"
+    """What may follow: `free` (everything), `constrained` (frozen inside `layers`), `direct` (all else frozen)."""
+    layers: list[int] | None = None
+    """For `constrained`: the first layer and the one after the last in which all else is frozen."""
+    top: int = 5
+    """How many next tokens to show."""
+    generate: int = 0
+    """How many tokens to write, with and without the intervention."""
+    force: bool = False
+    """Steer although the transcoder was trained on another model."""
+
+    def __post_init__(self) -> None:
+        require("run", self.run, "the folder of a run")
+        require("prompt", self.prompt, "the text to which the model answers")
+        check_choice("mode", self.mode, MODES)
+        check_range("top", self.top, low=1)
+        check_range("generate", self.generate, low=0)
+        if self.layers is not None and len(self.layers) != 2:
+            raise SettingsError(f"layers={self.layers} is not a range; it takes two layers, such as layers=[0,4]")
+
+
+@dataclass(frozen=True)
+class ViewVerbSettings(Common):
+    """The viewer."""
+
+    run: str = "runs"
+    """A run, or a folder of runs."""
+
+
+@dataclass(frozen=True)
+class ExportSettings(Common):
+    """Export."""
+
+    run: str = ""
+    """The run, or any folder that holds a transcoder; for Neuronpedia a run or a graph's folder."""
+    to: str = "circuit-tracer"
+    """The format: circuit-tracer, saelens, or neuronpedia (graphs)."""
+    out: str = ""
+    """The folder to write to."""
+
+    def __post_init__(self) -> None:
+        require("run", self.run, "the folder of a run")
+        require("out", self.out, "the folder to write to")
+        check_choice("to", self.to, FORMATS)
+
+
+@dataclass(frozen=True)
+class ImportSettings(Common):
+    """Import."""
+
+    path: str = ""
+    """The folder (or file) to read."""
+    format: str = "circuit-tracer"
+    """Its format: circuit-tracer, saelens, or neuronpedia (one graph); `from=` is short for it."""
+    run: str = ""
+    """The run to make of it."""
+
+    def __post_init__(self) -> None:
+        require("path", self.path, "the folder or file to read")
+        require("run", self.run, "the folder of the run to make")
+        check_choice("format", self.format, FORMATS)
+
+
+@dataclass(frozen=True)
+class SweepSettings(Common):
+    """Sweeps."""
+
+    run: str = ""
+    """The folder for all runs of the sweep; runs that are complete are not run again."""
+    jobs: int = 0
+    """At most so many runs; 0 for all combinations."""
+
+    def __post_init__(self) -> None:
+        require("run", self.run, "a folder for the sweep, such as runs/sweep")
+
+
+@dataclass(frozen=True)
+class LauncherSettings:
+    """Where the runs of a sweep run."""
+
+    name: str = "basic"
+    """Hydra's launcher: `basic` (one after another, here), `joblib`, `submitit_local` or `submitit_slurm`."""
+    options: dict = field(default_factory=dict)
+    """The launcher's own settings, such as `launcher.options.partition=gpu`; Hydra checks them."""
+
+    def __post_init__(self) -> None:
+        check_choice("launcher.name", self.name, ("basic", "joblib", "submitit_local", "submitit_slurm"))
+
+
+@dataclass(frozen=True)
+class ReportSettings(Common):
+    """Reports."""
+
+    run: str = ""
+    """One run, or the folder of a sweep."""
+    runs: list[str] = field(default_factory=list)
+    """Several runs; `crosslace report RUN RUN` is short for it."""
+    out: str | None = None
+    """The page to write; beside the run when not given."""
+
+    def __post_init__(self) -> None:
+        if not self.run and not self.runs:
+            raise SettingsError("run is missing; it takes the folder of a run or of a sweep")
+
+
+def require(setting: str, value: str, what: str) -> None:
+    """Refuse a setting that has no default and was not given."""
+    if not value.strip():
+        raise SettingsError(f"{setting} is missing; it takes {what}")

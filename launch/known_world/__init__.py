@@ -1,0 +1,1 @@
+"""The bundled world's known truth against what a transcoder found."""

@@ -1,0 +1,120 @@
+"""The circuit that the world's ground truth asks for: city -> its state -> the answer.
+
+The path is the strongest of those that lead from a token of the city to the answer through a feature named after any
+state, where a path's strength is the product of its edges, each as a share of all that its target receives. It names
+the right state or it does not; over many held-out cities, that is a test of graph and names together.
+"""
+
+import random
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...circuit.features.labels import Labels
+from ...data.errors import Progress, silent
+from ..verbs.trace import name_features
+from .truth import plain
+
+if TYPE_CHECKING:
+    from ...circuit.attribution.trace import TraceSettings
+    from ...circuit.graph.graph import Graph
+    from ...circuit.replacement.model import ReplacementModel
+    from ...data.worlds.world.families import Question
+    from ...data.worlds.world.world import World
+
+
+MOST_PATHS = 500
+"""How many of the strongest paths are looked at for one that answers."""
+
+
+class StatePath(NamedTuple):
+    """The strongest path from a city through a state's feature to the answer."""
+
+    state: str
+    """The state that it names."""
+    strength: float
+    nodes: list[int]
+
+
+def city_positions(world: "World", question: "Question") -> list[int]:
+    """The tokens of the prompt that write the city."""
+    city = question.facts["city"]
+    start = question.prompt.index(f" {city} ") + 1
+    spans = world.tokenizer(question.prompt, return_offsets_mapping=True)["offset_mapping"]
+    return [t for t, (left, right) in enumerate(spans) if right > start and left < start + len(city) and right > left]
+
+
+def state_path(graph: "Graph", labels: Labels, positions: Collection[int], target: int) -> StatePath | None:
+    """The strongest path from a token at one of the positions to the target through a feature named after a state."""
+    states = {
+        node.id: plain(name)
+        for node in graph.nodes
+        if node.kind == "feature" and (name := labels.get(node.layer, node.index) or "").startswith("state: ")
+    }
+    if not states:
+        return None
+    for path in graph.top_paths(None, target, MOST_PATHS):
+        named = [states[id] for id in path.nodes if id in states]
+        if named and int(graph.nodes.position[path.nodes[0]]) in positions:
+            return StatePath(named[-1], path.strength, path.nodes)
+    return None
+
+
+def answer_node(graph: "Graph", token: int) -> int | None:
+    """The logit of a token, if the graph has it."""
+    return next((logit.id for logit in graph.logits if logit.token == token), None)
+
+
+def question_path(world: "World", graph: "Graph", labels: Labels, question: "Question") -> StatePath | None:
+    """The state path of a world's question."""
+    target = answer_node(graph, world.answer_tokens(question)[0])
+    return None if target is None else state_path(graph, labels, city_positions(world, question), target)
+
+
+def traced(
+    model: "ReplacementModel", world: "World", run: Path, question: "Question", slug: str, settings: "TraceSettings"
+) -> dict[str, Any]:
+    """Trace one question into the run's graphs; the summary of its graph."""
+    from ...circuit.viewer.picture import render_graph_svg
+    from ..workspace.runs import write_text
+
+    labels = Labels.load(run)
+    graph = model.trace(question.prompt, settings)
+    name_features(graph, labels)
+    graph.metadata["prompt"] = question.prompt
+    folder = graph.save(run / "graphs" / slug)
+    path = question_path(world, graph, labels, question)
+    picture = render_graph_svg(graph, labels, title=question.prompt, path=path.nodes if path else None)
+    write_text(folder / "graph.svg", picture)
+    top = max(graph.logits, key=lambda logit: logit.probability)
+    scores = graph.scores()
+    return {
+        "prompt": question.prompt,
+        "top_token": model.lm.token_strings([top.token])[0].strip(),
+        "replacement_score": scores["replacement_score"],
+        "completeness": scores["completeness"],
+        "path": [question.facts["city"], path.state, question.answer] if path else [],
+    }
+
+
+def check_paths(
+    model: "ReplacementModel",
+    world: "World",
+    labels: Labels,
+    count: int,
+    settings: "TraceSettings",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """How often the path of a held-out city's capital question names the right state."""
+    questions = [q for q in world.questions("two_hop", "held_out") if q.facts["relation"] == "capital"]
+    sample = random.Random(seed).sample(questions, min(count, len(questions)))
+    found = []
+    for question in sample:
+        graph = model.trace(question.prompt, settings)
+        path = question_path(world, graph, labels, question)
+        named = path.state if path else None
+        found.append({"city": question.facts["city"], "state": question.facts["state"], "named": named})
+        progress("checking paths", len(found), len(sample))
+    right = sum(entry["named"] == f"state: {entry['state']}" for entry in found)
+    return {"cities": len(found), "right": right, "share": right / len(found), "paths": found}

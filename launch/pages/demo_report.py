@@ -1,0 +1,113 @@
+"""The demo's page: what was trained, how well, the circuit, and the swap, in one file that needs no network."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..cli.terminal import duration
+from ..workspace.runs import read_json, write_text
+from .charts import Chart, Series, grid, page, table
+
+RUNS = ("clt", "plt")
+EXAMPLES = 8
+SHOWN = ("prompt", "before", "other", "wanted", "after", "probability_before", "probability_after")
+
+
+def write_demo_report(folder: Path, summary: dict[str, Any]) -> Path:
+    """`report.html` from what the stages left in the folder."""
+    results = {kind: read_json(folder / kind / "eval.json") for kind in RUNS}
+    trace = read_json(folder / "stages" / "trace.json")
+    swaps = read_json(folder / "swap.json")
+    graph, swap = summary["graph"], summary["swap"]
+    parts = [
+        *_the_world(summary),
+        "<h2>Training</h2>",
+        grid([_losses(folder).svg(), _per_layer(results, "nmse").svg(), _per_layer(results, "l0").svg()]),
+        table(("run", *summary["transcoders"]["clt"]), [(k, *v.values()) for k, v in summary["transcoders"].items()]),
+        "<h2>The circuit</h2>",
+        _sentence(
+            f"Asked “{graph['prompt']}”, the model says “{graph['top_token']}”. The strongest path through a feature "
+            f"named after a state reads {' → '.join(graph['path']) or 'nothing'}; the graph explains "
+            f"{graph['replacement_score']:.0%} of the influence on the answer by features (replacement score)."
+        ),
+        f"<figure>{_picture(folder / 'clt')}</figure>",
+        _sentence(
+            f"Over {trace['checked']['cities']} held-out cities, the path names the right state for "
+            f"{trace['checked']['right']}. Below, the same prompt through the per-layer transcoder."
+        ),
+        f"<figure>{_picture(folder / 'plt')}</figure>",
+        "<h2>The swap</h2>",
+        _sentence(
+            f"In {swap['pairs']} pairs of held-out cities, the features of the first city's state were replaced by "
+            f"those of the second's at the last position. The answer became the other state's in "
+            f"{swap['success_rate']:.0%}; replacing as many random features gave it in "
+            f"{swap['control_success_rate']:.0%}."
+        ),
+        grid([_before_after(swaps).svg(), _rates(swap).svg()]),
+        table(
+            ("prompt", "answer", "state taken from", "wanted", "first token said", "p before", "p after"),
+            [
+                (
+                    s["prompt"],
+                    s["before"],
+                    s["other"],
+                    s["wanted"],
+                    s["after"],
+                    s["probability_before"],
+                    s["probability_after"],
+                )
+                for s in swaps[:EXAMPLES]
+            ],
+        ),
+        "<h2>Time</h2>",
+        table(("stage", "time"), [(name, duration(value)) for name, value in summary["seconds"].items()]),
+    ]
+    lead = "A small language model, two transcoders trained on it, and a circuit that can be checked."
+    write_text(folder / "report.html", page("Crosslace: the demonstration", lead, "".join(parts)))
+    return folder / "report.html"
+
+
+def _sentence(text: str) -> str:
+    from html import escape
+
+    return f"<p>{escape(text)}</p>"
+
+
+def _the_world(summary: dict[str, Any]) -> list[str]:
+    rows = [(name, entry["held_out_accuracy"]) for name, entry in summary["world"]["families"].items()]
+    return ["<h2>The world</h2>", table(("family", "accuracy on held-out questions"), rows)]
+
+
+def _losses(folder: Path) -> Chart:
+    series = []
+    for kind in RUNS:
+        lines = (folder / kind / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        points = [(row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row]
+        series.append(Series(kind, points, dots=False))
+    return Chart("Loss", "step", "loss", series, log_y=True)
+
+
+def _per_layer(results: dict[str, Any], name: str) -> Chart:
+    series = [Series(k, [(i, layer[name]) for i, layer in enumerate(r["layers"])]) for k, r in results.items()]
+    layers = len(next(iter(results.values()))["layers"])
+    title = {"nmse": "Error by layer (NMSE)", "l0": "Active features by layer (L0)"}[name]
+    return Chart(title, "layer", name, series, bars=True, ticks={float(i): str(i) for i in range(layers)})
+
+
+def _picture(run: Path) -> str:
+    """The graph that `trace` drew, made by our own code from escaped text."""
+    text = (run / "graphs" / "dallas" / "graph.svg").read_text(encoding="utf-8")
+    return text[text.index("<svg") :]
+
+
+def _before_after(swaps: list[dict[str, Any]]) -> Chart:
+    points = [(s["probability_before"], s["probability_after"]) for s in swaps]
+    labels = [f"{s['prompt']} {s['wanted']}" for s in swaps]
+    series = [Series("pairs", points, labels=labels, joined=False)]
+    return Chart("Probability of the other state's answer", "before the swap", "after", series, y_range=(0.0, 1.0))
+
+
+def _rates(swap: dict[str, Any]) -> Chart:
+    values = [(0.0, swap["success_rate"]), (1.0, swap["control_success_rate"])]
+    ticks = {0.0: "state features", 1.0: "random features"}
+    return Chart("Answers that followed", "what was swapped", "share", [Series("", values)], bars=True, ticks=ticks)

@@ -1,0 +1,285 @@
+"""What the pages of `crosslace eval` and `crosslace report` show."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from ...circuit.judge.graph_scores import COLUMNS
+from ...circuit.judge.health import DENSITY_EDGES
+from .charts import Chart, Series, grid, notice, page, table
+
+if TYPE_CHECKING:
+    from ..verbs.report import Measured
+
+Charts = dict[str, Chart]
+
+COMPARED = ("nmse", "ce_recovered", "kl", "replacement_score")
+"""What is drawn against L0."""
+LABELS = {
+    "l0": "active features per token and layer",
+    "nmse": "NMSE",
+    "ce_recovered": "cross-entropy recovered",
+    "kl": "KL (clean || replaced)",
+    "top1": "top-1 agreement",
+    "replacement_score": "replacement score",
+}
+
+
+def comparison_page(
+    measured: Sequence["Measured"], figures: Sequence[str], beaten: Mapping[str, Sequence[str]]
+) -> tuple[str, Charts]:
+    """Many runs: frontiers, and a table that sorts."""
+    data = list(dict.fromkeys(run.data for run in measured))
+    charts = {f"l0_{name}": _frontier(measured, data, name) for name in COMPARED}
+    body = []
+    if len(data) > 1:
+        body.append(
+            notice(
+                "These runs were measured on different data or by different definitions, marked A, B, ...: "
+                "compare only runs of one letter."
+            )
+        )
+        body += [f"<p>{_letter(i)}: <code>{escape(text)}</code></p>" for i, text in enumerate(data)]
+    body.append(grid([chart.svg() for chart in charts.values()]))
+    body.append(
+        "<h2>All runs</h2><p class=lead>Click a column to sort. A run is dominated where another one, at no "
+        "more active features, is as good in NMSE, KL, cross-entropy recovered and replacement score, and "
+        "better in one.</p>"
+    )
+    rows = [
+        [
+            run.name,
+            run.kind,
+            *([_letter(data.index(run.data))] if len(data) > 1 else []),
+            *(run.figures[name] for name in figures),
+            ", ".join(beaten[run.name]) or None,
+        ]
+        for run in measured
+    ]
+    heads = ["run", "kind", *(["data"] if len(data) > 1 else []), *figures, "dominated by"]
+    body.append(table(heads, rows, sortable=True))
+    lead = f"{len(measured)} runs; {sum(not by for by in beaten.values())} of them not dominated."
+    return page("Crosslace: runs compared", lead, "".join(body)), charts
+
+
+def _letter(number: int) -> str:
+    return chr(ord("A") + number % 26)
+
+
+def _frontier(measured: Sequence["Measured"], data: Sequence[str], name: str) -> Chart:
+    groups: dict[str, list[tuple[float, float, str]]] = {}
+    for run in measured:
+        x, y = run.figures["l0"], run.figures[name]
+        if x is not None and y is not None:
+            letter = f" ({_letter(data.index(run.data))})" if len(data) > 1 else ""
+            groups.setdefault(run.kind + letter, []).append((x, y, run.name))
+    series = []
+    for kind, points in groups.items():
+        points.sort()
+        labels = [f"{label}: L0 {x:.3g}, {name} {y:.4g}" for x, y, label in points]
+        series.append(Series(kind, [(x, y) for x, y, _ in points], labels))
+    return Chart(LABELS[name], LABELS["l0"], LABELS[name], series, log_y=name in ("nmse", "kl"))
+
+
+def run_page(name: str, result: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> tuple[str, Charts]:
+    """One run: everything that `eval.json` holds, and the course of its training."""
+    charts = _training_charts(log) | _layer_charts(result)
+    body = [*(notice(text) for text in result["verdicts"])]
+    if not result["verdicts"]:
+        body.append(notice("No warning: it beats every control, and its features are in good health.", good=True))
+    body += ["<h2>In short</h2>", _headline(result)]
+    if "controls" in result:
+        body += ["<h2>Against controls</h2>", _controls(result["controls"])]
+    drawn = lambda *names: grid([charts[n].svg() for n in names if n in charts])
+    body += ["<h2>Layer by layer</h2>", drawn("nmse_by_layer", "l0_by_layer", "spliced", "depth"), _layers(result)]
+    if "graph" in result:
+        charts |= _graph_charts(result)
+        body += ["<h2>Graphs</h2>", _graphs(result["graph"]), drawn("frontier", "error_share")]
+    if "faithfulness" in result:
+        body += ["<h2>Faithfulness</h2>", _faithfulness(result["faithfulness"]), drawn("growth")]
+    body += ["<h2>Health of the features</h2>", drawn("density", "decoder_norm"), _health(result["health"])]
+    if log:
+        body += ["<h2>Training</h2>", drawn("loss", "training_nmse", "training_l0")]
+    body += ["<h2>Made with</h2>", table(("what", "value"), [[k, str(v)] for k, v in result["made_with"].items()])]
+    lead = f"Measured on {result['tokens']:,} held-out tokens; masked positions are left out."
+    return page(f"Crosslace: {name}", lead, "".join(body)), charts
+
+
+def _interval(part: Mapping[str, Any], name: str) -> str | None:
+    low, high = part.get(f"{name}_interval") or (None, None)
+    return None if low is None or high is None else f"{low:.4g} to {high:.4g}"
+
+
+def _headline(result: Mapping[str, Any]) -> str:
+    overall, behaviour, graph = result["overall"], result["behaviour"], result.get("graph", {})
+    rows = [
+        [LABELS.get(name, name), overall[name], None]
+        for name in ("nmse", "fvu", "cosine", "l0", "l0_total", "dead", "dense")
+    ]
+    rows += [
+        [LABELS.get(name, name), behaviour[name], _interval(behaviour, name)]
+        for name in ("ce_recovered", "kl", "top1", "top1_hard")
+    ]
+    rows += [[f"cross-entropy, {name}", behaviour[f"ce_{name}"], None] for name in ("clean", "replaced", "ablated")]
+    rows += [
+        [LABELS.get(name, name), graph[name], _interval(graph, name)]
+        for name in ("replacement_score", "completeness", "completeness_ct")
+        if name in graph
+    ]
+    return table(("figure", "value", "95% interval"), rows)
+
+
+def _controls(controls: Mapping[str, Mapping[str, float]]) -> str:
+    figures = ("nmse", "ce_recovered", "kl", "top1", "top1_hard")
+    return table(("", *figures), [[name, *(row.get(figure) for figure in figures)] for name, row in controls.items()])
+
+
+def _layers(result: Mapping[str, Any]) -> str:
+    names = ("nmse", "fvu", "cosine", "l0", "dead", "dense")
+    spliced = {part["layer"]: part for part in result["behaviour"].get("layers", [])}
+    rows = []
+    for layer, health in zip(result["layers"], result["health"]["layers"]):
+        alone = spliced.get(health["layer"], {})
+        rows.append(
+            [
+                health["layer"],
+                *(layer[name] for name in names),
+                *(alone.get(name) for name in ("ce_recovered", "kl", "top1")),
+            ]
+        )
+    return table(("layer", *names, "CE recovered alone", "KL alone", "top-1 alone"), rows)
+
+
+def _graphs(graph: Mapping[str, Any]) -> str:
+    columns = COLUMNS
+    mean = [["mean", *(graph[name] for name in columns)]]
+    interval = [["95% interval", *(_interval(graph, name) for name in columns)]]
+    prompts = [[row["prompt"], *(row[name] for name in columns)] for row in graph["prompts"]]
+    return (
+        f"<p>Prompt set {escape(graph['prompt_set'])}; nodes and edges are those of the pruned graphs.</p>"
+        + table(("", *columns), mean + interval)
+        + f"<details><summary>Each prompt</summary>{table(('prompt', *columns), prompts, sortable=True)}</details>"
+    )
+
+
+def _faithfulness(found: Mapping[str, Any]) -> str:
+    rows = []
+    for kind, what in (("to_logits", "feature to logit"), ("to_features", "feature to feature")):
+        for source, name in (("graph", "predicted by the graph"), ("random", "predicted for a matched random feature")):
+            part = found[kind][source]
+            figures = (part[figure] for figure in ("slope", "pearson", "spearman"))
+            rows.append([what, name, part["pairs"], *figures, _interval(part, "slope")])
+    heads = ("effect", "prediction", "pairs", "slope", "Pearson", "Spearman", "slope, 95% interval")
+    return "<p>Effects of silencing features, measured by constrained interventions.</p>" + table(heads, rows)
+
+
+def _health(found: Mapping[str, Any]) -> str:
+    rows = [
+        [layer["layer"], layer["l0"], layer["dead"], layer["dense"], layer["duplicates"], *layer["threshold"]]
+        for layer in found["layers"]
+    ]
+    heads = ("layer", "L0", "dead", "dense", "duplicates", "threshold 5%", "median", "95%")
+    return table(heads, rows)
+
+
+def _layer_charts(result: Mapping[str, Any]) -> Charts:
+    health = result["health"]["layers"]
+    places = [layer["layer"] for layer in health]
+    ticks = {float(layer): str(layer) for layer in places}
+    bars = lambda title, y, values: Chart(
+        title, "layer", y, [Series(y, list(zip(map(float, places), values)))], bars=True, ticks=ticks
+    )
+    charts = {
+        "nmse_by_layer": bars("Reconstruction error", "NMSE", [layer["nmse"] for layer in result["layers"]]),
+        "l0_by_layer": bars("Active features", "L0", [layer["l0"] for layer in result["layers"]]),
+        "density": _density(health),
+        "decoder_norm": Chart(
+            "Decoder norm by layer written to",
+            "layer written to",
+            "mean norm",
+            [
+                Series(
+                    f"from {layer['layer']}",
+                    [(float(places[i + n]), norm) for n, norm in enumerate(layer["decoder_norm"])],
+                )
+                for i, layer in enumerate(health)
+            ],
+            ticks=ticks,
+        ),
+    }
+    behaviour = result["behaviour"]
+    if "layers" in behaviour:
+        alone = [(float(part["layer"]), part["kl"]) for part in behaviour["layers"]]
+        deep = [(float(part["last"]), part["kl"]) for part in behaviour["depth"]]
+        charts["spliced"] = Chart(
+            "One layer replaced", "layer", LABELS["kl"], [Series("KL", alone)], bars=True, ticks=ticks
+        )
+        charts["depth"] = Chart("Layers 0 to l replaced", "l", LABELS["kl"], [Series("KL", deep)], ticks=ticks)
+    return charts
+
+
+def _density(health: Sequence[Mapping[str, Any]]) -> Chart:
+    names = ["never", *(f"≤{edge:g}" for edge in DENSITY_EDGES)]
+    series = [
+        Series(
+            f"layer {layer['layer']}", [(float(n), float(count)) for n, count in enumerate(layer["density_histogram"])]
+        )
+        for layer in health
+    ]
+    ticks = {float(n): name for n, name in enumerate(names)}
+    return Chart("How often features fire", "share of tokens", "features", series, bars=True, ticks=ticks)
+
+
+def _graph_charts(result: Mapping[str, Any]) -> Charts:
+    graph = result["graph"]
+    points = lambda name: [(row["features"], row[name]) for row in graph["frontier"]]
+    share = [(float(layer), value) for layer, value in enumerate(graph["error_share"])]
+    charts = {
+        "frontier": Chart(
+            "Graph size against score",
+            "features kept",
+            "score",
+            [Series(name.replace("_", " "), points(name)) for name in ("replacement_score", "completeness")],
+            y_range=(0.0, 1.0),
+        ),
+        "error_share": Chart(
+            "Influence of errors",
+            "layer",
+            "share",
+            [Series("errors", share)],
+            bars=True,
+            ticks={x: f"{x:g}" for x, _ in share},
+        ),
+    }
+    growth = result.get("faithfulness", {}).get("growth")
+    if growth:
+        line = lambda name: Series(name, [(float(row["layers"]), row[name]) for row in growth])
+        charts["growth"] = Chart(
+            "A perturbation on its way up",
+            "layers above",
+            "relative to the push or model",
+            [line("growth"), line("error"), line("cosine")],
+            ticks={float(row["layers"]): str(row["layers"]) for row in growth},
+        )
+    return charts
+
+
+def _training_charts(log: Sequence[Mapping[str, Any]]) -> Charts:
+    def course(title: str, y: str, names: Mapping[str, str], log_y: bool = False) -> Chart:
+        series = [
+            Series(
+                label, [(float(row["step"]), float(row[key])) for row in log if row.get(key) is not None], dots=False
+            )
+            for key, label in names.items()
+        ]
+        return Chart(title, "step", y, [one for one in series if one.points], log_y=log_y)
+
+    losses = sorted({key for row in log for key in row if key.startswith("loss/") and key.count("/") == 1})
+    found = {
+        "loss": course("Loss terms", "loss", {key: key.removeprefix("loss/") for key in losses}, log_y=True),
+        "training_nmse": course(
+            "Reconstruction error", "NMSE", {"nmse": "training", "held_out/nmse": "held out"}, True
+        ),
+        "training_l0": course("Active features", "L0 per layer", {"l0": "training", "held_out/l0": "held out"}),
+    }
+    return {name: chart for name, chart in found.items() if chart.series}

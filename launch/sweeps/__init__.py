@@ -1,0 +1,1 @@
+"""Many runs over combinations of settings."""

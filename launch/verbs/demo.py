@@ -1,0 +1,244 @@
+"""`crosslace demo`: from nothing to a circuit one can believe, on the bundled world.
+
+Stages, each skipped where it is done already, so that a demo that was stopped goes on:
+world -> cache -> train -> eval -> features -> trace -> swap, then `summary.json` and `report.html`.
+The folder holds two ordinary runs, `clt` and `plt`, for every other verb to use.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cli.compose import Config, preset
+from ..cli.job import Job
+from ..cli.terminal import Closing, duration, table
+from ..workspace import runs
+from ..workspace.sources import open_corpus, open_replacement, world_of
+from . import cache, evaluate, train
+
+if TYPE_CHECKING:
+    from ...circuit.replacement.model import ReplacementModel
+    from ...data.worlds.world.world import World
+
+KINDS = ("clt", "plt")
+"""The two runs, each of the preset of its name."""
+PROMPT = "the capital of the state containing Dallas is"
+SLUG = "dallas"
+KEPT = ("demo", "world", "store", "transcoder", "trainer", "eval", "trace", "features")
+
+
+def run(job: Job) -> Closing:
+    """Everything."""
+    folder = Path(job.top.run)
+    config = {"seed": job.config.values["seed"], **{name: job.config.values[name] for name in KEPT}}
+    runs.claim(folder, config)
+    demo = Demo(job, folder)
+    for name, stage in demo.stages().items():
+        demo.do(name, stage)
+    summary = demo.summary()
+    runs.write_json(folder / "summary.json", summary)
+    from ..pages.demo_report import write_demo_report
+
+    write_demo_report(folder, summary)
+    return closing(folder, summary)
+
+
+class Demo:
+    """The stages, and what they found: one file each in `stages/`."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        self.job, self.folder = job, folder
+        self.found: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        if (folder / "stages" / "seconds.json").is_file():
+            self.seconds = runs.read_json(folder / "stages" / "seconds.json")
+        self._models: dict[str, ReplacementModel] = {}
+
+    def stages(self) -> dict[str, Callable[[], Any]]:
+        """In order."""
+        return {
+            "world": self.world,
+            "cache": self.cache,
+            "train": self.train,
+            "eval": self.eval,
+            "features": self.features,
+            "trace": self.trace,
+            "swap": self.swap,
+        }
+
+    def do(self, name: str, stage: Callable[[], Any]) -> None:
+        """One stage, unless its result is there."""
+        path = self.folder / "stages" / f"{name}.json"
+        if not path.is_file():
+            with self.timed(name):
+                runs.write_json(path, stage())
+        self.found[name] = runs.read_json(path)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count a stage's time, that of a call which was interrupted included."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+            runs.write_json(self.folder / "stages" / "seconds.json", self.seconds)
+
+    # -- the stages -----------------------------------------------------------------------------------------------
+
+    def world(self) -> dict[str, Any]:
+        from ...data.worlds.world.world import World
+        from ..workspace.sources import bundled_folder
+
+        world = World.load(bundled_folder("world", self.job.section("world"), self.job.progress))
+        held_out = world.record["accuracy"]["held_out"]
+        return {"families": {family: {"held_out_accuracy": value} for family, value in held_out.items()}}
+
+    def cache(self) -> dict[str, Any]:
+        cache.fill(self.part("cache"))
+        return {"store": str(self.folder / "store")}
+
+    def train(self) -> dict[str, Any]:
+        for kind in KINDS:
+            result = train.fit(self.part("train", kind), self.folder / kind)
+            if result is not None and result.status != "finished":
+                raise KeyboardInterrupt
+        return {kind: str(self.folder / kind) for kind in KINDS}
+
+    def eval(self) -> dict[str, Any]:
+        found = {}
+        for kind in KINDS:
+            part = self.part("eval", kind)
+            model = self.model(kind)
+            result = evaluate.evaluated(
+                model, open_corpus(part, model.lm), part.section("eval"), part.progress.named(kind)
+            )
+            evaluate.write(self.folder / kind, result)
+            found[kind] = evaluate.headline(result) | {"top1": self.answered(model)}
+        return found
+
+    def answered(self, model: "ReplacementModel") -> float:
+        """The share of the model's answers to held-out questions that it still gives with every MLP replaced."""
+        world = self.the_world(model)
+        questions = world.questions(split="held_out")
+        known = [q for q, right in zip(questions, world.correct(model.lm, questions)) if right]
+        return sum(map(bool, world.correct(model.replaced_logits, known))) / len(known)
+
+    def features(self) -> dict[str, Any]:
+        from ...circuit.features.gather import build_features
+        from ...circuit.features.labels import Labels
+        from ..known_world.truth import label_features, state_features
+
+        found = {}
+        for kind in KINDS:
+            part, run = self.part("features", kind), self.folder / kind
+            model = self.model(kind)
+            progress = part.progress.named(kind)
+            labels = Labels.load(run)
+            labels.update(label_features(model, self.the_world(model), part.top.seed, progress))
+            labels.save(run)
+            build_features(model, open_corpus(part, model.lm), run, part.section("features"), progress)
+            found[kind] = {"named": len(labels), "states_with_detectors": len(state_features(labels))}
+        return found
+
+    def trace(self) -> dict[str, Any]:
+        from ..known_world.circuits import check_paths, traced
+
+        settings, result = self.job.section("trace"), {}
+        for kind in reversed(KINDS):
+            model = self.model(kind)
+            world = self.the_world(model)
+            question = world.question(PROMPT)
+            assert question is not None
+            self.job.progress(f"tracing ({kind})", 0, 1)
+            result = traced(model, world, self.folder / kind, question, SLUG, settings)
+            self.job.progress(f"tracing ({kind})", 1, 1)
+        model, cities = self.model("clt"), self.job.section("demo").cities
+        world, labels = self.the_world(model), self.labels("clt")
+        return {**result, "checked": check_paths(model, world, labels, cities, settings, self.seed, self.job.progress)}
+
+    def swap(self) -> dict[str, Any]:
+        from ..known_world import swap
+        from ..known_world.truth import state_coded
+
+        model, pairs = self.model("clt"), self.job.section("demo").pairs
+        world = self.the_world(model)
+        coded = state_coded(model, world, self.seed)
+        swaps = swap.run_swaps(model, world, coded, pairs, self.seed, self.job.progress)
+        runs.write_json(self.folder / "swap.json", swap.records(swaps))
+        return swap.summary(swaps)
+
+    # -- what they share -------------------------------------------------------------------------------------------
+
+    @property
+    def seed(self) -> int:
+        return int(self.job.config.values["seed"])
+
+    def model(self, kind: str) -> "ReplacementModel":
+        """A run's replacement model, opened once."""
+        if kind not in self._models:
+            self._models[kind] = open_replacement(self.part("trace", kind), self.folder / kind)
+        return self._models[kind]
+
+    def the_world(self, model: "ReplacementModel") -> "World":
+        world = world_of(model.lm)
+        assert world is not None
+        return world
+
+    def labels(self, kind: str):
+        from ...circuit.features.labels import Labels
+
+        return Labels.load(self.folder / kind)
+
+    def part(self, verb: str, kind: str = "clt") -> Job:
+        """This job as another verb would have it: on the world, with the demo's store and run."""
+        values = copy.deepcopy(self.job.config.values)
+        values["model"]["name"] = values["dataset"]["name"] = "world"
+        values["store"]["path"] = str(self.folder / "store")
+        values["run"] = str(self.folder / kind)
+        values["transcoder"] |= preset("transcoder", kind)[1]
+        progress = self.job.progress.named(kind) if verb == "train" else self.job.progress
+        return replace(self.job, verb=verb, config=Config("demo", values, self.job.config.given), progress=progress)
+
+    def summary(self) -> dict[str, Any]:
+        """`summary.json`."""
+        trace = {k: v for k, v in self.found["trace"].items() if k != "checked"}
+        seconds = {
+            name: self.seconds.get(name, 0.0) for name in ("world", "cache", "train", "eval", "features", "trace")
+        }
+        return {
+            "world": self.found["world"],
+            "transcoders": self.found["eval"],
+            "graph": trace,
+            "swap": self.found["swap"],
+            "seconds": {**seconds, "total": sum(self.seconds.values())},
+        }
+
+
+def closing(folder: Path, summary: dict[str, Any]) -> Closing:
+    """The summary for the terminal."""
+    worlds = [(name, entry["held_out_accuracy"]) for name, entry in summary["world"]["families"].items()]
+    kinds = [(kind, *figures.values()) for kind, figures in summary["transcoders"].items()]
+    graph, swap = summary["graph"], summary["swap"]
+    return Closing(
+        f"the demo took {duration(summary['seconds']['total'])}",
+        tables=[
+            table("the world answers held-out questions", ("family", "accuracy"), worlds),
+            table("transcoders", ("run", *next(iter(summary["transcoders"].values()))), kinds),
+        ],
+        notes=[
+            f'"{graph["prompt"]}" -> {graph["top_token"]}: {" -> ".join(graph["path"])}',
+            f"swapping the state's features changed the answer in {swap['success_rate']:.0%} of {swap['pairs']} "
+            f"held-out pairs, random ones in {swap['control_success_rate']:.0%}",
+        ],
+        wrote=[
+            (str(folder / "report.html"), "the whole story on one page"),
+            (str(folder / "summary.json"), "its figures"),
+            *((str(folder / kind), "a run for every other verb") for kind in KINDS),
+        ],
+        next=[f"crosslace view run={folder}", f'crosslace trace run={folder / "clt"} prompt="the bird of Texas is"'],
+    )

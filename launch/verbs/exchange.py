@@ -1,0 +1,115 @@
+"""`crosslace export` and `crosslace import`: transcoders and graphs in other programs' formats."""
+
+from pathlib import Path
+from typing import Any
+
+from ...conf import SOURCES
+from ...data.errors import UserError
+from ..cli.job import Job
+from ..cli.terminal import Closing
+from ..workspace.runs import transcoder_folder, writable, write_yaml
+from ..workspace.sources import model_settings
+
+
+def run(job: Job) -> Closing:
+    """Either way."""
+    return write_out(job) if job.verb == "export" else read_in(job)
+
+
+def write_out(job: Job) -> Closing:
+    """A run's transcoder, or graphs, as a new folder; never over an existing one."""
+    top, source, out = job.top, Path(job.top.run), Path(job.top.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; name another folder to write to")
+    writable(out)
+    if top.to == "neuronpedia":
+        return _write_graphs(source, out)
+    from ...train.transcoder.transcoder import Transcoder
+
+    transcoder = Transcoder.load(transcoder_folder(source))
+    if top.to == "saelens":
+        from ...circuit.formats.saelens import export_saelens
+
+        export_saelens(transcoder, out)
+    else:
+        from ...circuit.formats.circuit_tracer import export_circuit_tracer
+
+        post_norm, parallel = _shape(job, source, transcoder.meta)
+        export_circuit_tracer(transcoder, out, post_norm=post_norm, parallel=parallel)
+    return Closing(
+        "exported",
+        wrote=[(str(out), f"the transcoder as a {top.to} folder")],
+        next=[f"crosslace import path={out} from={top.to} run=runs/imported"],
+    )
+
+
+def _shape(job: Job, run: Path, meta: dict[str, Any]) -> tuple[bool, bool]:
+    """What the format must know of the model: is its MLP's output normed, does its MLP stand beside the attention?"""
+    from transformers import AutoConfig
+
+    from ...data.models.families import find_family
+
+    if (run / "config.yaml").is_file() or any(name.startswith("model") for name in job.config.given):
+        settings = model_settings(job)
+        name, revision = settings.name, settings.revision
+    else:
+        model = dict(meta.get("model") or {})
+        name, revision = model.get("name"), model.get("revision")
+    if not name:
+        raise UserError("the transcoder does not say which model it is for, and the format must: give one with model=")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the description of {name} is needed to export, and cannot be read") from error
+    family = find_family(config.model_type)
+    return family.post_mlp_norm is not None, bool(family.parallel(config))
+
+
+def _write_graphs(source: Path, out: Path) -> Closing:
+    from ...circuit.formats.neuronpedia import write_neuronpedia
+    from ...circuit.graph.graph import Graph
+
+    folders = (
+        [source] if (source / "graph.json").is_file() else sorted(p.parent for p in source.glob("graphs/*/graph.json"))
+    )
+    if not folders:
+        raise UserError(f"{source} holds no graph yet; `crosslace trace run={source} prompt=...` makes one")
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in folders:
+        write_neuronpedia(Graph.load(folder), out / f"{folder.name}.json", slug=folder.name)
+    return Closing(
+        "exported",
+        wrote=[(str(out / f"{folder.name}.json"), "a graph that Neuronpedia reads") for folder in folders],
+        next=[f"crosslace import path={out / f'{folders[0].name}.json'} from=neuronpedia run=runs/imported"],
+    )
+
+
+def read_in(job: Job) -> Closing:
+    """A foreign transcoder (or graph) as a new run."""
+    top, path, folder = job.top, Path(job.top.path), Path(job.top.run)
+    if not path.exists():
+        raise UserError(f"there is nothing at {path}; path takes the folder or file to read")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is there already; name another run to import into")
+    writable(folder)
+    if top.format == "neuronpedia":
+        from ...circuit.formats.neuronpedia_read import read_neuronpedia
+
+        graph = read_neuronpedia(path)
+        graph.save(folder / "graphs" / path.stem)
+        return Closing(
+            "imported", wrote=[(str(folder / "graphs" / path.stem), "the graph")], next=[f"crosslace view run={folder}"]
+        )
+    if top.format == "saelens":
+        from ...circuit.formats.saelens import import_saelens as read
+    else:
+        from ...circuit.formats.circuit_tracer import import_circuit_tracer as read
+    transcoder = read(path)
+    transcoder.save(folder / "transcoder", transcoder.meta)
+    if any(name.startswith("model") for name in job.config.given):  # else its own description says which model
+        write_yaml(folder / "config.yaml", {name: job.config.values[name] for name in SOURCES})
+    return Closing(
+        "imported",
+        wrote=[(str(folder / "transcoder"), "the transcoder")],
+        next=[f"crosslace eval run={folder}", f'crosslace trace run={folder} prompt="..."'],
+    )

@@ -1,0 +1,91 @@
+"""`crosslace steer`: set features, and see what the model says then."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...data.errors import SettingsError
+from ..cli.compose import fits
+from ..cli.job import Job
+from ..cli.terminal import Closing, table
+from ..workspace.sources import open_replacement
+
+if TYPE_CHECKING:
+    from ...circuit.replacement.requests import Intervention
+
+
+STRENGTHS = ("times", "value")  # may be lists in `set`: one group of interventions for each place
+
+
+def run(job: Job) -> Closing:
+    """Show the next tokens, and the text, with and without the interventions; of several strengths, side by side."""
+    top = job.top
+    groups = intervention_groups(top.set)
+    if not groups:
+        raise SettingsError(
+            'set is missing; it takes a list such as set="[{layer: 1, position: 7, feature: 310, times: 0}]"'
+        )
+    model = open_replacement(job, Path(top.run), top.force, lazy_decoders=True)
+    layers = range(*top.layers) if top.layers else None
+    results = model.intervene_many(top.prompt, list(groups.values()), mode=top.mode, layers=layers)
+    each = [results[0].probabilities(clean=True), *(result.probabilities() for result in results)]
+    shown = torch.cat([p.topk(min(top.top, len(p))).indices for p in each]).unique()
+    shown = shown[each[-1][shown].argsort(descending=True)]
+    names = model.lm.token_strings(shown)
+    rows = [(repr(name), *(float(p[id]) for p in each)) for name, id in zip(names, shown.tolist())]
+    closing = Closing("steered", tables=[table("next token", ("token", "before", *groups), rows)])
+    if top.generate:
+        before = model.generate(top.prompt, [], top.generate).text
+        texts = model.generate_many(top.prompt, list(groups.values()), top.generate, mode=top.mode, layers=layers)
+        width = max(map(len, ("before", *groups)))
+        lines = {"before": before, **{name: text.text for name, text in zip(groups, texts)}}
+        closing.notes += [f"{name + ':':<{width + 1}} {text}" for name, text in lines.items()]
+    closing.next = [f'crosslace trace run={top.run} prompt="{top.prompt}"']
+    return closing
+
+
+def intervention_groups(entries: list[dict[str, Any]]) -> "dict[str, list[Intervention]]":
+    """What `set` asks for: one group of interventions, called `after`; or one for each strength where `times` or
+    `value` is a list, called by its strengths. Lists go side by side, so all are of one length."""
+    lists = [(name, entry[name]) for entry in entries for name in STRENGTHS if isinstance(entry.get(name), list)]
+    if not entries:
+        return {}
+    if not lists:
+        return {"after": [intervention(entry) for entry in entries]}
+    count = len(lists[0][1])
+    if count == 0 or any(len(values) != count for _, values in lists):
+        raise SettingsError("the lists of times and value in set are empty or differ in length; make them equally long")
+    groups = {}
+    for number in range(count):
+        single = [
+            {key: of[number] if key in STRENGTHS and isinstance(of, list) else of for key, of in entry.items()}
+            for entry in entries
+        ]
+        name = ", ".join(dict.fromkeys(f"{name}={values[number]}" for name, values in lists))
+        groups[name if name not in groups else f"{name} ({number + 1})"] = [intervention(entry) for entry in single]
+    return groups
+
+
+def intervention(entry: dict[str, Any]) -> "Intervention":
+    """One intervention from an entry of `set`."""
+    from ...circuit.replacement.requests import Intervention
+
+    allowed = [field.name for field in fields(Intervention)]
+    unknown = [name for name in entry if name not in allowed]
+    missing = [name for name in ("layer", "position", "feature") if name not in entry]
+    if unknown or missing:
+        wrong = f"{unknown[0]} is not known" if unknown else f"{missing[0]} is missing"
+        raise SettingsError(f"set={entry} is not an intervention ({wrong}); it takes {', '.join(allowed)}")
+    for name in ("layer", "feature", "value", "times"):
+        if not fits(entry.get(name), (float if name in STRENGTHS else int) | None):
+            raise SettingsError(f"{name}={entry[name]} in set is not of the right type; it takes a number")
+    if not fits(entry.get("patch_from"), str | list[int] | None):
+        raise SettingsError(
+            f"patch_from={entry['patch_from']} in set is not of the right type; it takes a text or token ids"
+        )
+    if not fits(entry.get("patch_position"), int | None):
+        place = entry["patch_position"]
+        raise SettingsError(f"patch_position={place} in set is not of the right type; it takes a whole number")
+    return Intervention(**{**entry, "position": str(entry["position"])})

@@ -1,0 +1,178 @@
+"""`crosslace train`: a transcoder from a store."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...data.errors import UserError
+from ..cli.job import Job
+from ..cli.terminal import Closing, table
+from ..workspace import runs, tracking
+from ..workspace.sources import open_model, open_stores
+
+if TYPE_CHECKING:
+    from ...data.store.store import ActivationStore
+    from ...train.parallel.mesh import ParallelSettings
+    from ...train.start.neurons import Neurons
+    from ...train.trainer import TrainResult
+
+SAVED = ("init", "model", "dataset", "world", "stdlib", "store", "transcoder", "trainer", "parallel", "wandb")
+
+
+def run(job: Job) -> Closing:
+    """Train a new run, or go on with one that was cut off; or say what that would take."""
+    if job.top.plan:
+        from .train_plan import run as run_plan
+
+        return run_plan(job)
+    folder = Path(job.top.run)
+    try:
+        with terminable():
+            result = fit(job, folder)
+    except _Terminated:
+        return Closing("stopped between steps: run the same command again to go on")
+    if result is None:
+        return Closing(f"{folder} is trained already", next=next_commands(folder))
+    if result.status != "finished":
+        return Closing(result.message, code=130 if result.by_person else 0)  # SIGTERM is no failure
+    overall = result.evaluation["overall"]
+    return Closing(
+        "trained",
+        tables=[
+            table("held-out", ("", "value"), [(name, value) for name, value in overall.items()]),
+            *([table("speed", ("", "value"), list(result.speed.items()))] if result.speed else []),
+        ],
+        wrote=[
+            (str(folder / "transcoder"), "the transcoder, on the model's own activations"),
+            (str(folder / "metrics.jsonl"), "one line a logged step"),
+        ],
+        next=next_commands(folder),
+    )
+
+
+def next_commands(folder: Path) -> list[str]:
+    """What one does with a trained run."""
+    return [
+        f"crosslace eval run={folder}",
+        f"crosslace features run={folder}",
+        f'crosslace trace run={folder} prompt="..."',
+    ]
+
+
+class _Terminated(BaseException):
+    """SIGTERM outside the steps."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM before the first step or after the last, when there is nothing to save, is no failure either."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def fit(job: Job, folder: Path) -> "TrainResult | None":
+    """Train in `folder` with the job's settings; None where that was done before."""
+    from ...train.parallel.mesh import processes
+    from ...train.trainer import pick_device, train
+
+    settings = run_settings(job)
+    device = pick_device(job.section("trainer"))
+    with open_stores(job) as (store, held_out), processes(mesh_for(job, store, device.type), device) as comm:
+        fresh = comm.is_main and not runs.claim(folder, settings)
+        comm.barrier()
+        if (folder / "transcoder" / "transcoder.json").is_file():
+            return None
+        try:
+            return train(
+                job.section("trainer"),
+                job.section("transcoder"),
+                store,
+                held_out,
+                folder,
+                comm=comm,
+                device=device,
+                sinks=tracking.sinks(job.section("wandb"), folder, settings) if comm.is_main else [],
+                progress=job.progress,
+                meta=masked(store),
+                **beginning(job, store),
+            )
+        except BaseException:
+            if fresh:
+                runs.release(folder)
+            raise
+
+
+def mesh_for(job: Job, store: "ActivationStore", device: str) -> "ParallelSettings":
+    """The processes, and what they exchange."""
+    from ...train.planning.plan import Shape, decided
+
+    transcoder = job.section("transcoder")
+    layers = transcoder.layers or store.layers
+    shape = Shape(len(layers), store.d_model, len(store), store.dtype.itemsize)
+    machine = replace(job.section("machine"), device="cuda" if device == "cuda" else "cpu")
+    return decided(shape, transcoder, job.section("trainer"), job.section("parallel"), machine)
+
+
+def beginning(job: Job, store: "ActivationStore") -> dict[str, Any]:
+    """What a training begins with, as keywords of the trainer: the MLPs' neurons, or a transcoder of the same model."""
+    from ...train.transcoder.transcoder import Transcoder
+
+    init = job.config.values.get("init", "auto")
+    if init == "random":
+        return {}
+    if init in ("auto", "mlp"):
+        return {"neurons": neurons(job, store, wanted=init == "mlp")}
+    if not init or not Path(init).is_dir():
+        raise UserError(f"init={init} is neither mlp, random nor the folder of a run; there is no such folder")
+    source = Transcoder.load(runs.transcoder_folder(Path(init)))
+    made_of, needed = (meta.get("model", {}).get("fingerprint") for meta in (source.meta, store.attributes))
+    if made_of != needed:
+        raise UserError(f"init={init} was trained on model {made_of}, and the store is of {needed}; take another")
+    return {"init": source}
+
+
+def neurons(job: Job, store: "ActivationStore", wanted: bool) -> "Iterator[Neurons]":
+    """The language model's own, which is opened only when the first is asked for: a run that goes on needs none.
+    None at all where its MLPs are no lists of neurons, unless they are `wanted`: then it is refused."""
+    from ...train.start.neurons import has_neurons, model_neurons
+
+    shape = job.section("transcoder")
+    try:
+        model = open_model(job)
+    except UserError as error:
+        raise UserError(f"{error} (it is needed for its neurons; init=random begins without it)") from error
+    if wanted or has_neurons(model, store, shape.layers):
+        yield from model_neurons(model, store, shape.layers, shape.read)
+
+
+def run_settings(job: Job) -> dict[str, Any]:
+    """The settings that a run keeps: model and text are those of its store."""
+    values = job.config.values
+    saved = runs.saved_settings(Path(job.store_path))
+    for name, model in (("model", "language model"), ("dataset", "text")):
+        old, new = saved.get(name, {}).get("name"), values[name]["name"]
+        if name in job.config.given and old is not None and old != new:
+            raise UserError(
+                f"{job.store_path} holds activations of the {model} {old}, not of {new}; cache another store"
+            )
+    job.config.base_on({name: part for name, part in saved.items() if name not in job.config.given})
+    return {"seed": values["seed"], **{name: values[name] for name in SAVED if name in values}}
+
+
+def masked(store: Any) -> dict[str, Any]:
+    """What the transcoder must know of the positions that its store leaves out."""
+    return {"masked": store.attributes["masked"]} if "masked" in store.attributes else {}

@@ -1,0 +1,1 @@
+"""What verbs work with: run folders, sources of models and text, trackers."""

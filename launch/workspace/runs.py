@@ -1,0 +1,135 @@
+"""Run folders: one training each, never overwritten."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...data.errors import UserError
+
+FREE_SECTIONS = ("wandb", "parallel")
+FREE_SETTINGS = ("log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "prefetch", "device")
+"""Settings in which a resumed run may differ from the first call: none of them changes a weight."""
+
+
+def saved_settings(run: Path) -> dict[str, Any]:
+    """The settings a run was made with; empty for a bare transcoder folder."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: it is no YAML; put the run's settings back or name another run") from error
+    return saved if isinstance(saved, dict) else {}
+
+
+def claim(run: Path, settings: dict[str, Any]) -> bool:
+    """Make a new run's folder, or take up one that the same settings began; True when it is taken up.
+
+    Never touches what another training made: a run with other settings is refused, with what differs.
+    """
+    writable(run)
+    config = run / "config.yaml"
+    if config.is_file():
+        differing = differences(saved_settings(run), settings)
+        if differing:
+            shown = "; ".join(differing[:3]) + ("; ..." if len(differing) > 3 else "")
+            raise UserError(
+                f"{run} holds a run with other settings ({shown}); name another run, or resume it with those settings"
+            )
+        return True
+    if run.exists() and any(path.name != "wandb" for path in run.iterdir()):
+        raise UserError(f"{run} holds other files and no run; name another folder for this run")
+    run.mkdir(parents=True, exist_ok=True)
+    write_yaml(config, settings)
+    return False
+
+
+def release(run: Path) -> None:
+    """Give up a folder that was claimed just now, where its training was refused before it wrote anything."""
+    if {path.name for path in run.iterdir()} <= {"config.yaml", "wandb"}:
+        (run / "config.yaml").unlink(missing_ok=True)
+        if not any(run.iterdir()):
+            run.rmdir()
+
+
+def writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written before any work is done."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {existing}; name a folder that you may write to")
+
+
+def differences(saved: dict[str, Any], settings: dict[str, Any], prefix: str = "") -> list[str]:
+    """The settings in which two configurations differ, as sentences' parts."""
+    found = []
+    for key in settings:
+        if prefix + key in FREE_SECTIONS or key in FREE_SETTINGS:
+            continue
+        old, new = saved.get(key), settings[key]
+        if isinstance(new, dict) and isinstance(old, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif key in saved and old != new:
+            found.append(f"{prefix}{key} was {old}, not {new}")
+    return found
+
+
+def write_yaml(path: Path, settings: dict[str, Any]) -> None:
+    """Write settings whole or not at all."""
+    write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON whole or not at all; a figure that is not finite becomes null, as JSON has none."""
+    write_text(path, json.dumps(_finite(values), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or a sentence about why it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    if isinstance(values, float) and (values != values or values in (float("inf"), float("-inf"))):
+        return None
+    return values
+
+
+def slug_of(prompt: str) -> str:
+    """A graph's short name from its prompt."""
+    words = re.findall(r"[A-Za-z0-9]+", prompt.lower())
+    return "-".join(words[-6:]) or "graph"
+
+
+def transcoder_folder(run: Path) -> Path:
+    """The transcoder of a run, or the folder itself where it is one."""
+    for folder in (run / "transcoder", run):
+        if (folder / "transcoder.json").is_file():
+            return folder
+    raise UserError(f"{run} holds no transcoder yet; `crosslace train ... run={run}` makes one, and goes on if cut off")

@@ -1,0 +1,50 @@
+"""The terms of the loss (SPEC 2), pure functions named as in the formulas. Each is summed over features and averaged
+over tokens, so that no coefficient depends on the batch size.
+
+Entries (`a`, `h`, and their feature's `n`, `theta`) may be dense [B, F] against [F], or the flat list of the entries
+that matter [N] against [N]: each function is elementwise until its sum, and takes the number of tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from ..transcoder.activations import step
+
+
+def reconstruction(y_hat: Tensor, y: Tensor) -> Tensor:
+    """[L]: |y^_l - y_l|^2 / D, mean over tokens; y [B, L, D] normalised so that E|y_l|^2 = D."""
+    return (y_hat - y).square().mean(dim=(0, 2))
+
+
+def tanh_penalty(a: Tensor, n: Tensor, c: float, tokens: int) -> Tensor:
+    """sum_i tanh(c n_i a_i): counts features softly, n_i the norm of the whole decoder row, with gradient."""
+    return torch.tanh(c * n * a).sum() / tokens
+
+
+def l1_penalty(a: Tensor, n: Tensor, tokens: int) -> Tensor:
+    """sum_i n_i a_i."""
+    return (n * a).sum() / tokens
+
+
+def l0_penalty(h: Tensor, theta: Tensor, bandwidth: float, ste_reaches_h: bool, tokens: int) -> Tensor:
+    """sum_i 1[h_i > theta_i], with the step's straight-through estimator."""
+    return step(h, theta, bandwidth, ste_reaches_h).sum() / tokens
+
+
+def quadratic_target(l0: Tensor, target: Tensor, around: Tensor | None = None) -> Tensor:
+    """[L]: (L0_l / target_l - 1)^2. Where `l0` [L] is a part of the batch, `around` is the whole batch's L0: the value
+    and the gradient's factor are taken there, so that the parts' mean equals the whole."""
+    whole = l0.detach() if around is None else around
+    offset = whole / target - 1
+    return offset.square() + 2 * offset / target * (l0 - l0.detach())
+
+
+def preactivation_penalty(h: Tensor, theta: Tensor, n: Tensor, tokens: int, over: Tensor | None = None) -> Tensor:
+    """sum_i relu(theta_i - h_i) n_i, over the features in the mask `over` [F] or over all: it pulls the silent up."""
+    shortfall = (theta - h).relu() * n
+    return (shortfall if over is None else shortfall * over).sum() / tokens
+
+
+def auxiliary(y_aux: Tensor, y_hat: Tensor, y: Tensor) -> Tensor:
+    """[L]: |y_aux - (y - y^)|^2 / D: what dead features alone (no b_dec) make of the error, taken as a constant."""
+    return (y_aux - (y - y_hat).detach()).square().mean(dim=(0, 2))

@@ -1,0 +1,139 @@
+"""What changes during training besides weights and moments, all of it part of a checkpoint.
+
+Device tensors are updated without reading them back; plain numbers live in `Counters`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..parallel.collectives import Collectives
+from ..settings import TrainerSettings
+from ..transcoder.transcoder import Transcoder
+from .objective import StepLoss
+
+# How the penalty follows L0: log lam moves by gain * log(L0 / target) a step, and _DAMPING * log(L0 / target) is added
+# to it at once, without which L0 would swing about its target. Features that a penalty has silenced come back slowly
+# when it falls, so it falls faster than it rises; and as long as L0 stays on one side of its target, the gain grows.
+_GAIN_UP, _GAIN_DOWN = 0.02, 0.1
+_BOOST, _MOST_BOOST, _CALMING = 1.02, 8.0, 0.3
+_DAMPING = 2.0
+_L0_MEMORY = 0.95
+_FORGETTING = 8.0
+
+# fp16: the loss is scaled up so that small gradients survive; halved at an overflow, doubled after many good steps.
+_FIRST_LOSS_SCALE = 2.0**13
+_GROW_AFTER = 1000
+
+
+@dataclass
+class Counters:
+    """Plain numbers of the run."""
+
+    step: int = 0
+    use_sparse: bool = False
+    """The choice that `sparse: auto` last made."""
+    use_aux: bool = False
+    """Whether any feature was dead when last looked at."""
+    best_score: float = math.inf
+    best_step: int = -1
+    seconds: float = 0.0
+    """Training time before this process."""
+
+
+class RunningState:
+    """Density averages, the steered penalty, bad steps, and sums since the last metric line."""
+
+    def __init__(self, transcoder: Transcoder, settings: TrainerSettings) -> None:
+        device, layers = transcoder.device, transcoder.n_layers
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        # The average forgets faster than `dead_after`: what fired on every tenth token before must fall far to count
+        # as dead, and with this memory even that takes about `dead_after` tokens.
+        self.decay = math.exp(-_FORGETTING * settings.batch / settings.dead_after)
+        self.dead_below = math.exp(-1) / settings.dead_after
+        self.steps_to_judge = settings.dead_after / settings.batch
+        self.density = [zeros(size) for size in transcoder.features]
+        lam = settings.coefficients(layers)
+        self.log_lam = torch.tensor([math.log(max(value, 1e-12)) for value in lam], device=device)
+        self.l0 = zeros(layers)
+        self.side, self.boost = zeros(layers), zeros(layers) + 1
+        self.bad_in_row, self.bad_total = zeros(), zeros()
+        self.fp16 = settings.precision == "fp16"
+        self.loss_scale = torch.full((), _FIRST_LOSS_SCALE if self.fp16 else 1.0, device=device)
+        self.good_in_row = zeros()
+        self.sums: dict[str, Tensor] = {
+            name: zeros(layers)
+            for name in ("reconstruction", "sparsity", "preactivation", "auxiliary", "l0", "power", "lam")
+        }
+        self.sums |= {"steps": zeros(), "grad_norms": zeros(1 + layers)}
+
+    def dead(self, step: int) -> list[Tensor]:
+        """Per layer, bool [F]: silent for about `dead_after` tokens; nothing is judged before that many were seen."""
+        if step < self.steps_to_judge:
+            return [torch.zeros_like(density, dtype=torch.bool) for density in self.density]
+        return [density < self.dead_below for density in self.density]
+
+    def densities(self, step: int) -> list[Tensor]:
+        """The running averages, corrected for having started at zero."""
+        return [density / max(1 - self.decay**step, 1e-12) for density in self.density]
+
+    @torch.no_grad()
+    def update(
+        self, seen: StepLoss, tokens: int, grad_norms: Tensor, bad: Tensor, lam: Tensor, comm: Collectives
+    ) -> None:
+        """After a step; a bad one leaves averages and sums as they were. `grad_norms`: of all, then of each layer."""
+        good = 1 - bad
+        # An overflow that a smaller loss scale will cure is no bad step.
+        curable = self.loss_scale > 1
+        self.bad_in_row.copy_((self.bad_in_row + 1) * bad * ~curable)
+        self.bad_total += bad * ~curable
+        if self.fp16:
+            self.good_in_row.copy_((self.good_in_row + 1) * good)
+            grow = (self.good_in_row > 0) & (self.good_in_row % _GROW_AFTER == 0)
+            self.loss_scale.copy_(
+                (self.loss_scale * torch.where(bad > 0, 0.5, torch.where(grow, 2.0, 1.0))).clamp_min(1)
+            )
+        for density, fired in zip(self.density, seen.fired, strict=True):
+            now = comm.mean_data(fired.to(density.dtype)) / tokens
+            density.lerp_(torch.where(bad > 0, density, now), 1 - self.decay)
+        l0 = comm.mean_data(seen.l0.to(self.l0.dtype))
+        self.l0.copy_(torch.where(bad > 0, self.l0, torch.where(self.l0 == 0, l0, self.l0.lerp(l0, 1 - _L0_MEMORY))))
+        finite = {name: torch.where(bad > 0, 0, value) for name, value in seen.terms.items()}
+        for name, value in (finite | {"power": seen.power, "l0": l0, "lam": lam}).items():
+            self.sums[name] += comm.mean_data(value.to(self.l0.dtype)) * good
+        self.sums["steps"] += good
+        self.sums["grad_norms"] += torch.where(bad > 0, 0, grad_norms)
+
+    def steered_lam(self, target: Tensor) -> Tensor:
+        """[L]: the coefficient that steering gives now."""
+        offset = (self.l0.clamp_min(1e-3) / target).log() * (self.l0 > 0)
+        return (self.log_lam + _DAMPING * offset).exp()
+
+    @torch.no_grad()
+    def steer(self, target: Tensor, settling: float) -> None:
+        """Move log lam so that L0 approaches its target; `settling` in (0, 1] slows it down at the end."""
+        offset = (self.l0.clamp_min(1e-3) / target).log().clamp(-1, 1)
+        self.boost.mul_(torch.where(offset.sign() == self.side, _BOOST, _CALMING)).clamp_(1.0, _MOST_BOOST)
+        self.side.copy_(offset.sign())
+        self.log_lam += torch.where(offset > 0, _GAIN_UP, _GAIN_DOWN) * self.boost * settling * offset
+
+    def read_sums(self) -> dict[str, Tensor]:
+        """Means since the last reading, on the CPU in one transfer's worth of reads; the sums start again."""
+        steps = self.sums["steps"].clamp_min(1)
+        means = {name: (value / steps).cpu() for name, value in self.sums.items() if name != "steps"}
+        for value in self.sums.values():
+            value.zero_()
+        return means
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All device state by name, in place."""
+        named = {f"density.{l}": density for l, density in enumerate(self.density)}
+        named |= {"log_lam": self.log_lam, "l0": self.l0, "side": self.side, "boost": self.boost}
+        named |= {"bad_in_row": self.bad_in_row, "bad_total": self.bad_total}
+        named |= {"loss_scale": self.loss_scale, "good_in_row": self.good_in_row}
+        return named | {f"sums.{name}": value for name, value in self.sums.items()}

@@ -1,0 +1,165 @@
+"""What one rank needs from the others, as an object handed in from outside.
+
+The numeric code of this room calls these methods and knows nothing of process groups; `SINGLE` is the answer on one
+process, and `mesh.py` builds the distributed ones. Two axes: *feature* ranks hold different features of each
+layer and see the same tokens; *data* ranks hold the same features and see different tokens.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Collectives(Protocol):
+    """The seam between the mathematics and the processes. Every rank makes the same calls in the same order."""
+
+    data_rank: int
+    data_ranks: int
+    feature_rank: int
+    feature_ranks: int
+    slices: int
+    """Into how many slices decoders are cut along their width: 1 where they are cut by feature, else feature_ranks."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes logs and shared files."""
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over feature shards; backward is the identity, since every shard computes the same loss from it."""
+        ...
+
+    def sum_shards(self, x: Tensor) -> Tensor:
+        """Sum over feature shards, without gradient (norms, counts)."""
+        ...
+
+    def mean_data(self, x: Tensor) -> Tensor:
+        """Mean over data ranks, without gradient."""
+        ...
+
+    def sum_data(self, x: Tensor) -> Tensor:
+        """Sum over data ranks, without gradient (counts)."""
+        ...
+
+    def max_all(self, x: Tensor) -> Tensor:
+        """Largest over all ranks, elementwise (flags: a bad gradient, a request to stop)."""
+        ...
+
+    def reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace each gradient by its mean over data ranks, in place."""
+        ...
+
+    def top_threshold(self, values: Tensor, count: int) -> Tensor:
+        """The count-th largest over all ranks' `values`: []. Fewer than that: the smallest of them.
+
+        Each rank gives at least its `count` largest entries, or all it has.
+        """
+        ...
+
+    def row_threshold(self, h_BF: Tensor, k: int) -> Tensor:
+        """Each row's k-th largest over feature shards: [B, 1]. Fewer than k: the smallest."""
+        ...
+
+    def gather_features(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Concatenate the shards' `x` along its feature dimension (rare: export, resampling), without gradient."""
+        ...
+
+    def gather_parts(self, x: Tensor) -> Tensor:
+        """[m, ...]: every feature rank's `x`, all of one shape, without gradient."""
+        ...
+
+    def sum_parts(self, x: Tensor) -> Tensor:
+        """[m, ...] -> [...]: of the sum over feature ranks, the entry of this one, without gradient."""
+        ...
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        """This feature rank's part `x` as a DTensor of the whole, cut along `dim`, that shares its memory."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        ...
+
+    def broadcast(self, value: Any) -> Any:
+        """The main rank's plain value (numbers, strings, lists), on every rank."""
+        ...
+
+
+class SingleProcess:
+    """One process: every collective is the identity."""
+
+    data_rank = feature_rank = 0
+    data_ranks = feature_ranks = slices = 1
+    is_main = True
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum_shards(self, x: Tensor) -> Tensor:
+        return x
+
+    def mean_data(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum_data(self, x: Tensor) -> Tensor:
+        return x
+
+    def max_all(self, x: Tensor) -> Tensor:
+        return x
+
+    def reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
+        return None
+
+    def top_threshold(self, values: Tensor, count: int) -> Tensor:
+        return values.topk(min(count, values.numel())).values[-1]
+
+    def row_threshold(self, h_BF: Tensor, k: int) -> Tensor:
+        return h_BF.topk(min(k, h_BF.shape[-1]), dim=-1).values[..., -1:]
+
+    def gather_features(self, x: Tensor, dim: int = 0) -> Tensor:
+        return x
+
+    def gather_parts(self, x: Tensor) -> Tensor:
+        return x[None]
+
+    def sum_parts(self, x: Tensor) -> Tensor:
+        return x[0]
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        return x
+
+    def barrier(self) -> None:
+        return None
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+SINGLE: Collectives = SingleProcess()
+
+
+Named = Sequence[tuple[str, Tensor]]
+
+
+def gradient_norms(sharded: Named, replicated: Named, layers: int, comm: Collectives = SINGLE) -> Tensor:
+    """[1 + L]: the 2-norm of all gradients together, and of each layer's (names end in its number): each shard's part
+    added up, what every rank holds counted once."""
+    squares = [_square_sums(named, layers) for named in (sharded, replicated)]
+    if squares[0] is not None:
+        squares[0] = comm.sum_shards(squares[0])
+    parts = [part for part in squares if part is not None]
+    return torch.stack(parts).sum(0).sqrt() if parts else torch.zeros(1 + layers)
+
+
+def _square_sums(named: Named, layers: int) -> Tensor | None:
+    if not named:
+        return None
+    norms = torch._foreach_norm([tensor for _, tensor in named])
+    columns: list[list[Tensor]] = [[] for _ in range(layers)]
+    for (name, _), norm in zip(named, norms, strict=True):
+        columns[int(name.rpartition(".")[2])].append(norm)
+    widest, none = max(map(len, columns)), norms[0].new_zeros(())
+    grid = torch.stack([norm for column in columns for norm in column + [none] * (widest - len(column))])
+    return torch.cat([torch.stack(norms).square().sum()[None], grid.view(layers, widest).square().sum(1)])

@@ -1,0 +1,334 @@
+"""Many processes as one: a mesh of data ranks and feature ranks, and the collectives that training asks of it.
+
+    data rank d      reads rows d, d + n, ... of each batch; gradients are averaged over data ranks
+    feature rank f   holds features f F/m ... (f + 1) F/m of every layer: encoder, biases, thresholds and their moments;
+                     and of the decoders either its features' rows, or its D/m slice of every feature's (`exchange`)
+
+What flows between processes in a step, for B tokens a data rank:
+    sum             exchange=reconstructions: [B, L, D] over feature ranks, once, forward; nothing backward
+    gather_parts    exchange=actives: the active entries' values and places, forward (train/parallel/exchange.py)
+    sum_parts       exchange=actives: the gradients of those values, backward
+    top_threshold   counts, by which batchtopk's choice is the one of the whole batch (train/parallel/kth_largest.py)
+    row_threshold   the same for each token: topk, and the auxiliary loss
+    reduce_gradients each parameter's gradient over data ranks, in buckets
+
+The mathematics stands in `collectives.py`; this module alone knows process groups.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ...data.errors import SettingsError, UserError, check_choice, check_range
+from .collectives import SINGLE, Collectives
+from .kth_largest import kth_largest
+
+BUCKET_BYTES = 32 * 2**20
+"""Gradients are averaged this much at a time: large enough to fill a link, small beside a dictionary."""
+
+
+_LOST = (
+    "another process of this job ended or went silent, and this one cannot go on without it; the message of that one "
+    "says why, and the same command goes on from the newest checkpoint"
+)
+
+EXCHANGES = ("auto", "reconstructions", "actives")
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """Several processes, started by `torchrun` or `accelerate launch`."""
+
+    data: int = 1
+    """Processes that read different rows."""
+
+    features: int = 1
+    """Processes that share each layer's features."""
+
+    exchange: str = "auto"
+    """What feature ranks exchange: reconstructions, or actives (active values and indices; decoders are then cut along
+    their width); auto takes what moves fewer bytes by the plan."""
+
+    timeout: int = 600
+    """Seconds after which a process that waits for the others gives up."""
+
+    def __post_init__(self) -> None:
+        check_range("parallel.data", self.data, low=1)
+        check_range("parallel.features", self.features, low=1)
+        check_choice("parallel.exchange", self.exchange, EXCHANGES)
+        check_range("parallel.timeout", self.timeout, low=1)
+
+    @property
+    def processes(self) -> int:
+        return self.data * self.features
+
+    @classmethod
+    def as_started(cls) -> "ParallelSettings":
+        """All the processes that there are read different rows: for work that cuts no features."""
+        return cls(data=started())
+
+
+class FirstFailure(UserError):
+    """The mistake that ended a job of several processes, on the process that met it first: this one tells the user."""
+
+
+class PeerLost(UserError):
+    """Another process ended before this one: whatever went wrong, it knows."""
+
+
+def started() -> int:
+    """How many processes torchrun or accelerate started, by the environment; one without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_device() -> torch.device:
+    """The device of this process: the GPU with its local number where there are several, else what Accelerate finds."""
+    if started() > 1 and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return PartialState().device or torch.device("cpu") if started() == 1 else torch.device("cpu")
+
+
+@contextmanager
+def processes(settings: ParallelSettings, device: torch.device | str = "cpu") -> Iterator[Collectives]:
+    """The collectives of this process in its mesh, for as long as the block runs. `exchange` is decided by then
+    (`plan.decided`): what is still `auto` exchanges reconstructions."""
+    if started() != settings.processes:
+        raise SettingsError(
+            f"parallel.data={settings.data} times parallel.features={settings.features} makes {settings.processes} "
+            f"processes, and {started()} were started: use torchrun --nproc-per-node={settings.processes}"
+        )
+    if settings.processes == 1:
+        yield SINGLE
+        return
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    joined_here = not dist.is_initialized()
+    try:
+        if joined_here:
+            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+            patience = timedelta(seconds=settings.timeout)
+            dist.init_process_group(backend, timeout=patience, **_meeting(patience))
+        mesh = init_device_mesh(kind, (settings.data, settings.features), mesh_dim_names=("data", "features"))
+        yield MeshCollectives(mesh, slices=settings.features if settings.exchange == "actives" else 1)
+    except UserError as error:
+        raise (FirstFailure(str(error)) if _first_to_fail() else PeerLost(_LOST)) from error
+    except RuntimeError as error:
+        if not _from_network(error):
+            raise
+        raise PeerLost(_LOST) from error
+    finally:
+        if joined_here and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _meeting(patience: timedelta) -> dict[str, Any]:
+    """Where the processes find each other: a part of the store of torchrun's agents that only these processes use.
+
+    The agents keep their store when they start processes anew, and what the dead ones wrote there would mislead the
+    living. Without such a store, whatever torch does by itself.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, ranks = int(os.environ["RANK"]), started()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=patience)
+    name = _give_name(store, ranks, patience) if rank == 0 else _ask_name(store)
+    return {"store": dist.PrefixStore(f"crosslace/{name}", store), "rank": rank, "world_size": ranks}
+
+
+def _ask_name(store: dist.Store) -> str:
+    """The name that the first process gave to this start of all. Only the living answer a fresh question."""
+    question = uuid4().hex
+    store.set(f"crosslace/question/{store.add('crosslace/questions', 1)}", question)
+    name = store.get(f"crosslace/answer/{question}").decode()
+    store.add(f"crosslace/present/{name}", 1)
+    return name
+
+
+def _give_name(store: dist.Store, ranks: int, patience: timedelta) -> str:
+    """Answer every question, those of the dead too, until all the others are present."""
+    name, answered, begun = uuid4().hex, set(), time.monotonic()
+    while store.add(f"crosslace/present/{name}", 0) < ranks - 1:
+        for number in set(range(1, store.add("crosslace/questions", 0) + 1)) - answered:
+            if store.check([f"crosslace/question/{number}"]):
+                store.set(f"crosslace/answer/{store.get(f'crosslace/question/{number}').decode()}", name)
+                answered.add(number)
+        if time.monotonic() - begun > patience.total_seconds():
+            raise UserError(f"not all {ranks} processes came within {patience.total_seconds():.0f} s; start them again")
+        time.sleep(0.01)
+    return name
+
+
+def _first_to_fail() -> bool:
+    """Whether no other process has failed before; where nobody can be asked any more, one has."""
+    try:
+        return dist.is_initialized() and dist.distributed_c10d._get_default_store().add("crosslace/failed", 1) == 1
+    except RuntimeError:
+        return False
+
+
+def _from_network(error: RuntimeError) -> bool:
+    """Gloo's errors have no type of their own; they name the place in its source."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
+
+
+class _SumForward(torch.autograd.Function):
+    """All-reduce forward, identity backward.
+
+    Every feature rank computes the same loss from the same sum, so the gradient of the sum is already whole on each:
+    reducing it again would make it m times too large.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class MeshCollectives:
+    """`Collectives` over a DeviceMesh (data, features). Counts the bytes that this process hands in, by method."""
+
+    def __init__(self, mesh: DeviceMesh, slices: int = 1) -> None:
+        self.mesh, self.slices = mesh, slices
+        self.device = torch.device(mesh.device_type)
+        self._data, self._features = mesh.get_group("data"), mesh.get_group("features")
+        self.data_ranks, self.feature_ranks = mesh.shape
+        self.data_rank, self.feature_rank = dist.get_rank(self._data), dist.get_rank(self._features)
+        self.sent: dict[str, int] = {}
+
+    @property
+    def is_main(self) -> bool:
+        return dist.get_rank() == 0
+
+    def _count(self, what: str, x: Tensor) -> None:
+        self.sent[what] = self.sent.get(what, 0) + x.numel() * x.element_size()
+
+    def _reduced(self, what: str, x: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """The reduction as a new tensor where `x` lies, computed where the mesh communicates."""
+        total = x.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
+        self._count(what, total)
+        dist.all_reduce(total, op=op, group=group)
+        return total.to(x.device)
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.feature_ranks == 1:
+            return x
+        self._count("sum", x)
+        result = _SumForward.apply(x, self._features)
+        assert isinstance(result, Tensor)
+        return result
+
+    def sum_shards(self, x: Tensor) -> Tensor:
+        return x.detach() if self.feature_ranks == 1 else self._reduced("sum_shards", x, self._features)
+
+    def sum_data(self, x: Tensor) -> Tensor:
+        return x.detach() if self.data_ranks == 1 else self._reduced("sum_data", x, self._data)
+
+    def mean_data(self, x: Tensor) -> Tensor:
+        return x.detach() if self.data_ranks == 1 else self.sum_data(x) / self.data_ranks
+
+    def max_all(self, x: Tensor) -> Tensor:
+        return self._reduced("max_all", x, None, dist.ReduceOp.MAX)
+
+    def reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
+        if self.data_ranks == 1:
+            return
+        for bucket in _buckets([p for p in parameters if p.numel()]):
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                self._count("reduce_gradients", bucket[0])  # large: no copy
+                dist.all_reduce(bucket[0], group=self._data)
+                bucket[0] /= self.data_ranks
+                continue
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            self._count("reduce_gradients", flat)
+            dist.all_reduce(flat, group=self._data)
+            flat /= self.data_ranks
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def top_threshold(self, values: Tensor, count: int) -> Tensor:
+        add = partial(self._reduced, "top_threshold", group=None)
+        return kth_largest(values.detach().reshape(1, -1), count, add, bits=8)[0, 0]
+
+    def row_threshold(self, h_BF: Tensor, k: int) -> Tensor:
+        own = h_BF.detach().topk(min(k, h_BF.shape[-1]), dim=-1).values
+        if self.feature_ranks == 1:
+            return own[..., -1:]
+        return kth_largest(own, k, partial(self._reduced, "row_threshold", group=self._features), bits=4)
+
+    def _gathered(self, what: str, x: Tensor, group: Any, ranks: int) -> Tensor:
+        """[ranks, ...]: every rank's tensor."""
+        own = x.detach().to(self.device).contiguous()
+        self._count(what, own)
+        gathered = own.new_empty(ranks, *own.shape)
+        dist.all_gather(list(gathered), own, group=group)
+        return gathered.to(x.device)
+
+    def gather_features(self, x: Tensor, dim: int = 0) -> Tensor:
+        if self.feature_ranks == 1:
+            return x
+        return torch.cat(list(self._gathered("gather_features", x, self._features, self.feature_ranks)), dim)
+
+    def gather_parts(self, x: Tensor) -> Tensor:
+        if self.feature_ranks == 1:
+            return x.detach()[None]
+        return self._gathered("gather_parts", x, self._features, self.feature_ranks)
+
+    def sum_parts(self, x: Tensor) -> Tensor:
+        if self.feature_ranks == 1:
+            return x.detach()[0]
+        parts = x.detach().to(self.device).contiguous()
+        self._count("sum_parts", parts)
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, list(parts), group=self._features)
+        return own.to(x.device)
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        placements = [Replicate(), Shard(dim)]
+        return DTensor.from_local(x.detach(), self.mesh, placements, run_check=False)
+
+    def barrier(self) -> None:
+        self.max_all(torch.zeros(1))
+
+    def broadcast(self, value: Any) -> Any:
+        """As JSON: nothing but plain values travels."""
+        text = torch.tensor(list(json.dumps(value).encode()) if self.is_main else [], dtype=torch.uint8)
+        length = int(self.max_all(torch.tensor(text.numel())))
+        padded = torch.zeros(length, dtype=torch.uint8)
+        padded[: text.numel()] = text
+        return json.loads(bytes(self.max_all(padded).tolist()))
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients of one type in groups of about BUCKET_BYTES, in order; a larger one by itself."""
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        nbytes = gradient.numel() * gradient.element_size()
+        if bucket and (size + nbytes > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += nbytes
+    if bucket:
+        yield bucket

@@ -1,0 +1,1 @@
+"""What surrounds the steps: checkpoints, checks, records, evaluation, optimizers."""

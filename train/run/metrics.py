@@ -1,0 +1,82 @@
+"""Reconstruction metrics, one definition each (SPEC 5), accumulated over an evaluation set.
+
+Per layer, over all tokens: nmse = E|y - y^|^2 / E|y|^2; fvu = E|y - y^|^2 / E|y - mean y|^2, the mean over the whole
+set; cosine, the mean over tokens; l0; density per feature; dead, the share of features that never fire; dense, the
+share that fires on more than a tenth. Overall: the mean over layers (shares: over all features), and l0_total, the sum.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..parallel.collectives import SINGLE, Collectives
+from ..transcoder.activations import SparseActs
+
+DENSE_ABOVE = 0.1
+
+
+class ReconstructionMetrics:
+    """Streaming: `update` with rows as often as there are, then `compute`. Nothing is read from the device before."""
+
+    def __init__(
+        self, features: Sequence[int], d_model: int, device: torch.device | str = "cpu", comm: Collectives = SINGLE
+    ) -> None:
+        layers = len(features)
+
+        def zeros(*shape: int) -> Tensor:
+            # float64 where the device has it: variances are differences of large sums.
+            return torch.zeros(shape, dtype=torch.float32 if str(device) == "mps" else torch.float64, device=device)
+
+        self.comm = comm
+        self.tokens = zeros()
+        self.error, self.power, self.cosine = zeros(layers), zeros(layers), zeros(layers)
+        self.y_sum = zeros(layers, d_model)
+        self.fired = [zeros(size) for size in features]
+
+    @torch.no_grad()
+    def update(self, y: Tensor, y_hat: Tensor, acts: Sequence[Tensor | SparseActs]) -> None:
+        """y, y_hat [B, L, D]; acts of each layer, dense or sparse. Leave masked rows out beforehand."""
+        wide = self.error.dtype
+        self.tokens += y.shape[0]
+        self.error += (y.to(wide) - y_hat.to(wide)).square().sum(dim=(0, 2))
+        self.power += y.to(wide).square().sum(dim=(0, 2))
+        self.cosine += F.cosine_similarity(y.to(wide), y_hat.to(wide), dim=-1).sum(0)
+        self.y_sum += y.to(wide).sum(0)
+        for fired_F, layer in zip(self.fired, acts, strict=True):
+            if isinstance(layer, SparseActs):
+                fired_F.scatter_add_(0, layer.indices.flatten(), (layer.values > 0).flatten().to(wide))
+            else:
+                fired_F += (layer > 0).sum(0)
+
+    def densities(self) -> list[Tensor]:
+        """Per layer [F]: the share of tokens on which each feature fired (this rank's features, all ranks' tokens)."""
+        return [self.comm.sum_data(fired_F) / self.comm.sum_data(self.tokens) for fired_F in self.fired]
+
+    def compute(self) -> dict[str, Any]:
+        """{"overall": {...}, "layers": [{...}], "tokens": n}."""
+        comm = self.comm
+        tokens = comm.sum_data(self.tokens)
+        error, power = comm.sum_data(self.error), comm.sum_data(self.power)
+        variance = power - comm.sum_data(self.y_sum).square().sum(1) / tokens
+        densities = self.densities()
+        sizes = comm.sum_shards(tokens.new_tensor([float(d.numel()) for d in densities]))
+        dead = comm.sum_shards(torch.stack([(d == 0).sum() for d in densities]).to(error.dtype))
+        dense = comm.sum_shards(torch.stack([(d > DENSE_ABOVE).sum() for d in densities]).to(error.dtype))
+        l0 = comm.sum_shards(torch.stack([d.sum() for d in densities]))
+        columns = {
+            "nmse": error / power,
+            "fvu": error / variance,
+            "cosine": comm.sum_data(self.cosine) / tokens,
+            "l0": l0,
+            "dead": dead / sizes,
+            "dense": dense / sizes,
+        }
+        per_layer = {name: column.tolist() for name, column in columns.items()}
+        layers = [dict(zip(per_layer, row, strict=True)) for row in zip(*per_layer.values(), strict=True)]
+        overall = {name: sum(values) / len(values) for name, values in per_layer.items()}
+        overall["dead"], overall["dense"] = float(dead.sum() / sizes.sum()), float(dense.sum() / sizes.sum())
+        overall["l0_total"] = float(l0.sum())
+        return {"overall": overall, "layers": layers, "tokens": int(tokens)}

@@ -1,0 +1,1 @@
+"""The step that never touches a zero, and the kernels behind it."""

@@ -1,0 +1,1 @@
+"""Where training begins: random weights, the MLPs' own neurons, another run."""

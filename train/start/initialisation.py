@@ -1,0 +1,35 @@
+"""Where training starts: b_dec at the target's mean, and b_enc such that features fire at a chosen rate at first."""
+
+import torch
+from torch import Tensor
+
+from ..transcoder.transcoder import Transcoder
+
+
+@torch.no_grad()
+def quantile_bias(h_NF: Tensor, theta_F: Tensor, rate: float) -> Tensor:
+    """[F]: the bias at which each feature exceeds its threshold on a share `rate` of the rows; h without its bias.
+
+    The threshold falls halfway between two rows: on one, rounding would say whether that row fires.
+    """
+    rows = h_NF.shape[0]
+    rank = min(max(round(rate * rows), 1), rows)
+    largest = h_NF.topk(min(rank + 1, rows), dim=0).values
+    return theta_F - (largest[rank - 1] + largest[-1]) / 2
+
+
+@torch.no_grad()
+def initialise(transcoder: Transcoder, x_NLD: Tensor, y_mean_LD: Tensor, rate: list[float], decoder: str) -> None:
+    """Set biases from normalised rows, and the decoder to zero where asked; the encoder keeps its random weights."""
+    for l in range(transcoder.n_layers):
+        transcoder.b_dec[l].copy_(y_mean_LD[l])
+        transcoder.b_enc[l].zero_()
+        h_NF = transcoder.preactivation(x_NLD[:, l], l)
+        transcoder.b_enc[l].copy_(quantile_bias(h_NF, transcoder.theta(l), rate[l]))
+        if decoder == "zero":
+            transcoder.W_dec[l].zero_()
+
+
+def rows_for(rate: float) -> int:
+    """How many rows tell a firing rate apart from its neighbours."""
+    return int(min(max(32 / rate, 4096), 65536))

@@ -1,0 +1,1 @@
+"""What a transcoder is: weights, activations, normalisation, its file."""
