@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from .circuit.graph.graph import Graph
     from .circuit.replacement.model import ReplacementModel
     from .circuit.replacement.requests import Intervention
-    from .data.store.store import ActivationStore
+    from .data.store import ActivationStore
     from .train.transcoder.transcoder import Transcoder
 
 __version__ = "0.1.0"
@@ -15,7 +15,7 @@ __all__ = ["ActivationStore", "Graph", "Intervention", "ReplacementModel", "Tran
 
 # Public names load on first use: `import crosslace` costs nothing.
 _HOMES = {
-    "ActivationStore": ".data.store.store",
+    "ActivationStore": ".data.store",
     "Transcoder": ".train.transcoder.transcoder",
     "ReplacementModel": ".circuit.replacement.model",
     "Intervention": ".circuit.replacement.requests",

@@ -22,7 +22,7 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "model": Section("data/models/language_model.py", "ModelSettings", "the language model", shorthand="name"),
-    "dataset": Section("data/text/corpus.py", "DatasetSettings", "the text", shorthand="name"),
+    "dataset": Section("data/text/dataset.py", "DatasetSettings", "the text", shorthand="name"),
     "store": Section("data/harvest/harvest.py", "HarvestSettings", "the cached activations", shorthand="path"),
     "transcoder": Section("train/settings.py", "TranscoderSettings", "the dictionary that is trained"),
     "trainer": Section("train/settings.py", "TrainerSettings", "how it is trained"),
@@ -36,7 +36,7 @@ SECTIONS = {
     "demo": Section("launch/cli/settings.py", "DemoSettings", "how much the demonstration does"),
     "launcher": Section("launch/cli/settings.py", "LauncherSettings", "where the runs of a sweep run"),
     "world": Section(
-        "data/worlds/world/settings.py", "WorldSettings", "the bundled world (model=world)", shorthand="size"
+        "data/worlds/world/sizes.py", "WorldSettings", "the bundled world (model=world)", shorthand="size"
     ),
     "stdlib": Section(
         "data/worlds/stdlib.py", "StdlibSettings", "the bundled Python model (model=stdlib)", shorthand="size"

@@ -14,13 +14,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from .cache import cache_root
+
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC"]
 
 _logger = logging.getLogger(__name__)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("CROSSLACE_CACHE") or Path.home() / ".cache" / "crosslace")
 
 
 def _processor() -> str:
@@ -33,7 +31,7 @@ def _processor() -> str:
 
 def _build(compiler: str, source: Path, flags: Sequence[str]) -> Path:
     key = hashlib.sha256("\n".join([source.read_text(), compiler, *flags, _processor()]).encode()).hexdigest()[:16]
-    library = _cache_folder() / "native" / f"{source.parent.name}-{key}.so"
+    library = cache_root() / "native" / f"{source.parent.name}-{key}.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)

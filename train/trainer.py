@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data.errors import Progress, UserError, out_of_room, silent
-from ..data.store.store import ActivationStore, Batch
+from ..data.store import ActivationStore, Batch
 from .loss.objective import Pass, StepInputs, dense_pass
 from .loss.state import Counters, RunningState
 from .parallel.collectives import SINGLE, Collectives

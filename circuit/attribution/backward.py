@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...data.models.language_model import LanguageModel
+from ...data.models import LanguageModel
 from .linear import FrozenLayer, Recording, readout
 from .sources import Sources
 

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...data.models.families import LayerParts, Norm
-from ...data.models.language_model import LanguageModel
+from ...data.models import LanguageModel, LayerParts, Norm
 
 BLOCK = 256  # positions whose values are found together
 HEAD_WIDTH = 128  # rows of W_O that a CPU multiplies together

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...data.models.language_model import LanguageModel
+from ...data.models import LanguageModel
 from ...train.transcoder.transcoder import Transcoder
 from ..graph.nodes import Nodes
 from .linear import Recording, fold_reading

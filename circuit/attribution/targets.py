@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...data.errors import UserError
-from ...data.models.language_model import LanguageModel
+from ...data.models import LanguageModel
 from ...train.transcoder.transcoder import Transcoder
 from .backward import Targets
 from .linear import Recording, fold_reading

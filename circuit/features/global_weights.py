@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...data.errors import Progress, UserError, check_choice, check_range, silent
-from ...data.models.language_model import LanguageModel
+from ...data.models import LanguageModel
 from ...train.transcoder.transcoder import Transcoder
 
 SIDES = ("inputs", "outputs")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...data.errors import Progress, silent
-from ...data.models.language_model import LanguageModel
+from ...data.models import LanguageModel
 
 HARD_CONFIDENCE = 0.8
 """A token is hard where the model is right with less than this probability (SPEC 5)."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...data.models.language_model import LanguageModel
+from ...data.models import LanguageModel
 from ...train.transcoder.transcoder import Transcoder
 from .behaviour import Condition, TextBatch
 

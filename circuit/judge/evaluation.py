@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...data.errors import Progress, SettingsError, UserError, check_range, silent
-from ...data.models.language_model import LanguageModel
+from ...data.models import LanguageModel
 from ...train.parallel.collectives import SINGLE, Collectives
 from ...train.run.metrics import ReconstructionMetrics
 from ...train.transcoder.transcoder import Transcoder

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.models.language_model import LanguageModel
+from ...data.models import LanguageModel
 from ..replacement.model import ReplacementModel
 from ..replacement.substitute import TranscoderOutput
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ...data.errors import UserError
-from ...data.models.attention_sinks import SinkRule, masked_by_token
-from ...data.models.language_model import LanguageModel, ModelSettings, load_model
+from ...data.models import LanguageModel, ModelSettings, SinkRule, load_model, masked_by_token
 from ...train.transcoder.transcoder import Transcoder
 from .carry_out import generate_many, intervene_many
 from .memory import memory_named

@@ -1,10 +1,12 @@
 """Runs the model over a corpus once and keeps what its layers read and write.
 
-1. The plan (`plan.py`): which sequences fill which window of rows; windows fall to processes in turn.
+    sequences [T] -> passes, tokens [B, T] -> sites, by layer [B, T, D] -> rows [N, L, D] of a window -> its shards
+
+1. The plan (`window_plan.py`): which sequences fill which window of rows; windows fall to processes in turn.
 2. A sample: the median norm of each layer's residual stream, by which sinks are told, and for int8 each channel's size.
 3. For each window: forward passes of a token budget, and behind them a thread that takes each pass's sites, drops the
    masked positions, sums the statistics and copies the rows off the device while the next pass computes.
-4. A full window is shuffled and written (`writer.py`) while the next one fills.
+4. A full window is shuffled and written (`store/writer.py`) while the next one fills.
 """
 
 import hashlib
@@ -18,16 +20,22 @@ import torch
 from torch import Tensor
 
 from ..errors import Progress, SettingsError, UserError, check_choice, check_range, silent
-from ..models.attention_sinks import SinkRule
-from ..models.language_model import SITES, LanguageModel
-from ..store.codecs import DTYPES
-from ..store.files import open_files
-from ..store.image import Rows
-from ..store.layout import BLOCK_ROWS, StoreLayout
-from ..store.reader import HELD_OUT
-from ..store.window import Window
-from ..store.writer import SHUFFLE_ROWS, StoreWriter, default_memory, int8_attributes
-from ..text.corpus import TokenSequence
+from ..models import SITES, LanguageModel, SinkRule
+from ..store import (
+    BLOCK_ROWS,
+    DTYPES,
+    HELD_OUT,
+    SHUFFLE_ROWS,
+    Rows,
+    StoreLayout,
+    StoreWriter,
+    Window,
+    channel_scale,
+    default_memory,
+    int8_attributes,
+    open_files,
+)
+from ..text import TokenSequence
 from ..units import format_bytes, parse_bytes, parse_count
 from .behind import Behind
 from .window_plan import PlannedWindow, Sampling, Text, batches, plan_windows
@@ -171,7 +179,7 @@ class Harvester:
                 "family": lm.family,
                 "dtype": str(lm.dtype).removeprefix("torch."),
             },
-            "tokenizer": {"name": type(lm.tokenizer).__name__, "fingerprint": tokenizer_fingerprint(lm)},
+            "tokenizer": {"name": type(lm.tokenizer).__name__, "fingerprint": vocabulary_fingerprint(lm)},
             "dataset": {"fingerprint": self.corpus.fingerprint},
             "seed": settings.seed,
             "settings": {name: value for name, value in asdict(settings).items() if name in names},
@@ -213,9 +221,7 @@ class Harvester:
         scales = {}
         for site, parts in rows.items():
             if parts:
-                x = torch.cat(parts)[~large]
-                scale = x.square().mean(0).sqrt()
-                scales[site] = scale.clamp(min=1e-6 * scale.amax(-1, keepdim=True)).clamp(min=2.0**-60).tolist()
+                scales[site] = channel_scale(torch.cat(parts)[~large]).tolist()
         return {
             "median_norm": {str(layer): median for layer, median in medians.items()},
             "sink_share": large.float().mean().item(),
@@ -383,7 +389,7 @@ def _refuse_if_too_large(lm: LanguageModel, settings: HarvestSettings, processes
     progress("caching activations", 0, settings.train_rows, note)
 
 
-def tokenizer_fingerprint(lm: LanguageModel) -> str:
+def vocabulary_fingerprint(lm: LanguageModel) -> str:
     """A hash of the vocabulary."""
     vocabulary = {} if lm.tokenizer is None else lm.tokenizer.get_vocab()
     return hashlib.sha256(repr(sorted(vocabulary.items())).encode()).hexdigest()[:16]

@@ -21,14 +21,29 @@ from typing import Any
 import torch
 
 from ..errors import Progress, SettingsError, UserError, silent
-from ..models.language_model import LanguageModel
-from ..store.batch import Batch, Statistics, Straight
-from ..store.files import LocalFiles, read_json, room, write_json
-from ..store.reader import HELD_OUT, ShardedRows, read_statistics
-from ..store.shuffle import EpochOrder, Span
-from ..store.store import ActivationStore
-from ..store.window import SpilledWindow, Window, read_record, window_order
-from ..store.writer import StoreLock, StoreWriter, statistics_attributes
+from ..models import LanguageModel
+from ..store import (
+    HELD_OUT,
+    ActivationStore,
+    Batch,
+    EpochOrder,
+    LocalFiles,
+    ShardedRows,
+    Span,
+    SpilledWindow,
+    Statistics,
+    StoreLock,
+    StoreWriter,
+    Straight,
+    Window,
+    read_json,
+    read_record,
+    read_statistics,
+    room,
+    statistics_attributes,
+    window_order,
+    write_json,
+)
 from ..units import format_bytes, parse_bytes
 from .harvest import Harvester, cache_split
 from .window_plan import PlannedWindow

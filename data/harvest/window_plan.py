@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.attention_sinks import masked_by_token
-from ..store.shuffle import hashed, permutation
-from ..text.corpus import TokenSequence
+from ..models import masked_by_token
+from ..store import hashed, permutation
+from ..text import TokenSequence
 
 
 class Text(Protocol):

@@ -282,7 +282,7 @@ def find_family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise UserError(
             f"models of type {model_type!r} are not supported; known are {', '.join(sorted(FAMILIES))}"
-            " (add an entry to FAMILIES in crosslace/data/families.py)"
+            " (add an entry to FAMILIES in crosslace/data/models/families.py)"
         )
     return FAMILIES[model_type]
 

@@ -1,7 +1,10 @@
 """A causal language model with its sites in reach: read them, overwrite them, freeze its attention and norms.
 
-`load_model` gives a `LanguageModel`: an ordinary Hugging Face model, untouched, and beside it the parts that SPEC 1
-and SPEC 4 speak of. Everything that changes the model's behaviour is a context manager that undoes itself.
+    prompt -> tokens [B, T] -> embed -> by layer: attention, then resid [B, T, D] -> mlp_norm -> mlp_in -> MLP
+           -> mlp_out, which is added to resid -> final norm -> logits [B, T, V]
+
+`load_model` gives a `LanguageModel`: an ordinary Hugging Face model, untouched, and beside it its parts by the names
+that `families.py` gives them. Everything that changes the model's behaviour is a context manager that undoes itself.
 """
 
 import hashlib
@@ -25,8 +28,8 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
+from ..cache import cache_root
 from ..errors import UserError, check_choice
-from ..worlds.bundled import cache_root
 from .families import (
     KNOWN_FAMILIES,
     LayerParts,

@@ -1,1 +1,36 @@
 """Activations on disk: the Zarr layout, writing, reading, shuffling, batches."""
+
+from .batch import Batch as Batch
+from .batch import Statistics as Statistics
+from .batch import Straight as Straight
+from .codecs import DTYPES as DTYPES
+from .codecs import channel_scale as channel_scale
+from .files import LocalFiles as LocalFiles
+from .files import open_files as open_files
+from .files import read_fully as read_fully
+from .files import read_json as read_json
+from .files import room as room
+from .files import write_json as write_json
+from .image import Rows as Rows
+from .layout import BLOCK_ROWS as BLOCK_ROWS
+from .layout import StoreLayout as StoreLayout
+from .reader import HELD_OUT as HELD_OUT
+from .reader import ShardedRows as ShardedRows
+from .reader import read_statistics as read_statistics
+from .shuffle import EpochOrder as EpochOrder
+from .shuffle import Span as Span
+from .shuffle import hashed as hashed
+from .shuffle import permutation as permutation
+from .store import ActivationStore as ActivationStore
+from .store import in_memory_store as in_memory_store
+from .window import SpilledWindow as SpilledWindow
+from .window import Window as Window
+from .window import read_record as read_record
+from .window import window_order as window_order
+from .writer import SHUFFLE_ROWS as SHUFFLE_ROWS
+from .writer import StoreLock as StoreLock
+from .writer import StoreWriter as StoreWriter
+from .writer import default_memory as default_memory
+from .writer import int8_attributes as int8_attributes
+from .writer import statistics_attributes as statistics_attributes
+from .writer import write_store as write_store

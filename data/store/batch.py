@@ -78,7 +78,7 @@ class Order(Protocol):
     def spans(self, start: int, stop: int) -> list[Span]: ...
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """Where the rows are."""
 
     rows: int

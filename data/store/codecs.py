@@ -55,6 +55,12 @@ def group_count(width: int) -> int:
     return -(-width // GROUP)
 
 
+def channel_scale(x: torch.Tensor) -> torch.Tensor:
+    """[L, D] typical size of each channel of rows [N, L, D], for int8."""
+    scale = x.float().square().mean(0).sqrt()
+    return scale.clamp(min=1e-6 * scale.amax(-1, keepdim=True)).clamp(min=2.0**-60)
+
+
 def quantise(x: torch.Tensor, channel_scale: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """int8 values [.., L, D] and float16 scales [.., L, groups] of activations [.., L, D].
 

@@ -1,7 +1,10 @@
 """The store of activations as training sees it: rows, batches that are functions of (seed, epoch, step), statistics.
 
-A store is a Zarr v3 group (`layout.py` has its bytes) that `writer.py` fills and `reader.py` reads; the same interface
-stands before rows in memory and before the ring of `streaming.py`.
+    writing: rows [N, L, D] by site -> a window of a million, shuffled (`window.py`) -> shards (`writer.py`)
+    reading: (epoch, step) -> spans of blocks (`shuffle.py`) -> shards (`reader.py`) -> Batch, sites [B, L, D]
+
+A store is a Zarr v3 group (`layout.py` has its bytes). The same interface stands before rows in memory and before the
+ring of `harvest/streaming.py`.
 
 Batches. The rows of an epoch come block by block in an order that is the epoch's own; batch `step` is rows
 `step * size` to `(step + 1) * size` of that order, and rank r of W takes the r-th of W parts of it. So each row comes
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 
 from ..errors import Progress, UserError, silent
-from .batch import Batch, MemorySource, Source, Statistics
+from .batch import Batch, MemorySource, RowSource, Statistics
 from .loader import Loader
 from .reader import DiskSource
 
@@ -27,7 +30,7 @@ __all__ = ["ActivationStore", "Batch", "Loader", "Statistics", "in_memory_store"
 class ActivationStore:
     """Rows of activations: `len`, shapes, statistics, batches."""
 
-    def __init__(self, source: Source, layers: Sequence[int] | None = None, sites: Sequence[str] | None = None):
+    def __init__(self, source: RowSource, layers: Sequence[int] | None = None, sites: Sequence[str] | None = None):
         self.source = source
         self.layers = list(source.layers if layers is None else layers)
         self.sites = tuple(source.sites if sites is None else sites)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .codecs import GROUP
+from .codecs import GROUP, channel_scale
 from .files import Files, LocalFiles, open_files, read_json, room, write_json
 from .layout import StoreLayout
 from .reader import HELD_OUT
@@ -264,12 +264,6 @@ def write_store(
                         window.append(chosen, token[start:stop], position[start:stop], document[start:stop])
                     writer.write(split, index, window)
         writer.finish(windows, extra)
-
-
-def channel_scale(x: torch.Tensor) -> torch.Tensor:
-    """[L, D] typical size of each channel of rows [N, L, D], for int8."""
-    scale = x.float().square().mean(0).sqrt()
-    return scale.clamp(min=1e-6 * scale.amax(-1, keepdim=True)).clamp(min=2.0**-60)
 
 
 def int8_attributes(scales: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Text as sequences of tokens: any dataset, packed, with document boundaries and a held-out split by document.
 
+    settings (`dataset.py`) -> documents (`sources.py`) -> token ids of a split's documents -> sequences [T]
+
     corpus = load_corpus(DatasetSettings(name="stdlib"), tokenizer)
     for sequence in corpus.sequences("train", limit_tokens=1_000_000):
         sequence.tokens, sequence.document, sequence.position
@@ -12,53 +14,21 @@ gets EOS after each document instead. Documents without a token are left out; a 
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..errors import UserError, check_choice, check_range
-
-if TYPE_CHECKING:
-    from .sources import Document, Source
+from ..errors import UserError, check_choice
+from .dataset import DatasetSettings, Document, TextSource
 
 AT_ONCE = 64
 """Documents tokenized together."""
 LONGEST_TEXT = 1_000_000
 """Characters tokenized together: a longer document is tokenized in parts, cut at a line or word."""
-
-
-@dataclass(frozen=True)
-class DatasetSettings:
-    name: str = "world"
-    """`world`, `stdlib`, a dataset of the Hugging Face hub, or a local file or folder (parquet, jsonl, text, arrow)."""
-    config: str | None = None
-    """Configuration of a hub dataset, such as `en`."""
-    split: str = "train"
-    """Split of a hub dataset to read; Crosslace makes its own held-out share of it."""
-    column: str = "text"
-    """Column with a text, a list of chat messages, or a list of token ids."""
-    text_unit: str = "document"
-    """What is one document in a local text file: the whole file (`document`), a `paragraph` or a `line`."""
-    streaming: bool = False
-    """Read the dataset as a stream, without downloading or copying it whole."""
-    sequence_length: int = 256
-    """Tokens per sequence, at most."""
-    packing: str = "auto"
-    """`packed` (documents end to end), `document` (each starts a sequence), or `auto` (`document` for the world)."""
-    held_out: float = 0.05
-    """Share of the documents that is held out of training (the world holds out its own)."""
-    seed: int = 0
-    """Decides which documents are held out, and the order of the world's sentences."""
-
-    def __post_init__(self) -> None:
-        check_range("dataset.sequence_length", self.sequence_length, low=2)
-        check_range("dataset.held_out", self.held_out, low=0.0, high=0.5)
-        check_choice("dataset.packing", self.packing, ("auto", "packed", "document"))
-        check_choice("dataset.text_unit", self.text_unit, ("document", "paragraph", "line"))
 
 
 class TokenSequence(NamedTuple):
@@ -73,7 +43,7 @@ class TokenSequence(NamedTuple):
 
 
 class Corpus:
-    def __init__(self, source: "Source", settings: DatasetSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, source: TextSource, settings: DatasetSettings, tokenizer: PreTrainedTokenizerBase) -> None:
         self.source = source
         self.settings = settings
         self.tokenizer = tokenizer
@@ -82,7 +52,7 @@ class Corpus:
         parts = [source.identity, json.dumps(kept, sort_keys=True), tokenizer_fingerprint(tokenizer)]
         self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-    def documents(self, split: str) -> "Iterator[Document]":
+    def documents(self, split: str) -> Iterator[Document]:
         check_choice("split", split, ("train", "held_out"))
         for document in self.source.documents():
             if document.held_out == (split == "held_out"):

@@ -1,10 +1,9 @@
 """Where documents come from: the world, the running Python's standard library, local files, or the Hugging Face hub."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import httpx
 import pyarrow
@@ -15,15 +14,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import SettingsError, UserError
-from ..worlds import stdlib
-from ..worlds.bundled import is_held_out
-from ..worlds.world import World, build_world
-from ..worlds.world.world import FACTS_FILE
-
-if TYPE_CHECKING:
-    from .corpus import DatasetSettings
-
-Content = str | list[int]
+from ..worlds import FACTS_FILE, World, build_world, is_held_out, stdlib
+from .dataset import Content, DatasetSettings, Document, TextSource
 
 FORMATS = {
     ".parquet": "parquet",
@@ -42,24 +34,7 @@ ENDS_READ = 1 << 20
 """Bytes of each end of a local file that its fingerprint covers, besides its length."""
 
 
-class Document(NamedTuple):
-    index: int
-    content: Content
-    """Text, or token ids where the column holds those."""
-    held_out: bool
-
-
-@dataclass(frozen=True)
-class Source:
-    documents: Callable[[], Iterator[Document]]
-    """Opens the source again: the same documents in the same order each time."""
-    identity: str
-    """Changes when the documents do."""
-    short: bool = False
-    """Documents are short and independent, and models of it saw each alone."""
-
-
-def open_source(settings: "DatasetSettings", tokenizer: PreTrainedTokenizerBase) -> Source:
+def open_source(settings: DatasetSettings, tokenizer: PreTrainedTokenizerBase) -> TextSource:
     if settings.name == "world":
         own = Path(tokenizer.name_or_path)  # the world whose model is being read, else the default one
         return _world(own if (own / FACTS_FILE).is_file() else build_world(), settings)
@@ -79,7 +54,7 @@ def open_source(settings: "DatasetSettings", tokenizer: PreTrainedTokenizerBase)
     return _rows(dataset, settings, tokenizer, identity)
 
 
-def _world(folder: Path, settings: "DatasetSettings") -> Source:
+def _world(folder: Path, settings: DatasetSettings) -> TextSource:
     world = World.load(folder)
 
     def documents() -> Iterator[Document]:
@@ -90,15 +65,15 @@ def _world(folder: Path, settings: "DatasetSettings") -> Source:
                 index += 1
 
     facts = hashlib.sha256(repr([q.text for q in world.all_questions]).encode()).hexdigest()
-    return Source(documents, f"world/{facts}", short=True)
+    return TextSource(documents, f"world/{facts}", short=True)
 
 
-def _stdlib(settings: "DatasetSettings") -> Source:
+def _stdlib(settings: DatasetSettings) -> TextSource:
     def documents() -> Iterator[Document]:
         for index, text in enumerate(stdlib.documents()):
             yield Document(index, text, is_held_out(index, settings.seed, settings.held_out))
 
-    return Source(documents, f"stdlib/{stdlib.identity()}")
+    return TextSource(documents, f"stdlib/{stdlib.identity()}")
 
 
 def _files(path: Path) -> list[Path]:
@@ -116,7 +91,7 @@ def _format(file: Path) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def _open_local(path: Path, settings: "DatasetSettings") -> Any:
+def _open_local(path: Path, settings: DatasetSettings) -> Any:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # written by save_to_disk
         saved = load_from_disk(str(path))
         if not isinstance(saved, DatasetDict):
@@ -144,7 +119,7 @@ def _open_local(path: Path, settings: "DatasetSettings") -> Any:
         raise UserError(f"dataset.name={path} is empty") from error
 
 
-def _open_hub(settings: "DatasetSettings") -> Any:
+def _open_hub(settings: DatasetSettings) -> Any:
     try:
         return load_dataset(settings.name, settings.config, split=settings.split, streaming=settings.streaming)
     except (DatasetNotFoundError, FileNotFoundError) as error:
@@ -167,8 +142,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _rows(
-    dataset: Dataset | IterableDataset, settings: "DatasetSettings", tokenizer: PreTrainedTokenizerBase, identity: str
-) -> Source:
+    dataset: Dataset | IterableDataset, settings: DatasetSettings, tokenizer: PreTrainedTokenizerBase, identity: str
+) -> TextSource:
     column = settings.column
     columns = dataset.column_names
     if columns is None:  # a stream that has not said: its first row does
@@ -192,10 +167,10 @@ def _rows(
         except UNREADABLE as error:
             raise UserError(f"dataset.name={settings.name} is damaged: {_first_line(error)}") from error
 
-    return Source(documents, identity)
+    return TextSource(documents, identity)
 
 
-def _content(value: Any, settings: "DatasetSettings", tokenizer: PreTrainedTokenizerBase) -> Content:
+def _content(value: Any, settings: DatasetSettings, tokenizer: PreTrainedTokenizerBase) -> Content:
     """A row's text, chat or tokens as a document."""
     match value:
         case None | []:
@@ -214,7 +189,7 @@ def _content(value: Any, settings: "DatasetSettings", tokenizer: PreTrainedToken
     )
 
 
-def _chat(messages: list[dict[str, Any]], settings: "DatasetSettings", tokenizer: PreTrainedTokenizerBase) -> str:
+def _chat(messages: list[dict[str, Any]], settings: DatasetSettings, tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
     try:
@@ -234,7 +209,7 @@ def _said(content: Any) -> str:
     return "" if content is None else str(content)
 
 
-def _checked_tokens(ids: list[int], settings: "DatasetSettings", tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _checked_tokens(ids: list[int], settings: DatasetSettings, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if min(ids) < 0 or max(ids) >= len(tokenizer):
         raise SettingsError(
             f"dataset.column={settings.column} of {settings.name} holds token ids from {min(ids)} to {max(ids)}, but "

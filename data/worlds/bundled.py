@@ -3,11 +3,13 @@
 A bundled model is a function of its settings, so it is kept in the user's cache folder under a hash of them, and
 built once. It is built in a folder beside its place and renamed when whole: an interrupted build leaves nothing that
 looks finished.
+
+    settings -> questions (`world/`) or source files (`stdlib.py`) -> tokenizer -> batches, parts of tokens [B, T] and
+    weights [B, T] -> `fit` -> a folder with model, tokenizer and a JSON record
 """
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,12 +23,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from ..cache import cache_root
 from ..errors import Progress, UserError
-
-
-def cache_root() -> Path:
-    """CROSSLACE_CACHE, or ~/.cache/crosslace."""
-    return Path(os.environ.get("CROSSLACE_CACHE") or Path.home() / ".cache" / "crosslace")
 
 
 def settings_hash(settings: Any, **more: Any) -> str:
@@ -62,7 +60,7 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
 
 
 @dataclass(frozen=True)
-class Shape:
+class LlamaShape:
     """A small Llama and the length of its training."""
 
     layers: int
@@ -78,7 +76,7 @@ class Shape:
 SPECIAL = ("bos", "eos", "pad")
 
 
-def small_llama(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def small_llama(shape: LlamaShape, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """An untrained Llama, the same for the same seed."""
     special: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
     config = LlamaConfig(
@@ -107,14 +105,14 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-Batch = list[tuple[torch.Tensor, torch.Tensor]]
+TrainingBatch = list[tuple[torch.Tensor, torch.Tensor]]
 """Parts of one batch, each of its own length: tokens [B, T], and the weight [B, T] of predicting each (0: padding)."""
 
 
 def fit(
     model: LlamaForCausalLM,
-    shape: Shape,
-    batch: Callable[[int], Batch],
+    shape: LlamaShape,
+    batch: Callable[[int], TrainingBatch],
     progress: Progress,
     label: str,
     device: torch.device,

@@ -23,12 +23,12 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..errors import Progress, UserError, check_choice, check_range, silent
-from .bundled import Batch, Shape, build_once, fit, is_held_out, save_model, settings_hash, small_llama
+from .bundled import LlamaShape, TrainingBatch, build_once, fit, is_held_out, save_model, settings_hash, small_llama
 
 RECIPE = 1
 """Part of the cache key: raise it when a change to the code changes the model."""
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "turtledemo", "lib2to3"}
-HELD_OUT = 0.05
+HELD_OUT_SHARE = 0.05
 """Share of the files that training never sees; `dataset=stdlib` holds out the same ones by default."""
 RECORD_FILE = "stdlib.json"
 AT_ONCE = 8192
@@ -54,18 +54,22 @@ class StdlibSettings:
 
 
 @dataclass(frozen=True)
-class Size:
-    shape: Shape
+class StdlibSize:
+    shape: LlamaShape
     vocabulary: int
     files: int | None
     """Files to train on, None for all."""
 
 
-SIZES: dict[str, Size] = {
-    "tiny": Size(Shape(layers=2, width=64, heads=4, mlp=128, context=128, steps=60, batch=8, lr=5e-3), 512, 40),
-    "small": Size(Shape(layers=4, width=192, heads=6, mlp=512, context=256, steps=400, batch=16, lr=4e-3), 2048, None),
-    "large": Size(
-        Shape(layers=12, width=512, heads=8, mlp=1536, context=512, steps=4000, batch=64, lr=2e-3), 8192, None
+SIZES: dict[str, StdlibSize] = {
+    "tiny": StdlibSize(
+        LlamaShape(layers=2, width=64, heads=4, mlp=128, context=128, steps=60, batch=8, lr=5e-3), 512, 40
+    ),
+    "small": StdlibSize(
+        LlamaShape(layers=4, width=192, heads=6, mlp=512, context=256, steps=400, batch=16, lr=4e-3), 2048, None
+    ),
+    "large": StdlibSize(
+        LlamaShape(layers=12, width=512, heads=8, mlp=1536, context=512, steps=4000, batch=64, lr=2e-3), 8192, None
     ),
 }
 
@@ -101,12 +105,12 @@ def build_stdlib(
     return build_once(f"stdlib-{key}", lambda folder: _build(folder, settings, size, progress, torch.device(device)))
 
 
-def _build(folder: Path, settings: StdlibSettings, size: Size, progress: Progress, device: torch.device) -> None:
+def _build(folder: Path, settings: StdlibSettings, size: StdlibSize, progress: Progress, device: torch.device) -> None:
     started = time.monotonic()
     shape = replace(size.shape, steps=settings.steps or size.shape.steps)
     texts: dict[bool, list[str]] = {False: [], True: []}
     for index, text in enumerate(itertools.islice(documents(), size.files)):
-        texts[is_held_out(index, settings.seed, HELD_OUT)].append(text)
+        texts[is_held_out(index, settings.seed, HELD_OUT_SHARE)].append(text)
     progress("making the stdlib tokenizer", 0, 1)
     tokenizer = make_tokenizer(texts[False], size.vocabulary, shape.context)
     train_N = stream(texts[False], tokenizer)
@@ -164,11 +168,11 @@ def stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
 class Windows:
     """Training batches: windows at random places of the stream, <bos> first; any step's can be asked for."""
 
-    def __init__(self, stream_N: Tensor, shape: Shape, seed: int) -> None:
+    def __init__(self, stream_N: Tensor, shape: LlamaShape, seed: int) -> None:
         self.stream_N, self.shape, self.seed = stream_N, shape, seed
         self.bos = int(stream_N[0])
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> TrainingBatch:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         starts = torch.randint(len(self.stream_N) - self.shape.context, (self.shape.batch, 1), generator=generator)
         tokens_BT = self.stream_N[starts + torch.arange(self.shape.context)]

@@ -95,7 +95,8 @@ def _constant(module: str, name: str) -> str | None:
             return ast.unparse(node.value)
         if isinstance(node, ast.ImportFrom) and node.level and any(alias.name == name for alias in node.names):
             folder = (PACKAGE / module).parents[node.level - 1]
-            path = folder.joinpath(*(node.module or "").split(".")).with_suffix(".py")
+            path = folder.joinpath(*(node.module or "").split("."))
+            path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
             return _constant(str(path.relative_to(PACKAGE)), name)
     return None
 

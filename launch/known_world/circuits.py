@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from ...circuit.attribution.trace import TraceSettings
     from ...circuit.graph.graph import Graph
     from ...circuit.replacement.model import ReplacementModel
-    from ...data.worlds.world.families import Question
-    from ...data.worlds.world.world import World
+    from ...data.worlds import Question, World
 
 
 MOST_PATHS = 500

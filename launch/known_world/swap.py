@@ -20,8 +20,7 @@ from ...data.errors import Progress, UserError, silent
 
 if TYPE_CHECKING:
     from ...circuit.replacement.model import ReplacementModel
-    from ...data.worlds.world.families import Question
-    from ...data.worlds.world.world import World
+    from ...data.worlds import Question, World
 
 Key = tuple[int, int]
 """A feature: (layer, index)."""

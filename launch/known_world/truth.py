@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...circuit.replacement.model import ReplacementModel
-    from ...data.worlds.world.world import World
+    from ...data.worlds import World
 
 MOST_QUESTIONS = 2500
 MOST_CITIES = 700

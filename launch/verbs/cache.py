@@ -13,7 +13,7 @@ from ..workspace.sources import open_corpus, open_model
 
 def run(job: Job) -> Closing:
     """Fill a store, or go on with one that was cut off."""
-    from ...data.store.store import ActivationStore
+    from ...data.store import ActivationStore
 
     path = job.store_path
     fill(job)
@@ -29,7 +29,7 @@ def run(job: Job) -> Closing:
 
 def fill(job: Job) -> None:
     """Write the store that the settings name; ends at once where it is whole."""
-    from ...data.harvest.harvest import harvest
+    from ...data.harvest import harvest
 
     settings = job.section("store")
     if "://" not in settings.path:

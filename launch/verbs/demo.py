@@ -22,7 +22,7 @@ from . import cache, evaluate, train
 
 if TYPE_CHECKING:
     from ...circuit.replacement.model import ReplacementModel
-    from ...data.worlds.world.world import World
+    from ...data.worlds import World
 
 KINDS = ("clt", "plt")
 """The two runs, each of the preset of its name."""
@@ -91,7 +91,7 @@ class Demo:
     # -- the stages -----------------------------------------------------------------------------------------------
 
     def world(self) -> dict[str, Any]:
-        from ...data.worlds.world.world import World
+        from ...data.worlds import World
         from ..workspace.sources import bundled_folder
 
         world = World.load(bundled_folder("world", self.job.section("world"), self.job.progress))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ...circuit.judge.evaluation import EvalSettings, EvalText
     from ...circuit.judge.prompts import PromptSet
     from ...circuit.replacement.model import ReplacementModel
-    from ...data.text.corpus import Corpus, TokenSequence
+    from ...data.text import Corpus, TokenSequence
     from ...train.parallel.collectives import Collectives
 
 SHOWN = ("nmse", "l0", "dead", "top1", "kl", "ce_recovered")

@@ -47,7 +47,7 @@ def _shape(job: Job, run: Path, meta: dict[str, Any]) -> tuple[bool, bool]:
     """What the format must know of the model: is its MLP's output normed, does its MLP stand beside the attention?"""
     from transformers import AutoConfig
 
-    from ...data.models.families import find_family
+    from ...data.models import find_family
 
     if (run / "config.yaml").is_file() or any(name.startswith("model") for name in job.config.given):
         settings = model_settings(job)

@@ -15,7 +15,7 @@ from ..workspace import runs, tracking
 from ..workspace.sources import open_model, open_stores
 
 if TYPE_CHECKING:
-    from ...data.store.store import ActivationStore
+    from ...data.store import ActivationStore
     from ...train.parallel.mesh import ParallelSettings
     from ...train.start.neurons import Neurons
     from ...train.trainer import TrainResult

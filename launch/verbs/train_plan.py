@@ -49,13 +49,13 @@ def run(job: Job) -> Closing:
 
 def shape_of(job: Job) -> "Shape":
     """Layers, width and rows: the store's where there is one, else the model's and what store.tokens asks for."""
-    from ...data.store.codecs import DTYPES
+    from ...data.store import DTYPES
     from ...train.planning.plan import Shape
 
     chosen = job.section("transcoder").layers
     store, path = job.section("store"), job.config.values["store"]["path"]
     if path and (Path(path) / "zarr.json").is_file():
-        from ...data.store.store import ActivationStore
+        from ...data.store import ActivationStore
 
         opened = ActivationStore.open(path)
         n_layers = len(chosen or opened.layers)

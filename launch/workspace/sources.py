@@ -13,9 +13,9 @@ from .runs import transcoder_folder
 
 if TYPE_CHECKING:
     from ...circuit.replacement.model import ReplacementModel
-    from ...data.models.language_model import LanguageModel, ModelSettings
-    from ...data.store.store import ActivationStore
-    from ...data.text.corpus import Corpus
+    from ...data.models import LanguageModel, ModelSettings
+    from ...data.store import ActivationStore
+    from ...data.text import Corpus
 
 BUNDLED = ("world", "stdlib")
 
@@ -23,10 +23,10 @@ BUNDLED = ("world", "stdlib")
 def bundled_folder(name: str, settings: Any, progress: Progress) -> Path:
     """The folder of a bundled model, which is built when it is not there yet."""
     if name == "world":
-        from ...data.worlds.world.build import build_world
+        from ...data.worlds import build_world
 
         return build_world(settings, progress)
-    from ...data.worlds.stdlib import build_stdlib
+    from ...data.worlds import build_stdlib
 
     return build_stdlib(settings, progress)
 
@@ -41,7 +41,7 @@ def model_settings(job: Job) -> "ModelSettings":
 
 def open_model(job: Job) -> "LanguageModel":
     """The language model."""
-    from ...data.models.language_model import load_model
+    from ...data.models import load_model
 
     settings = model_settings(job)
     if settings.name == job.config.values["model"]["name"]:
@@ -54,7 +54,7 @@ def open_model(job: Job) -> "LanguageModel":
 
 def open_corpus(job: Job, model: "LanguageModel") -> "Corpus":
     """The text, in the model's tokens."""
-    from ...data.text.corpus import load_corpus
+    from ...data.text import load_corpus
 
     return load_corpus(job.section("dataset"), model.tokenizer)
 
@@ -62,14 +62,13 @@ def open_corpus(job: Job, model: "LanguageModel") -> "Corpus":
 @contextmanager
 def open_stores(job: Job) -> "Iterator[tuple[ActivationStore, ActivationStore]]":
     """The training rows and the held-out ones: cached before, or harvested while they are read."""
-    from ...data.store.store import ActivationStore
+    from ...data.store import ActivationStore
 
     settings = job.section("store")
     if settings.mode == "disk":
         yield ActivationStore.open(job.store_path), ActivationStore.open(job.store_path, split="held_out")
         return
-    from ...data.harvest.harvest import Harvester
-    from ...data.harvest.streaming import open_streaming
+    from ...data.harvest import Harvester, open_streaming
 
     model = open_model(job)
     rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -95,7 +94,7 @@ def open_replacement(job: Job, run: Path, force: bool = False, lazy_decoders: bo
 
 def world_of(model: "LanguageModel") -> Any:
     """The bundled world that this model is, or None for any other model."""
-    from ...data.worlds.world.world import FACTS_FILE, World
+    from ...data.worlds import FACTS_FILE, World
 
     folder = Path(model.name or "")
     return World.load(folder) if (folder / FACTS_FILE).is_file() else None

@@ -276,7 +276,7 @@ def test_other_model_does_not_go_on_with_a_store(lm, tmp_path):
 KILLS = """
     import importlib.util, os, random, shutil, signal, sys, time
     import torch
-    from crosslace.data import files, window
+    from crosslace.data.store import files, window
 
     torch.set_num_threads(1)
     spec = importlib.util.spec_from_file_location("harvest_tests", {test!r})

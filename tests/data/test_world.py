@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from crosslace.data.cache import cache_root
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.data.worlds.bundled import cache_root
 from crosslace.data.worlds.world import World, WorldSettings, build_world
 from crosslace.data.worlds.world.build import make_tokenizer
-from crosslace.data.worlds.world.families import all_questions
 from crosslace.data.worlds.world.geography import CITIES, RELATIONS, STATES
-from crosslace.data.worlds.world.settings import SIZES
+from crosslace.data.worlds.world.questions import all_questions
+from crosslace.data.worlds.world.sizes import SIZES
 from crosslace.data.worlds.world.words import LANGUAGES, NAME_WORDS, OPPOSITES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

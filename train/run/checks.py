@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ...data.errors import SettingsError, UserError
-from ...data.store.store import ActivationStore
+from ...data.store import ActivationStore
 from ..parallel.collectives import Collectives
 from ..settings import HARMLESS, TrainerSettings, TranscoderSettings
 

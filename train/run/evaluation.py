@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...data.store.store import ActivationStore
+from ...data.store import ActivationStore
 from ..loss.objective import decode_whole
 from ..parallel.collectives import SINGLE, Collectives
 from ..transcoder.normalisation import Normalisation

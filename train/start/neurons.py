@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...data.errors import UserError
-from ...data.models.families import Affine, LayerParts, MlpWeights, Norm
-from ...data.store.store import ActivationStore
+from ...data.models import Affine, LayerParts, MlpWeights, Norm
+from ...data.store import ActivationStore
 
 if TYPE_CHECKING:  # it brings transformers, which a training does not need
-    from ...data.models.language_model import LanguageModel
+    from ...data.models import LanguageModel
 
 # Rows of the store on which neurons are measured.
 ROWS = 8192

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...data.errors import UserError
-from ...data.store.files import read_fully
+from ...data.store import read_fully
 from .activations import SparseActs
 
 # By their names in a safetensors file.

@@ -1,8 +1,7 @@
 """The bundled world: a small language model that is trained on the spot and whose right circuits are known (SPEC 8)."""
 
-from .build import build_world
-from .families import Question
-from .settings import WorldSettings
-from .world import World
-
-__all__ = ["Question", "World", "WorldSettings", "build_world"]
+from .build import build_world as build_world
+from .questions import Question as Question
+from .sizes import WorldSettings as WorldSettings
+from .world import FACTS_FILE as FACTS_FILE
+from .world import World as World

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ...errors import Progress, silent
-from ..bundled import Batch, build_once, fit, save_model, settings_hash, small_llama
-from .families import Question, all_questions, states_of
-from .settings import SIZES, Size, WorldSettings, as_dict
+from ..bundled import TrainingBatch, build_once, fit, save_model, settings_hash, small_llama
+from .questions import Question, all_questions, states_of
+from .sizes import SIZES, WorldSettings, WorldSize, as_dict
 from .tokenizer import build_tokenizer
 from .world import FACTS_FILE, World
 
@@ -40,7 +40,7 @@ def build_world(
 def _build(
     folder: Path,
     settings: WorldSettings,
-    size: Size,
+    size: WorldSize,
     questions: list[Question],
     progress: Progress,
     device: torch.device | str,
@@ -72,7 +72,7 @@ def _build(
     (folder / FACTS_FILE).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
 
 
-def make_tokenizer(size: Size, questions: list[Question]) -> PreTrainedTokenizerFast:
+def make_tokenizer(size: WorldSize, questions: list[Question]) -> PreTrainedTokenizerFast:
     """Cities are cut into pieces; every other word of the questions and answers is whole."""
     cities = states_of(size.extent)
     city_words = {word for names in cities.values() for name in names for word in name.split()}
@@ -111,7 +111,7 @@ class Sampler:
         self.chance_N: Tensor = torch.tensor([weights[q.family] / counts[q.family] for q in trained])
         self.batch, self.seed = batch, seed
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> TrainingBatch:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         rows = torch.multinomial(self.chance_N, self.batch, replacement=True, generator=generator)
         rows = rows[self.lengths_N[rows].argsort(stable=True)]  # short and long sentences apart: less padding

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ...errors import UserError, check_choice
-from .families import Question
+from .questions import Question
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

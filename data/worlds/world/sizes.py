@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import check_choice, check_range
-from ..bundled import Shape
-from .families import Extent
+from ..bundled import LlamaShape
+from .questions import Extent
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,26 @@ class WorldSettings:
 
 
 @dataclass(frozen=True)
-class Size:
-    shape: Shape
+class WorldSize:
+    shape: LlamaShape
     extent: Extent
     weights: dict[str, float]
     """Share of each family in a training batch."""
 
 
-SIZES: dict[str, Size] = {
-    "tiny": Size(
-        Shape(layers=3, width=64, heads=4, mlp=128, context=64, steps=100, batch=256, lr=5e-3),
+SIZES: dict[str, WorldSize] = {
+    "tiny": WorldSize(
+        LlamaShape(layers=3, width=64, heads=4, mlp=128, context=64, steps=100, batch=256, lr=5e-3),
         Extent(states=6, cities=10, relations=2, pairs=8, names=300, sums=0, held_out=0.2),
         {"two_hop": 0.6, "opposites": 0.25, "acronyms": 0.15, "addition": 0.0},
     ),
-    "small": Size(
-        Shape(layers=4, width=128, heads=4, mlp=256, context=64, steps=800, batch=256, lr=5e-3),
+    "small": WorldSize(
+        LlamaShape(layers=4, width=128, heads=4, mlp=256, context=64, steps=800, batch=256, lr=5e-3),
         Extent(states=50, cities=20, relations=7, pairs=60, names=4000, sums=0, held_out=0.2),
         {"two_hop": 0.55, "opposites": 0.35, "acronyms": 0.1, "addition": 0.0},
     ),
-    "large": Size(
-        Shape(layers=6, width=256, heads=8, mlp=768, context=64, steps=3000, batch=1024, lr=2e-3),
+    "large": WorldSize(
+        LlamaShape(layers=6, width=256, heads=8, mlp=768, context=64, steps=3000, batch=1024, lr=2e-3),
         Extent(states=50, cities=20, relations=7, pairs=60, names=8000, sums=8100, held_out=0.2),
         {"two_hop": 0.45, "opposites": 0.15, "acronyms": 0.1, "addition": 0.3},
     ),
