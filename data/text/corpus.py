@@ -48,7 +48,7 @@ class Corpus:
         self.settings = settings
         self.tokenizer = tokenizer
         self.packed = settings.packing == "packed" or (settings.packing == "auto" and not source.short)
-        kept = {key: value for key, value in asdict(settings).items() if key not in ("name", "streaming")}
+        kept = {key: value for key, value in asdict(settings).items() if key not in ("name", "revision", "streaming")}
         parts = [source.identity, json.dumps(kept, sort_keys=True), tokenizer_fingerprint(tokenizer)]
         self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

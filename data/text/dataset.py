@@ -17,6 +17,8 @@ class DatasetSettings:
     """Configuration of a hub dataset, such as `en`."""
     split: str = "train"
     """Split of a hub dataset to read; Crosslace makes its own held-out share of it."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset; the newest if not given."""
     column: str = "text"
     """Column with a text, a list of chat messages, or a list of token ids."""
     text_unit: str = "document"

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pyarrow
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,8 @@ FORMATS = {
     ".md": "text",
     ".arrow": "arrow",
 }
-NETWORK = (ConnectionError, httpx.HTTPError, HfHubHTTPError)
+NETWORK = (ConnectionError, TimeoutError, HfHubHTTPError.__bases__[0])
+"""What a network fails with; the last is the root of all errors of the HTTP library that the hub's client uses."""
 UNREADABLE = (DatasetsError, pyarrow.ArrowInvalid)
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 BESIDE = ("readme", "license", "licence", "notice", "dataset_infos")
@@ -49,8 +50,7 @@ def open_source(settings: DatasetSettings, tokenizer: PreTrainedTokenizerBase) -
         raise UserError(f"dataset.name={settings.name}: there is no such file or folder")
     dataset = _open_hub(settings)
     identity = f"{settings.name}/{settings.config}/{settings.split}/{dataset.info.version}"
-    if isinstance(dataset, Dataset):
-        identity += f"/{dataset._fingerprint}"
+    identity += f"/{dataset._fingerprint if isinstance(dataset, Dataset) else _commit(settings)}"
     return _rows(dataset, settings, tokenizer, identity)
 
 
@@ -121,7 +121,13 @@ def _open_local(path: Path, settings: DatasetSettings) -> Any:
 
 def _open_hub(settings: DatasetSettings) -> Any:
     try:
-        return load_dataset(settings.name, settings.config, split=settings.split, streaming=settings.streaming)
+        return load_dataset(
+            settings.name,
+            settings.config,
+            split=settings.split,
+            streaming=settings.streaming,
+            revision=settings.revision,
+        )
     except (DatasetNotFoundError, FileNotFoundError) as error:
         raise UserError(
             f"dataset.name={settings.name} is neither a local file or folder nor a dataset on the Hugging Face hub "
@@ -134,6 +140,14 @@ def _open_hub(settings: DatasetSettings) -> Any:
             f"dataset.name={settings.name} could not be fetched from the Hugging Face hub ({type(error).__name__}); "
             "`world`, `stdlib` and local files need no network"
         ) from error
+
+
+def _commit(settings: DatasetSettings) -> str:
+    """The commit that a streamed dataset is read at: its name alone would not tell that it has changed."""
+    try:
+        return str(HfApi().dataset_info(settings.name, revision=settings.revision).sha)
+    except (*NETWORK, ValueError):  # no hub that knows it: what the user named stands for it
+        return str(settings.revision)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,17 +1,21 @@
 """Any text becomes the same sequences every time, and what cannot is refused in a sentence."""
 
+import gzip
+import importlib
 import json
 from collections import defaultdict
 from itertools import pairwise
 
 import pytest
 import torch
+import zstandard
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.text.corpus import DatasetSettings, cut, load_corpus
 from crosslace.data.worlds.bundled import is_held_out
 from crosslace.data.worlds.stdlib import make_tokenizer
 from crosslace.data.worlds.world import WorldSettings, build_world
 from datasets import Dataset, DatasetDict
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 TEXTS = [f"document {i}: " + "the quick brown fox " * (i % 5) for i in range(60)]
@@ -286,3 +290,27 @@ def test_the_world_is_read_a_sentence_at_a_time(request):
     assert "the capital of the state containing Dallas is Austin" in texts["held_out"]
     assert "the state containing Dallas is Texas" in texts["train"]
     assert not texts["train"] & texts["held_out"]
+
+
+def test_a_network_that_breaks_off_is_said_in_a_sentence(jsonl, tokenizer, monkeypatch):
+    """Whatever library the hub's client speaks HTTP with: the errors of that one, not of one that we name."""
+    http = importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
+
+    def breaks(self):
+        yield {"text": "the fox"}
+        raise http.ReadTimeout("no answer")
+
+    corpus = load_corpus(DatasetSettings(name=jsonl, streaming=True, **NO_SPLIT), tokenizer)
+    monkeypatch.setattr("datasets.IterableDataset.__iter__", breaks)
+    with pytest.raises(UserError, match=r"broke off \(ReadTimeout\); run the same command again"):
+        list(corpus.sequences())
+
+
+def test_compressed_text_is_read(tmp_path, tokenizer):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("the fox", "the dog")).encode()
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    for name in ("a.jsonl.zst", "a.jsonl.gz"):
+        for streaming in (False, True):
+            settings = DatasetSettings(name=str(tmp_path / name), streaming=streaming, **NO_SPLIT)
+            assert len(documents_of(load_corpus(settings, tokenizer))) == 2
