@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .circuit.graph.graph import Graph
-    from .circuit.replacement.model import ReplacementModel
-    from .circuit.replacement.requests import Intervention
+    from .circuit.graph import Graph
+    from .circuit.model import ReplacementModel
+    from .circuit.replacement import Intervention
     from .data.store import ActivationStore
     from .train.transcoder.transcoder import Transcoder
 
@@ -17,9 +17,9 @@ __all__ = ["ActivationStore", "Graph", "Intervention", "ReplacementModel", "Tran
 _HOMES = {
     "ActivationStore": ".data.store",
     "Transcoder": ".train.transcoder.transcoder",
-    "ReplacementModel": ".circuit.replacement.model",
-    "Intervention": ".circuit.replacement.requests",
-    "Graph": ".circuit.graph.graph",
+    "ReplacementModel": ".circuit.model",
+    "Intervention": ".circuit.replacement",
+    "Graph": ".circuit.graph",
 }
 
 

@@ -83,12 +83,12 @@ def behaviour(bench: Bench, transcoder: Transcoder, tokens: int) -> dict[str, fl
     """top1 and KL(clean || replaced) over predictions of held-out text."""
     agree = divergence = count = 0.0
     for tokens_BT, real_BT in batches(bench, tokens):
-        keep_BT = ~real_BT
-        keep_BT[:, 0] = True
+        masked_BT = ~real_BT
+        masked_BT[:, 0] = True
         clean = bench.lm(tokens_BT).log_softmax(-1)
-        with bench.lm.overwrite(TranscoderOutput(transcoder, keep_BT)):
+        with bench.lm.overwrite(TranscoderOutput(transcoder, masked_BT)):
             replaced = bench.lm(tokens_BT).log_softmax(-1)
-        chosen = ~keep_BT
+        chosen = ~masked_BT
         agree += float((clean.argmax(-1) == replaced.argmax(-1))[chosen].sum())
         divergence += float(kl_div(replaced[chosen], clean[chosen], log_target=True, reduction="sum"))
         count += float(chosen.sum())

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crosslace.circuit.graph.graph import Graph
-from crosslace.circuit.graph.nodes import Nodes
+from crosslace.circuit.graph import DenseRows, Graph, Nodes
 from crosslace.circuit.viewer.payload import graph_payload
 from crosslace.circuit.viewer.picture import render_graph_svg
 from crosslace.circuit.viewer.server import ViewSettings, serve
@@ -44,7 +43,9 @@ def random_graph(features: int, seed: int = 0) -> Graph:
     rows *= (nodes.layer[targets][:, None] > nodes.layer) & (nodes.position[targets][:, None] >= nodes.position)
     shares = torch.tensor([0.6, 0.2, 0.1, 0.05, 0.01])
     words = [f" word{i}" for i in range(T)]
-    graph = Graph(rows, nodes, shares, list(range(T)), words, rows.new_zeros(len(rows)), {"prompt": "".join(words)})
+    graph = Graph(
+        DenseRows(rows), nodes, shares, list(range(T)), words, rows.new_zeros(len(rows)), {"prompt": "".join(words)}
+    )
     nodes.labels.update({len(nodes) - 5 + i: f" token{i}" for i in range(5)})
     return graph
 

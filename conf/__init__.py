@@ -29,7 +29,7 @@ SECTIONS = {
     "parallel": Section("train/parallel/mesh.py", "ParallelSettings", "several processes"),
     "machine": Section("train/planning/plan.py", "MachineSettings", "the machine that --plan reckons with"),
     "eval": Section("circuit/judge/evaluation.py", "EvalSettings", "what is measured"),
-    "trace": Section("circuit/attribution/trace.py", "TraceSettings", "the attribution graph"),
+    "trace": Section("circuit/attribution/tracer.py", "TraceSettings", "the attribution graph"),
     "features": Section("circuit/features/gather.py", "FeatureSettings", "the features' dashboards"),
     "view": Section("circuit/viewer/server.py", "ViewSettings", "the local page"),
     "wandb": Section("launch/workspace/tracking.py", "WandbSettings", "Weights & Biases"),

@@ -15,7 +15,7 @@ from .linear import FrozenLayer, Recording, readout
 from .sources import Sources
 
 
-class Targets(NamedTuple):
+class Directions(NamedTuple):
     """Directions whose causes are asked for; columns in any order."""
 
     layer: Tensor
@@ -29,9 +29,9 @@ class Targets(NamedTuple):
     value: Tensor
     """[B] what the model computed: the edges must sum to it."""
 
-    def select(self, ids: Tensor) -> "Targets":
+    def select(self, ids: Tensor) -> "Directions":
         """Some of the targets."""
-        return Targets(*(column[ids] for column in self))
+        return Directions(*(column[ids] for column in self))
 
 
 class Places(NamedTuple):
@@ -40,13 +40,8 @@ class Places(NamedTuple):
     layers: list[int]
     positions: list[int]
 
-    @staticmethod
-    def of(targets: Targets) -> "Places":
-        """Read back from the device."""
-        return Places(targets.layer.tolist(), targets.position.tolist())
 
-
-class Edges(NamedTuple):
+class EdgeColumns(NamedTuple):
     """Edges of a batch, transposed: sources by targets."""
 
     features: Tensor
@@ -79,13 +74,13 @@ class FrozenModel:
         return torch.cat(vectors) if vectors else None
 
     @torch.no_grad()
-    def edges(self, targets: Targets, places: Places) -> Edges:
+    def edges(self, targets: Directions, places: Places) -> EdgeColumns:
         """All edges into a batch of targets, which must be sorted by layer, the last first, then by position."""
         sources, n = self.sources, len(targets.layer)
         T, L = self.length, self.n_layers
         T_seen = max(places.positions) + 1
         new = {"dtype": self.dtype, "device": targets.direction.device}
-        out = Edges(
+        out = EdgeColumns(
             torch.zeros(len(sources.run_order), n, **new),
             torch.zeros(L, T, n, **new),
             torch.zeros(len(sources.embeddings), T, n, **new),
@@ -101,19 +96,21 @@ class FrozenModel:
             self._through_layer(layer, G, targets, places.positions[seen:joined], seen, out)
         return out
 
-    def _own_bias(self, targets: Targets, out: Edges) -> None:
+    def _own_bias(self, targets: Directions, out: EdgeColumns) -> None:
         """What a target adds by itself counts with the bias node of its own place, the last layer's for logits."""
         layer = targets.layer.clamp(max=self.n_layers - 1)
         out.biases[layer, targets.position, torch.arange(len(layer), device=layer.device)] += targets.own_bias
 
-    def _join(self, G: Tensor, targets: Targets, start: int, stop: int) -> int:
-        """Targets start .. stop enter as they are, each at its position alone."""
+    def _join(self, G: Tensor, targets: Directions, start: int, stop: int) -> int:
+        """Directions start .. stop enter as they are, each at its position alone."""
         G[:, :, start:stop] = 0
         columns = torch.arange(start, stop, device=G.device)
         G[targets.position[start:stop], :, columns] = targets.direction[start:stop]
         return stop
 
-    def _through_layer(self, layer: int, G: Tensor, targets: Targets, begin: list[int], seen: int, out: Edges) -> None:
+    def _through_layer(
+        self, layer: int, G: Tensor, targets: Directions, begin: list[int], seen: int, out: EdgeColumns
+    ) -> None:
         """From the layer's output to its input: columns :seen come from above, those after them begin here, at
         positions `begin`."""
         joined = seen + len(begin)
@@ -145,7 +142,7 @@ class FrozenModel:
         else:
             self._first_step(layer, G, targets, begin, seen, out)
 
-    def _through_mlp(self, layer: int, G: Tensor, out: Edges) -> Tensor | None:
+    def _through_mlp(self, layer: int, G: Tensor, out: EdgeColumns) -> Tensor | None:
         """Read out what writes to the layer's MLP output; gives what comes back through a skip connection."""
         writers, n = self.sources.writers[layer], G.shape[2]
         for position, run in enumerate(writers.runs[: len(G)]):
@@ -159,7 +156,7 @@ class FrozenModel:
             return None
         return torch.bmm(writers.skip.expand(len(G), -1, -1), G) * writers.skip_scale[: len(G), :, None]
 
-    def _read_attention(self, layer: int, G: Tensor, V: Tensor, out: Edges) -> None:
+    def _read_attention(self, layer: int, G: Tensor, V: Tensor, out: EdgeColumns) -> None:
         """Read out attention's biases; at layer 0 also the embeddings, as far as attention carries them."""
         n, written = G.shape[2], self.layers[layer].written_bias
         if written is not None:
@@ -168,7 +165,7 @@ class FrozenModel:
         if vectors is not None:
             self._book(layer, readout(vectors, V), slice(0, n), out)
 
-    def _book(self, layer: int, found: Tensor, columns: slice, out: Edges) -> None:
+    def _book(self, layer: int, found: Tensor, columns: slice, out: EdgeColumns) -> None:
         """What `readers` of a layer found, [T, k, n]."""
         length = len(found)
         if self.layers[layer].value_bias is not None:
@@ -177,8 +174,10 @@ class FrozenModel:
         if layer == 0:
             out.embeddings[:, :length, columns] += found.transpose(0, 1)
 
-    def _first_step(self, layer: int, G: Tensor, targets: Targets, begin: list[int], seen: int, out: Edges) -> None:
-        """Targets that read after this layer's attention, position by position."""
+    def _first_step(
+        self, layer: int, G: Tensor, targets: Directions, begin: list[int], seen: int, out: EdgeColumns
+    ) -> None:
+        """Directions that read after this layer's attention, position by position."""
         frozen, vectors = self.layers[layer], self.readers[layer]
         start = seen
         for position, same in groupby(begin):

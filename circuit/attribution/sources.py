@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ...data.models import LanguageModel
 from ...train.transcoder.transcoder import Transcoder
-from ..graph.nodes import Nodes
+from ..graph import Nodes
 from .linear import Recording, fold_reading
 
 
-class Run(NamedTuple):
+class Span(NamedTuple):
     """The features at one position that write to one layer."""
 
     start: int
@@ -35,7 +35,7 @@ class Writers:
 
     decoders: Tensor
     """[n, D] decoder rows times activations, by position."""
-    runs: list[Run]
+    runs: list[Span]
     """One per position."""
     error_and_bias: Tensor
     """[2, T, D]: what the transcoder leaves over, and its own bias."""
@@ -45,7 +45,7 @@ class Writers:
     """[T, 1] by which each position's is multiplied; zero where the model keeps its own output."""
 
 
-class Features(NamedTuple):
+class ActiveFeatures(NamedTuple):
     """Active features, sorted by (layer, position, index)."""
 
     layer: Tensor
@@ -60,7 +60,7 @@ class Features(NamedTuple):
 class Sources:
     """The sources of one prompt."""
 
-    features: Features
+    features: ActiveFeatures
     run_order: Tensor
     """[K] features sorted by (position, layer, index)."""
     writers: list[Writers]
@@ -98,17 +98,17 @@ def reading(lm: LanguageModel, transcoder: Transcoder, recording: Recording, l: 
 
 @torch.no_grad()
 def active_features(
-    lm: LanguageModel, transcoder: Transcoder, recording: Recording, keep: Tensor, dtype: torch.dtype
-) -> Features:
-    """Features that fire at positions that are replaced, `~keep [T]`."""
+    lm: LanguageModel, transcoder: Transcoder, recording: Recording, masked: Tensor, dtype: torch.dtype
+) -> ActiveFeatures:
+    """Features that fire at positions that are replaced, `~masked [T]`."""
     found = []
     for l, layer in enumerate(transcoder.layers):
         x = reading(lm, transcoder, recording, l)[2].to(dtype)
-        acts = transcoder.encode_layer(x, l).masked_fill(keep[:, None], 0)
+        acts = transcoder.encode_layer(x, l).masked_fill(masked[:, None], 0)
         position, index = acts.nonzero(as_tuple=True)
         h = transcoder.preactivation(x, l)[position, index]
-        found.append(Features(torch.full_like(position, layer), position, index, acts[position, index], h))
-    return Features(*(torch.cat(column) for column in zip(*found)))
+        found.append(ActiveFeatures(torch.full_like(position, layer), position, index, acts[position, index], h))
+    return ActiveFeatures(*(torch.cat(column) for column in zip(*found)))
 
 
 @torch.no_grad()
@@ -116,8 +116,8 @@ def find_sources(
     lm: LanguageModel,
     transcoder: Transcoder,
     recording: Recording,
-    features: Features,
-    keep: Tensor,
+    features: ActiveFeatures,
+    masked: Tensor,
     dtype: torch.dtype,
 ) -> Sources:
     """Gather decoder rows, errors, biases and embeddings."""
@@ -128,7 +128,8 @@ def find_sources(
     rank[run_order] = torch.arange(len(run_order), device=run_order.device)
     written = _written(transcoder, features, rank, dtype)
     writers = [
-        _writers(lm, transcoder, recording, features, rank, written, keep, layer, dtype) for layer in range(lm.n_layers)
+        _writers(lm, transcoder, recording, features, rank, written, masked, layer, dtype)
+        for layer in range(lm.n_layers)
     ]
     embeddings = [lm.embed(recording.tokens), lm.position_embed(T)]
     stacked = torch.stack([vectors.to(dtype) for vectors in embeddings if vectors is not None])
@@ -136,7 +137,7 @@ def find_sources(
 
 
 def _written(
-    transcoder: Transcoder, features: Features, rank: Tensor, dtype: torch.dtype
+    transcoder: Transcoder, features: ActiveFeatures, rank: Tensor, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor]]:
     """For each covered layer, the features that write to it in run order, and their decoder rows times activations.
 
@@ -164,10 +165,10 @@ def _writers(
     lm: LanguageModel,
     transcoder: Transcoder,
     recording: Recording,
-    features: Features,
+    features: ActiveFeatures,
     rank: Tensor,
     written: list[tuple[Tensor, Tensor]],
-    keep: Tensor,
+    masked: Tensor,
     layer: int,
     dtype: torch.dtype,
 ) -> Writers:
@@ -176,10 +177,10 @@ def _writers(
     T, D = mlp_out.shape
     nothing = mlp_out.new_zeros(T, D)
     if layer not in transcoder.layers:
-        return Writers(mlp_out[:0], [Run(0, 0, 0)] * T, torch.stack([mlp_out, nothing]), None, None)
+        return Writers(mlp_out[:0], [Span(0, 0, 0)] * T, torch.stack([mlp_out, nothing]), None, None)
     l = transcoder.layers.index(layer)
     id_n, decoders = written[l]
-    replaced = (~keep)[:, None].to(dtype)
+    replaced = (~masked)[:, None].to(dtype)
     bias = transcoder.b_dec[l].detach().to(dtype).expand(T, D)
     y = nothing.index_add(0, features.position[id_n], decoders)
     skip = skip_scale = None
@@ -198,13 +199,13 @@ def _writers(
     )
 
 
-def _runs(position: Tensor, rank: Tensor, length: int) -> list[Run]:
+def _runs(position: Tensor, rank: Tensor, length: int) -> list[Span]:
     """Where each position's features stand, in run order and among the decoder rows."""
     counts = torch.bincount(position, minlength=length).tolist()
     runs, offset = [], 0
     starts = rank.tolist()
     for count in counts:
         start = starts[offset] if count else 0
-        runs.append(Run(start, start + count, offset))
+        runs.append(Span(start, start + count, offset))
         offset += count
     return runs

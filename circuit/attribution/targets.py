@@ -11,9 +11,9 @@ from torch import Tensor
 from ...data.errors import UserError
 from ...data.models import LanguageModel
 from ...train.transcoder.transcoder import Transcoder
-from .backward import Targets
+from .backward import Directions
 from .linear import Recording, fold_reading
-from .sources import Features, reading
+from .sources import ActiveFeatures, reading
 
 FEATURE = re.compile(r"L(\d+):(\d+)$")
 POSITION = re.compile(r"(.+)@(-?\d+)$", re.DOTALL)
@@ -68,7 +68,7 @@ class Target:
 class Chosen(NamedTuple):
     """The targets of a graph and how its logit nodes are described."""
 
-    targets: Targets
+    targets: Directions
     probabilities: Tensor
     tokens: list[int]
     labels: list[str]
@@ -99,14 +99,14 @@ def one_token(lm: LanguageModel, text: int | str, probabilities: Tensor) -> int:
     return max(single, key=lambda token: float(probabilities[token]))
 
 
-def next_token_targets(lm: LanguageModel, recording: Recording, directions: Tensor, positions: Tensor) -> Targets:
-    """Targets that read `directions [B, D]` after the final norm, at `positions [B]`."""
+def next_token_targets(lm: LanguageModel, recording: Recording, directions: Tensor, positions: Tensor) -> Directions:
+    """Directions that read `directions [B, D]` after the final norm, at `positions [B]`."""
     dtype, norm = directions.dtype, lm.final_norm
     denominator = recording.denominators[lm.n_layers, "final_norm"].to(dtype)[positions]
     x = recording.layer_in[lm.n_layers][positions]
     normed = norm.frozen(x, recording.denominators[lm.n_layers, "final_norm"][positions]).to(dtype)
     bias = directions @ norm.bias.to(dtype) if norm.bias is not None else directions.new_zeros(len(directions))
-    return Targets(
+    return Directions(
         torch.full_like(positions, lm.n_layers),
         positions,
         fold_reading(directions, norm, dtype) / denominator,
@@ -116,20 +116,18 @@ def next_token_targets(lm: LanguageModel, recording: Recording, directions: Tens
 
 
 def token_directions(lm: LanguageModel, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Unembedding rows less the mean row [B, D], and their biases likewise [B], in the scale of the logits."""
+    """Unembedding rows less the mean row [B, D], and their biases likewise [B]."""
     W_U = lm.W_U
-    rows = (
-        W_U[tokens].to(dtype) - W_U.mean(0, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
-    ) * lm.logit_scale
+    rows = W_U[tokens].to(dtype) - W_U.mean(0, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
     if lm.b_U is None:
         return rows, rows.new_zeros(len(rows))
-    return rows, (lm.b_U[tokens].to(dtype) - lm.b_U.to(dtype).mean()) * lm.logit_scale
+    return rows, lm.b_U[tokens].to(dtype) - lm.b_U.to(dtype).mean()
 
 
 def feature_targets(
-    lm: LanguageModel, transcoder: Transcoder, recording: Recording, features: Features, dtype: torch.dtype
-) -> Targets:
-    """Targets for features' pre-activations, in the order of `features`."""
+    lm: LanguageModel, transcoder: Transcoder, recording: Recording, features: ActiveFeatures, dtype: torch.dtype
+) -> Directions:
+    """Directions for features' pre-activations, in the order of `features`."""
     directions = torch.empty(len(features.layer), lm.d_model, dtype=dtype, device=recording.tokens.device)
     own_bias = directions.new_empty(len(directions))
     for l, layer in enumerate(transcoder.layers):
@@ -140,7 +138,7 @@ def feature_targets(
         if norm is not None and norm.bias is not None:
             own_bias[mine] += weight @ norm.bias.to(dtype)
         directions[mine] = fold_reading(weight, norm, dtype) / denominator.to(dtype)[features.position[mine]]
-    return Targets(features.layer, features.position, directions, own_bias, features.preactivation.to(dtype))
+    return Directions(features.layer, features.position, directions, own_bias, features.preactivation.to(dtype))
 
 
 def choose_targets(
@@ -165,7 +163,7 @@ def choose_targets(
         raise UserError("trace.targets is empty; name at least one target, or leave it out")
     found = [_named(lm, transcoder, recording, target, probabilities_TV, dtype) for target in wanted]
     chosen = Chosen(
-        Targets(*(torch.cat(column) for column in zip(*(one.targets for one in found)))),
+        Directions(*(torch.cat(column) for column in zip(*(one.targets for one in found)))),
         torch.cat([one.probabilities for one in found]),
         [one.tokens[0] for one in found],
         [one.labels[0] for one in found],
@@ -229,5 +227,5 @@ def _named_feature(
     x = reading(lm, transcoder, recording, l)[2][position].to(dtype)
     h = transcoder.preactivation(x, l).detach()[:, target.feature]
     place = torch.tensor([target.layer], device=position.device), position, position.new_tensor([target.feature])
-    targets = feature_targets(lm, transcoder, recording, Features(*place, h, h), dtype)
+    targets = feature_targets(lm, transcoder, recording, ActiveFeatures(*place, h, h), dtype)
     return Chosen(targets, h.new_ones(1), [-1], [target.label or f"feature L{target.layer}:{target.feature}"])

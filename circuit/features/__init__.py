@@ -1,1 +1,12 @@
-"""What a feature is: examples, dashboards, labels, concepts."""
+"""What a feature is: dashboards, examples, labels, concepts, weights that hold on every prompt."""
+
+from .concepts import label_by_prompts as label_by_prompts
+from .concepts import score_concepts as score_concepts
+from .dashboards import DashboardReader as DashboardReader
+from .dashboards import feature_number as feature_number
+from .dashboards import from_feature_number as from_feature_number
+from .gather import FeatureSettings as FeatureSettings
+from .gather import build_features as build_features
+from .labels import Label as Label
+from .labels import Labels as Labels
+from .labels import labels_path as labels_path

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...data.errors import Progress, UserError, silent
-from ..replacement.model import ReplacementModel
+from ..replacement import LocalModel
 from .gather import LARGEST_BATCH, padded
 from .labels import Label, Labels
 
@@ -95,7 +95,7 @@ class ConceptResult(NamedTuple):
 
 @torch.no_grad()
 def score_concepts(
-    model: ReplacementModel,
+    model: LocalModel,
     prompts: Sequence[tuple[str | Sequence[int], Sequence[Sequence[str]]]],
     progress: Progress = silent,
 ) -> ConceptResult:
@@ -116,7 +116,7 @@ def score_concepts(
         holds_STC = holds_STC.to(device)
         with model.lm.capture({"resid", transcoder.settings.read}) as sites:
             model.lm(tokens_ST)
-        counted_ST = valid_ST & ~model.keep_mask(tokens_ST, resid=sites.resid)
+        counted_ST = valid_ST & ~model.masked_positions(tokens_ST, resid=sites.resid)
         last_ST = counted_ST & (valid_ST.cumsum(1) == valid_ST.sum(1, keepdim=True))
         for l, layer in enumerate(transcoder.layers):
             x = getattr(sites, transcoder.settings.read)[layer].to(transcoder.dtype)
@@ -130,7 +130,7 @@ def score_concepts(
 
 
 def label_by_prompts(
-    model: ReplacementModel,
+    model: LocalModel,
     prompts: Sequence[tuple[str | Sequence[int], Sequence[Sequence[str]]]],
     least_f1: float = 0.5,
     progress: Progress = silent,
@@ -145,7 +145,7 @@ def _better(first: ConceptScores, second: ConceptScores) -> ConceptScores:
 
 
 def _batches(
-    model: ReplacementModel, prompts: Iterable[tuple[str | Sequence[int], Sequence[Sequence[str]]]], width: int
+    model: LocalModel, prompts: Iterable[tuple[str | Sequence[int], Sequence[Sequence[str]]]], width: int
 ) -> Iterable[list[tuple[Tensor, Sequence[Sequence[str]]]]]:
     batch: list[tuple[Tensor, Sequence[Sequence[str]]]] = []
     longest = 0

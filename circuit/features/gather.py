@@ -1,5 +1,9 @@
 """Feature dashboards (SPEC 6.5): one pass over a corpus, then one record a feature.
 
+    sequences [S, T] --lm--> read [S, T, D] a layer --encode--> activations [S, T, F]      (gather)
+    activations --> per feature its strongest tokens, a sample, counts                     (examples)
+    examples + direct logits --> one record a feature --> features/layer_{i}.bin           (layer_records, dashboards)
+
 The model runs over whole sequences, because an example needs the text around it (a store's rows are shuffled). Per
 layer the pass keeps each feature's strongest tokens, a uniform sample of the tokens it fires on, and counts; memory is
 bounded by features x examples x window, whatever the length of the text.
@@ -16,7 +20,7 @@ from torch import Tensor
 from ...data.errors import Progress, UserError, check_range, silent
 from ...data.models import LanguageModel
 from ...train.transcoder.transcoder import Transcoder
-from ..replacement.model import ReplacementModel
+from ..replacement import LocalModel
 from .dashboards import DashboardWriter, Record
 from .examples import Keeper, LayerExamples
 from .labels import Labels, label_from_record
@@ -71,7 +75,7 @@ class Sequences(Protocol):
 
 
 def build_features(
-    model: ReplacementModel,
+    model: LocalModel,
     corpus: Sequences,
     run: str | Path,
     settings: FeatureSettings = FeatureSettings(),
@@ -112,7 +116,7 @@ def _labelled(records: Iterable[Record], layer: int, labels: Labels, told: Calla
 
 @torch.no_grad()
 def gather(
-    model: ReplacementModel,
+    model: LocalModel,
     sequences: Iterable,
     layers: Sequence[int],
     settings: FeatureSettings,
@@ -139,7 +143,7 @@ def gather(
         tokens_ST, valid_ST = padded(batch, model.lm.device)
         with model.lm.capture({"resid", read}) as sites:
             model.lm(tokens_ST)
-        counted_ST = valid_ST & ~model.keep_mask(tokens_ST, resid=sites.resid)
+        counted_ST = valid_ST & ~model.masked_positions(tokens_ST, resid=sites.resid)
         number_S = torch.arange(len(texts), len(texts) + len(batch), device=model.lm.device)
         for layer in layers:
             x = getattr(sites, read)[layer].to(transcoder.dtype)
@@ -184,7 +188,7 @@ def padded(batch: Sequence[Tensor], device: torch.device | str) -> tuple[Tensor,
 
 
 def layer_records(
-    model: ReplacementModel, layer: int, examples: LayerExamples, texts: Sequence[Tensor], settings: FeatureSettings
+    model: LocalModel, layer: int, examples: LayerExamples, texts: Sequence[Tensor], settings: FeatureSettings
 ) -> Iterator[Record]:
     """The record of every feature of a layer, in order."""
     words = Words(model.lm)
@@ -281,7 +285,7 @@ def _rounded(value: float) -> float:
 
 
 def _logit_words(
-    model: ReplacementModel, layer: int, features: Tensor, count: int, words: Words
+    model: LocalModel, layer: int, features: Tensor, count: int, words: Words
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
     top: dict[int, list[str]] = {}
     bottom: dict[int, list[str]] = {}

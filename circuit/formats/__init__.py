@@ -1,1 +1,11 @@
 """Foreign files, read and written: circuit-tracer folders, Neuronpedia graphs, SAELens transcoders."""
+
+from .circuit_tracer import export_circuit_tracer as export_circuit_tracer
+from .circuit_tracer import import_circuit_tracer as import_circuit_tracer
+from .neuronpedia import graph_to_neuronpedia as graph_to_neuronpedia
+from .neuronpedia import slugified as slugified
+from .neuronpedia import write_neuronpedia as write_neuronpedia
+from .neuronpedia_read import check_neuronpedia as check_neuronpedia
+from .neuronpedia_read import read_neuronpedia as read_neuronpedia
+from .saelens import export_saelens as export_saelens
+from .saelens import import_saelens as import_saelens

@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...data.errors import UserError
-from ..features.dashboards import feature_number
-from ..features.labels import Labels
-from ..graph.edges import blocks, linked_sources
-from ..graph.graph import Graph
-from ..graph.nodes import Node
+from ..features import Labels, feature_number
+from ..graph import Graph, Node
 from .neuronpedia_read import SLUG, TYPES, check_neuronpedia, read_neuronpedia
 
 __all__ = ["check_neuronpedia", "graph_to_neuronpedia", "read_neuronpedia", "slugified", "write_neuronpedia"]
@@ -68,7 +65,7 @@ def graph_to_neuronpedia(
         graph = graph.prune(**settings)
     n_layers = _n_layers(graph)
     drawn = ("feature", "error", "embedding", "logit", *(("bias", "position") if biases else ()))
-    linked = linked_sources(graph).tolist()
+    linked = graph.stored.linked().tolist()
     keys = graph.nodes.keys()
     nodes, ids = [], {}
     for place, found in enumerate(graph.nodes):
@@ -152,10 +149,10 @@ def _node(graph: Graph, node: Node, n_layers: int, labels: Labels | None) -> dic
 
 
 def _links(graph: Graph, ids: dict[int, str]) -> list[dict[str, Any]]:
-    targets = graph.targets.tolist()
+    targets = graph.row_ids.tolist()
     return [
         {"source": ids[source], "target": ids[targets[row]], "weight": weight}
-        for block in blocks(graph)
+        for block in graph.stored.edges()
         for row, source, weight in zip(*(column.tolist() for column in block), strict=True)
         if source in ids and targets[row] in ids and math.isfinite(weight)
     ]

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from ...data.errors import UserError
-from ..features.dashboards import from_feature_number
-from ..graph.graph import Graph
-from ..graph.nodes import KINDS, Nodes
+from ..features import from_feature_number
+from ..graph import KINDS, DenseRows, Graph, Nodes
 
 SLUG = r"(?!\.{1,2}$)[A-Za-z0-9_.-]+"
 TYPES = {
@@ -111,12 +110,12 @@ def read_neuronpedia(path: str | Path) -> Graph:
     probabilities = [float(by_place[order[i]].get("token_prob") or 0.0) for i in logits]
     ids = {node_id: row_of[place] for node_id, place in places.items()}
     return Graph(
-        stored=rows,
+        stored=DenseRows(rows),
         nodes=nodes,
         probabilities=torch.tensor(probabilities),
         tokens=tokens,
         token_strings=strings,
-        left_out=torch.zeros(len(rows)),
+        cancelled=torch.zeros(len(rows)),
         metadata={
             "prompt": data["metadata"]["prompt"],
             "model": {"name": data["metadata"]["scan"]},

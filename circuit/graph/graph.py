@@ -1,9 +1,12 @@
 """The attribution graph of one prompt: held, scored, pruned, stored.
 
 An edge A[t, s] is what source s adds to target t's pre-activation. Only features and logits are targets, so a graph
-holds their rows alone (`rows [R, N]`); `adjacency` spreads them over all N nodes. A graph that was traced with
-`edges=top-k` holds them sparse (`stored`): influence, scores, pruning, paths and files work on that, and `rows` makes
-the matrix for whoever asks.
+holds their rows alone (`stored`: R rows over N sources, dense or sparse); `adjacency` spreads them over all N nodes.
+Influence, scores, pruning, paths and files work on the rows as they are; `rows` makes the matrix for whoever asks.
+
+    stored [R, N] --one pass from the last layer to the first--> influence [N]      (influence.py)
+    influence --prune: the fewest nodes, then the fewest edges--> a smaller Graph, what is cut added to its errors
+    influence --scores--> replacement_score, completeness
 """
 
 import json
@@ -19,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...data.errors import UserError, check_range
-from . import influence as flow
-from .nodes import COLUMNS, Nodes
-from .sparse_rows import SparseRows
+from .influence import Influence, cumulative_share, fewest_edges, fewest_nodes, find_influence, scores
+from .nodes import NODE_COLUMNS, Nodes
+from .paths import GraphPath, top_paths
+from .rows import Rows, rows_of_tensors
 
 FORMAT, VERSION = "crosslace-graph", 1
-SPARSE_BELOW = 0.25  # share of non-zero edges below which a graph is stored as a list of edges
 
 
 class Logit(NamedTuple):
@@ -44,14 +47,14 @@ class Logit(NamedTuple):
 class Graph:
     """Nodes, the edges into them, and how complete the account is."""
 
-    stored: Tensor | SparseRows
+    stored: Rows
     """[R, N] edges into each feature, then into each logit; of a graph of the strongest edges, those alone."""
     nodes: Nodes
     probabilities: Tensor
     """[number of logits] probability of each logit node, or the weight of a target that is not one token."""
     tokens: list[int]
     token_strings: list[str]
-    left_out: Tensor
+    cancelled: Tensor
     """[R] absolute input that was moved into the errors and cancels there: scores count it as input from errors."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Model, transcoder, settings, and `accounting`: active_features, left_out_features, largest_violation."""
@@ -63,23 +66,23 @@ class Graph:
     @property
     def rows(self) -> Tensor:
         """[R, N] the edges as a matrix; built on each call where they are stored sparse."""
-        return self.stored.dense() if isinstance(self.stored, SparseRows) else self.stored
+        return self.stored.dense()
 
     @property
     def values(self) -> Tensor:
         """The numbers that are stored, a row per target; each row sums to the target's input."""
-        return self.stored.values if isinstance(self.stored, SparseRows) else self.stored
+        return self.stored.values
 
     def rows_of(self, rows: Tensor | slice) -> Tensor:
         """Some rows as a matrix, [C, N]."""
-        return self.stored.dense(rows) if isinstance(self.stored, SparseRows) else self.stored[rows]
+        return self.stored.dense(rows)
 
     @property
     def n_features(self) -> int:
         return len(self.stored) - len(self.probabilities)
 
     @property
-    def targets(self) -> Tensor:
+    def row_ids(self) -> Tensor:
         """[R] the node of each row."""
         ids = torch.arange(len(self.nodes), device=self.values.device)
         return torch.cat([ids[: self.n_features], ids[len(ids) - len(self.probabilities) :]])
@@ -88,7 +91,7 @@ class Graph:
     def adjacency(self) -> Tensor:
         """[targets, sources] over all nodes, built on each call; most of it is rows of zeros of nodes without input."""
         full = self.values.new_zeros(len(self.nodes), len(self.nodes))
-        full[self.targets] = self.rows
+        full[self.row_ids] = self.rows
         return full
 
     @property
@@ -130,25 +133,30 @@ class Graph:
         return weights
 
     @cached_property
-    def influences(self) -> flow.Influence:
-        """Influence of nodes and flow through rows; worked out once, as a graph is not changed after it is made."""
-        depth = self.nodes.layer[self.targets].clone()
+    def _influence(self) -> Influence:
+        """Worked out once, as the edges of a graph are not changed after it is made."""
+        depth = self.nodes.layer[self.row_ids].clone()
         depth[self.n_features :] = int(self.nodes.layer.max()) + 1
-        return flow.influence(self.stored, self.targets, depth, self.weights, self.left_out)
+        return find_influence(self.stored, self.row_ids, depth, self.weights, self.cancelled)
 
     def influence(self) -> Tensor:
         """[N] influence of every node on the logits, over all paths."""
-        return self.influences.nodes
+        return self._influence.nodes
+
+    @property
+    def influence_per_input(self) -> Tensor:
+        """[R] influence that a unit of each row's absolute input carries: times |edge| it is the edge's score."""
+        return self._influence.per_input
 
     def cumulative_influence(self) -> Tensor:
         """[N] share of all influence that is reached at each node's rank: small = important."""
-        return flow.cumulative_share(self.influence())
+        return cumulative_share(self.influence())
 
     def scores(self) -> dict[str, float]:
         """`replacement_score`, `completeness` (mean over targets) and `completeness_ct` (circuit-tracer's mean, over
         all nodes). A graph without features explains nothing: all are 0."""
         masks = (self.nodes.mask(*kinds) for kinds in (("feature",), ("error",), ("embedding", "position")))
-        return flow.scores(self.influences, self.weights, *masks)
+        return scores(self._influence, self.weights, *masks)
 
     # -- smaller graphs -----------------------------------------------------------------------------------------
 
@@ -159,7 +167,7 @@ class Graph:
         """
         check_range("node", node, 0, 1)
         check_range("edge", edge, 0, 1)
-        kept = flow.fewest_nodes(self.influence(), node)
+        kept = fewest_nodes(self.influence(), node)
         smaller = self.subgraph(kept.nonzero().squeeze(1).tolist())
         return smaller.cut_edges(edge)._replace_metadata(pruned={"node": node, "edge": edge})
 
@@ -168,25 +176,21 @@ class Graph:
         to the errors of their places."""
         keep = ~self.nodes.mask("feature")
         keep[torch.tensor(sorted(features), dtype=torch.long, device=keep.device)] = True
-        ids, gone = keep.nonzero().squeeze(1), (~keep).nonzero().squeeze(1)
-        rows_kept = keep[self.targets].nonzero().squeeze(1)
-        new_id = torch.full((len(keep),), -1, device=keep.device)
-        new_id[ids] = torch.arange(len(ids), device=keep.device)
-        if isinstance(self.stored, SparseRows):
-            kept = keep[: self.n_features]
-            rows, left_out = self.stored.subset(rows_kept, kept, self.left_out, self._errors_of_all())
-        else:
-            rows, left_out = self.stored[rows_kept][:, ids], self.left_out[rows_kept].clone()
-            if len(gone):
-                flow.move_to_errors(rows, left_out, self.stored[rows_kept][:, gone], new_id[self.error_of(gone)])
+        ids = keep.nonzero().squeeze(1)
+        rows_kept = keep[self.row_ids].nonzero().squeeze(1)
+        stored, cancelled = self.stored.subset(
+            rows_kept, keep[: self.n_features], self.cancelled, self._errors_of_all()
+        )
         kept_by_id = dict(zip(ids.tolist(), range(len(ids))))
         groups = {name: [kept_by_id[i] for i in group if i in kept_by_id] for name, group in self.supernodes.items()}
-        accounting = self.accounting | {"left_out_features": self.accounting.get("left_out_features", 0) + len(gone)}
+        accounting = self.accounting | {
+            "left_out_features": self.accounting.get("left_out_features", 0) + int((~keep).sum())
+        }
         return replace(
             self,
-            stored=rows,
+            stored=stored,
             nodes=self.nodes.select(ids),
-            left_out=left_out,
+            cancelled=cancelled,
             metadata=self.metadata | {"accounting": accounting},
             supernodes={name: group for name, group in groups.items() if group},
         )
@@ -195,50 +199,32 @@ class Graph:
         """The graph with the fewest edges that carry `share` of the influence over all edges but those from errors,
         which stay; what is cut is added to the errors of the sources' places."""
         from_error = self.nodes.mask("error")
-        keep = flow.fewest_edges(self.values, self.influences.flow, share)
-        if isinstance(self.stored, SparseRows):
-            rows, left_out = self.stored.moved_to_errors(
-                ~(keep | from_error[self.stored.sources()]), self.left_out, self._errors_of_all()
-            )
-            return replace(self, stored=rows, left_out=left_out)
-        cut = ~keep & ~from_error
-        rows, left_out = self.stored.masked_fill(cut, 0), self.left_out.clone()
-        sources = (cut.any(0) & (self.stored != 0).any(0)).nonzero().squeeze(1)
-        if len(sources):
-            moved = self.stored[:, sources] * cut[:, sources]
-            flow.move_to_errors(rows, left_out, moved, self.error_of(sources))
-        return replace(self, stored=rows, left_out=left_out)
+        keep = fewest_edges(self.values, self.influence_per_input, share)
+        gone = ~(keep | from_error[self.stored.sources()])
+        stored, cancelled = self.stored.moved_to_errors(gone, self.cancelled, self._errors_of_all())
+        return replace(self, stored=stored, cancelled=cancelled)
 
     def _errors_of_all(self) -> Tensor:
-        """[N] the error node of every source's place; logits, which are no sources, have the first one."""
-        ids = (~self.nodes.mask("logit")).nonzero().squeeze(1)
-        errors = torch.full((len(self.nodes),), self.n_features, device=ids.device)
-        errors[ids] = self.error_of(ids)
-        return errors
-
-    def error_of(self, ids: Tensor) -> Tensor:
-        """The error node of each node's (layer, position); an embedding's is that of the first layer."""
-        errors = self.nodes.mask("error").nonzero().squeeze(1)
+        """[N] the error node of every source's (layer, position), an embedding's being that of the first layer; -1
+        where there is none. Logits, which are no sources, have the first error."""
+        nodes = self.nodes
+        errors = nodes.mask("error").nonzero().squeeze(1)
         if len(errors) == 0:
-            raise UserError("this graph has no error nodes to add to what is left out of it")
-        length = int(self.nodes.position[errors].max()) + 1
-        place_of = self.nodes.layer * length + self.nodes.position.clamp(max=length - 1)
-        table = torch.full((int(place_of.max()) + 1,), -1, device=ids.device)
+            return torch.full((len(nodes),), -1, device=errors.device)
+        length = int(nodes.position[errors].max()) + 1
+        place_of = nodes.layer.clamp(min=0) * length + nodes.position.clamp(max=length - 1)
+        table = torch.full((int(place_of.max()) + 1,), -1, device=errors.device)
         table[place_of[errors]] = errors
-        layer = self.nodes.layer[ids].clamp(min=0)
-        return table[layer * length + self.nodes.position[ids]]
+        return torch.where(nodes.mask("logit"), self.n_features, table[place_of])
 
     def _replace_metadata(self, **entries: Any) -> "Graph":
         return replace(self, metadata=self.metadata | entries)
 
     def to(self, device: torch.device | str) -> "Graph":
         """The graph on a device."""
-        nodes = replace(self.nodes, **{name: getattr(self.nodes, name).to(device) for name in COLUMNS})
-        stored = self.stored
-        if isinstance(stored, SparseRows):
-            stored = replace(stored, values=stored.values.to(device), columns=stored.columns.to(device))
-        moved = {name: getattr(self, name).to(device) for name in ("probabilities", "left_out")}
-        return replace(self, stored=stored.to(device) if isinstance(stored, Tensor) else stored, nodes=nodes, **moved)
+        nodes = replace(self.nodes, **{name: getattr(self.nodes, name).to(device) for name in NODE_COLUMNS})
+        moved = {name: getattr(self, name).to(device) for name in ("stored", "probabilities", "cancelled")}
+        return replace(self, nodes=nodes, **moved)
 
     # -- names --------------------------------------------------------------------------------------------------
 
@@ -256,10 +242,8 @@ class Graph:
         count: int = 1,
         through: Sequence[str] = ("feature",),
         direct: bool = True,
-    ):
+    ) -> list[GraphPath]:
         """The strongest paths from a node (None: any embedding) to another: circuit/graph/paths.py."""
-        from .paths import top_paths
-
         return top_paths(self, source, target, count, through, direct)
 
     def label_features(self, names: Mapping[tuple[int, int], str]) -> None:
@@ -275,8 +259,9 @@ class Graph:
         """Write graph.safetensors and graph.json into a folder; `load` gives the same graph, to the bit."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"nodes.{name}": getattr(self.nodes, name) for name in COLUMNS}
-        tensors |= {"probabilities": self.probabilities, "left_out": self.left_out, **packed(self.stored)}
+        tensors = {f"nodes.{name}": getattr(self.nodes, name) for name in NODE_COLUMNS}
+        tensors |= {"probabilities": self.probabilities, "left_out": self.cancelled}
+        tensors |= self.stored.tensors()
         # aside and renamed: a folder never holds a graph that is half written
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "graph.safetensors.tmp")
         header = {
@@ -310,12 +295,12 @@ class Graph:
             raise UserError(f"{folder} holds no graph that this version reads (it reads {FORMAT} version {VERSION})")
         labels = {int(id): label for id, label in header["labels"].items()}
         return cls(
-            stored=unpacked(tensors),
-            nodes=Nodes(*(tensors[f"nodes.{name}"] for name in COLUMNS), labels=labels),
+            stored=rows_of_tensors(tensors),
+            nodes=Nodes(*(tensors[f"nodes.{name}"] for name in NODE_COLUMNS), labels=labels),
             probabilities=tensors["probabilities"],
             tokens=header["tokens"],
             token_strings=header["token_strings"],
-            left_out=tensors["left_out"],
+            cancelled=tensors["left_out"],
             metadata=header["metadata"],
             supernodes=header["supernodes"],
         )
@@ -325,50 +310,3 @@ class Graph:
         from ..formats.neuronpedia import write_neuronpedia
 
         return write_neuronpedia(self, path, **options)
-
-    @classmethod
-    def from_adjacency(
-        cls,
-        adjacency: Tensor,
-        nodes: Nodes,
-        probabilities: Tensor,
-        tokens: list[int],
-        token_strings: list[str],
-        **more: Any,
-    ) -> "Graph":
-        """A graph from a full [targets, sources] matrix over nodes that are in the order of `Nodes`."""
-        first_logit = len(nodes) - len(probabilities)
-        n_features = int(nodes.mask("feature").sum())
-        rows = torch.cat([adjacency[:n_features], adjacency[first_logit:]])
-        return cls(rows, nodes, probabilities, tokens, token_strings, rows.new_zeros(len(rows)), **more)
-
-
-def packed(rows: Tensor | SparseRows) -> dict[str, Tensor]:
-    """The rows as they are, or as a list of edges where most are zero."""
-    if isinstance(rows, SparseRows):
-        sizes = torch.tensor([rows.n_features])
-        return {"strongest.values": rows.values, "strongest.columns": rows.columns, "strongest.features": sizes}
-    edges = (rows != 0).sum()
-    if edges > SPARSE_BELOW * rows.numel():
-        return {"rows": rows}
-    places = rows.flatten().nonzero().squeeze(1)
-    return {
-        "rows.shape": torch.tensor(rows.shape),
-        "rows.counts": (rows != 0).sum(1),
-        "rows.columns": (places % max(1, rows.shape[1])).int(),
-        "rows.values": rows.flatten()[places],
-    }
-
-
-def unpacked(tensors: dict[str, Tensor]) -> Tensor | SparseRows:
-    """The rows that `packed` stored."""
-    if "strongest.values" in tensors:
-        features = int(tensors["strongest.features"])
-        return SparseRows(tensors["strongest.values"], tensors["strongest.columns"], features)
-    if "rows" in tensors:
-        return tensors["rows"]
-    shape = tensors["rows.shape"].tolist()
-    rows = tensors["rows.values"].new_zeros(shape)
-    row = torch.arange(shape[0], device=rows.device).repeat_interleave(tensors["rows.counts"])
-    rows[row, tensors["rows.columns"].long()] = tensors["rows.values"]
-    return rows

@@ -90,7 +90,7 @@ class Nodes:
     def select(self, ids: Tensor) -> "Nodes":
         """The nodes with these ids, in their order."""
         labels = {new: self.labels[old] for new, old in enumerate(ids.tolist()) if old in self.labels}
-        columns = {name: getattr(self, name)[ids] for name in COLUMNS}
+        columns = {name: getattr(self, name)[ids] for name in NODE_COLUMNS}
         return replace(self, **columns, labels=labels)
 
     @staticmethod
@@ -109,8 +109,8 @@ class Nodes:
             labels |= {offset + id: label for id, label in part.labels.items()}
             offset += len(part)
         dtype = parts[0].activation.dtype
-        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS[:-1]}
+        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in NODE_COLUMNS[:-1]}
         return Nodes(**columns, activation=torch.cat([part.activation.to(dtype) for part in parts]), labels=labels)
 
 
-COLUMNS = ("code", "layer", "position", "index", "activation")
+NODE_COLUMNS = ("code", "layer", "position", "index", "activation")

@@ -1,11 +1,9 @@
-"""Groups of features that play one part, and what two graphs do not share.
+"""Groups of features that play one part.
 
 `propose_supernodes` groups features that look alike in one of three ways: they write in the same direction, they fire
 on the same positions of the prompt, they have the same inputs and outputs in the graph. Groups are joined as long as
 their members are alike on average (average linkage).
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +12,7 @@ from torch import Tensor
 from ...data.errors import check_range
 from ...train.transcoder.transcoder import Transcoder
 from .graph import Graph
+from .paths import shares
 
 
 def propose_supernodes(
@@ -74,11 +73,9 @@ def cosines(rows: Tensor) -> Tensor:
 
 def edge_likeness(graph: Graph, ids: Tensor) -> Tensor:
     """Cosines of features' edges: shares of their input beside the effect that they have on targets."""
-    from .paths import shares
-
     shares_RN = shares(graph, slice(None)).float()
     into = F.normalize(shares_RN[ids], dim=1)
-    out_of = F.normalize((shares_RN * (graph.influences.flow > 0)[:, None])[:, ids].T, dim=1)
+    out_of = F.normalize((shares_RN * (graph.influence_per_input > 0)[:, None])[:, ids].T, dim=1)
     return cosines(torch.cat([into, out_of], 1))
 
 
@@ -125,48 +122,7 @@ def flow_between(graph: Graph, groups: dict[str, list[int]] | None = None) -> Te
     member = graph.values.new_zeros(len(graph.nodes), len(groups))
     for column, ids in enumerate(groups.values()):
         member[ids, column] = 1
-    of_row = member[graph.targets]
+    of_row = member[graph.row_ids]
     rows = of_row.any(1).nonzero().squeeze(1)
-    weighted = graph.rows_of(rows) * graph.influences.flow[rows, None]
+    weighted = graph.rows_of(rows) * graph.influence_per_input[rows, None]
     return of_row[rows].T @ (weighted @ member)
-
-
-@dataclass
-class Difference:
-    """What one graph has that another has not. Nodes are the same if kind, layer, position and index are."""
-
-    only_first: list[int]
-    """Nodes of the first graph alone, in its numbers."""
-    only_second: list[int]
-    """Nodes of the second graph alone, in its numbers."""
-    common: list[tuple[int, int]]
-    """Nodes of both: (in the first, in the second)."""
-    edges: Tensor
-    """[C, C] edges among the common nodes, the second's less the first's."""
-    influence: Tensor
-    """[C] influence of the common nodes, the second's less the first's."""
-
-
-def difference(first: Graph, second: Graph) -> Difference:
-    """Compare two graphs node by node and edge by edge."""
-    ids_first = {key: id for id, key in enumerate(first.nodes.keys())}
-    ids_second = {key: id for id, key in enumerate(second.nodes.keys())}
-    common = [(id, ids_second[key]) for key, id in ids_first.items() if key in ids_second]
-    a = torch.tensor([pair[0] for pair in common], dtype=torch.long, device=first.values.device)
-    b = torch.tensor([pair[1] for pair in common], dtype=torch.long, device=second.values.device)
-    return Difference(
-        [id for key, id in ids_first.items() if key not in ids_second],
-        [id for key, id in ids_second.items() if key not in ids_first],
-        common,
-        edges_among(second, b) - edges_among(first, a),
-        second.influence()[b] - first.influence()[a],
-    )
-
-
-def edges_among(graph: Graph, ids: Tensor) -> Tensor:
-    """[C, C] edges among some nodes, [target, source]."""
-    row_of = torch.full((len(graph.nodes),), -1, device=ids.device)
-    row_of[graph.targets] = torch.arange(len(graph.stored), device=ids.device)
-    rows = row_of[ids]
-    edges = graph.rows_of(rows.clamp(min=0))[:, ids]
-    return edges.masked_fill((rows < 0)[:, None], 0)

@@ -50,8 +50,8 @@ class TextBatch(NamedTuple):
     """The number of the first sequence, over all processes."""
 
 
-def spliced(lm: LanguageModel, substitute: Substitute, layers: Iterable[int], keep_BT: Tensor):
-    """Overwrite the MLP outputs of `layers`; positions in `keep_BT` keep the model's own."""
+def spliced(lm: LanguageModel, substitute: Substitute, layers: Iterable[int], masked_BT: Tensor):
+    """Overwrite the MLP outputs of `layers`; positions in `masked_BT` keep the model's own."""
     chosen = frozenset(layers)
 
     def overwrite(layer: int, sites: Mapping[str, Tensor]) -> Tensor | None:
@@ -59,14 +59,14 @@ def spliced(lm: LanguageModel, substitute: Substitute, layers: Iterable[int], ke
         if layer not in chosen:
             return None
         own = sites["mlp_out"]
-        return torch.where(keep_BT[..., None], own, y_hat.to(own.dtype))
+        return torch.where(masked_BT[..., None], own, y_hat.to(own.dtype))
 
     return lm.overwrite(overwrite)
 
 
 def splice_condition(name: str, lm: LanguageModel, substitute: Substitute, layers: Iterable[int]) -> Condition:
     """A condition that replaces the outputs of `layers`."""
-    return Condition(name, lambda keep_BT: spliced(lm, substitute, layers, keep_BT))
+    return Condition(name, lambda masked_BT: spliced(lm, substitute, layers, masked_BT))
 
 
 class MeanSubstitute:
@@ -84,31 +84,31 @@ def measure_behaviour(
     lm: LanguageModel,
     batches: Iterable[TextBatch],
     conditions: Sequence[Condition],
-    keep_mask: Callable[[Tensor], Tensor],
+    masked_positions: Callable[[Tensor], Tensor],
     n_sequences: int,
     progress: Progress = silent,
     observe: Callable[[TextBatch, Tensor], AbstractContextManager[object]] | None = None,
 ) -> Tensor:
     """Sums [conditions + 1, sequences, statistics]; row 0 is the clean model.
 
-    `observe(batch, keep_BT)` gives hooks for the clean pass, so that reconstruction is measured in the same pass.
+    `observe(batch, masked_BT)` gives hooks for the clean pass, so that reconstruction is measured in the same pass.
     """
     sums_CSK = torch.zeros(len(conditions) + 1, n_sequences, len(STATISTICS), dtype=torch.float64, device=lm.device)
     seen = 0
     for batch in batches:
         tokens_BT = batch.tokens_BT.to(lm.device)
-        keep_BT = keep_mask(tokens_BT) | ~batch.real_BT.to(lm.device)
-        counted_BT = batch.counted_BT.to(lm.device)[:, :-1] & ~keep_BT[:, :-1]
+        masked_BT = masked_positions(tokens_BT) | ~batch.real_BT.to(lm.device)
+        counted_BT = batch.counted_BT.to(lm.device)[:, :-1] & ~masked_BT[:, :-1]
         rows = slice(batch.first, batch.first + len(tokens_BT))
         if observe is None:
             clean = lm(tokens_BT)[:, :-1]
         else:
-            with observe(batch, keep_BT):
+            with observe(batch, masked_BT):
                 clean = lm(tokens_BT)[:, :-1]
         targets_BT = tokens_BT[:, 1:]
         sums_CSK[0, rows] = _statistics(clean, clean, targets_BT, counted_BT)
         for number, condition in enumerate(conditions, start=1):
-            with condition.install(keep_BT):
+            with condition.install(masked_BT):
                 changed = lm(tokens_BT)[:, :-1]
             sums_CSK[number, rows] = _statistics(clean, changed, targets_BT, counted_BT)
         seen += len(tokens_BT)

@@ -48,7 +48,7 @@ def calibrate(
     lm: LanguageModel,
     read: str,
     batches: Iterable[TextBatch],
-    keep_mask: Callable[[Tensor], Tensor],
+    masked_positions: Callable[[Tensor], Tensor],
     sample_rows: int = 4096,
 ) -> Calibration:
     """Pass over training text once; masked positions and padding are left out."""
@@ -62,7 +62,7 @@ def calibrate(
         tokens_BT = batch.tokens_BT.to(lm.device)
         with lm.capture((read, "mlp_out")) as found:
             lm(tokens_BT)
-        free_BT = batch.real_BT.to(lm.device) & ~keep_mask(tokens_BT)
+        free_BT = batch.real_BT.to(lm.device) & ~masked_positions(tokens_BT)
         x_NLD = found.stacked(read)[free_BT]
         y_NLD = found.stacked("mlp_out")[free_BT]
         if sum(map(len, sample)) < sample_rows:
@@ -119,12 +119,12 @@ def neuron_condition(lm: LanguageModel, l0_by_layer: Mapping[int, float]) -> Con
     if any(down is None for down in downs.values()):
         return None
 
-    def install(keep_BT: Tensor) -> AbstractContextManager[Any]:
+    def install(masked_BT: Tensor) -> AbstractContextManager[Any]:
         stack = ExitStack()
         for layer, down in downs.items():
             assert down is not None
             strength_F = down_norms(down)
-            hook = _strongest_only(strength_F, l0_by_layer[layer], keep_BT)
+            hook = _strongest_only(strength_F, l0_by_layer[layer], masked_BT)
             stack.callback(down.register_forward_pre_hook(hook).remove)
         return stack
 
@@ -138,10 +138,10 @@ def down_norms(down: nn.Module) -> Tensor:
     return weight.norm(dim=0 if isinstance(down, nn.Linear) else 1)
 
 
-def _strongest_only(strength_F: Tensor, k: float, keep_BT: Tensor) -> Callable[..., tuple[Tensor]]:
+def _strongest_only(strength_F: Tensor, k: float, masked_BT: Tensor) -> Callable[..., tuple[Tensor]]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         neurons_BTF = args[0]
-        chosen = strongest(neurons_BTF, strength_F, k) | keep_BT[..., None]
+        chosen = strongest(neurons_BTF, strength_F, k) | masked_BT[..., None]
         return (neurons_BTF * chosen,)
 
     return hook

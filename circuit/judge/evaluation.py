@@ -1,5 +1,9 @@
 """All of SPEC 5 for one transcoder on held-out text: the parts that `eval.json` holds.
 
+    text [B, T] --clean pass--> reconstruction [tokens, L, D], sums of behaviour [sequences, statistics]
+    text [B, T] --one pass a condition--> the same sums, MLP outputs overwritten          (behaviour, controls)
+    prompts --trace--> graph scores; interventions --> faithfulness                       (graph_scores, faithfulness)
+
 One clean pass over the text gives reconstruction and the clean behaviour; every condition (a layer spliced, layers
 0..l replaced, all replaced, means, controls) takes one more. Graphs and interventions come from a fixed prompt set.
 """
@@ -18,9 +22,9 @@ from ...data.models import LanguageModel
 from ...train.parallel.collectives import SINGLE, Collectives
 from ...train.run.metrics import ReconstructionMetrics
 from ...train.transcoder.transcoder import Transcoder
-from ..attribution.trace import trace
-from ..replacement.model import ReplacementModel
-from ..replacement.substitute import TranscoderOutput
+from ..attribution import trace
+from ..model import ReplacementModel
+from ..replacement import TranscoderOutput
 from .behaviour import (
     Condition,
     MeanSubstitute,
@@ -125,11 +129,11 @@ def evaluate(
     """The measured parts of `eval.json`. Every process calls it with its share of the text and gets the same result."""
     if not text.sequences or not text.calibration:
         raise UserError("the held-out text is empty; give a dataset with more documents, or a larger dataset.held_out")
-    calibration = calibrate(rm.lm, rm.transcoder.settings.read, text.calibration, rm.keep_mask)
+    calibration = calibrate(rm.lm, rm.transcoder.settings.read, text.calibration, rm.masked_positions)
     reconstruction = Reconstruction(rm, calibration, comm)
     names = _Conditions(rm, calibration, settings)
     sums_CSK = measure_behaviour(
-        rm.lm, text.batches, names.before, rm.keep_mask, text.sequences, progress, reconstruction.observe
+        rm.lm, text.batches, names.before, rm.masked_positions, text.sequences, progress, reconstruction.observe
     )
     found = reconstruction.trained.compute()
     if found["tokens"] < LEAST_TOKENS:
@@ -143,7 +147,7 @@ def evaluate(
         fresh = untrained(rm.transcoder, calibration, l0, settings.seed)
         controls = names.after(l0, fresh)
         observe = partial(reconstruction.observe_controls, l0, fresh)
-        extra = measure_behaviour(rm.lm, text.batches, controls, rm.keep_mask, text.sequences, progress, observe)
+        extra = measure_behaviour(rm.lm, text.batches, controls, rm.masked_positions, text.sequences, progress, observe)
         sums_CSK = torch.cat([sums_CSK, extra[1:]])
     sums = dict(zip(["clean", *(c.name for c in [*names.before, *controls])], comm.sum_data(sums_CSK)))
     result: dict[str, Any] = {
@@ -174,20 +178,20 @@ class Reconstruction:
         self.one = torch.ones(1, 1, device=device)
 
     @contextmanager
-    def observe(self, batch: TextBatch, keep_BT: Tensor) -> Iterator[None]:
+    def observe(self, batch: TextBatch, masked_BT: Tensor) -> Iterator[None]:
         """Hooks for a clean pass: the transcoder's metrics."""
         transcoder = self.rm.transcoder
         read = transcoder.settings.read
         with self.rm.lm.capture((read, "mlp_out"), transcoder.layers) as found:
             yield
-        x_NLD = found.stacked(read)[~keep_BT].to(transcoder.dtype)
-        y_NLD = found.stacked("mlp_out")[~keep_BT].to(transcoder.dtype)
+        x_NLD = found.stacked(read)[~masked_BT].to(transcoder.dtype)
+        y_NLD = found.stacked("mlp_out")[~masked_BT].to(transcoder.dtype)
         acts = [transcoder.encode_layer(x_NLD[:, l], l) for l in range(transcoder.n_layers)]
         self.trained.update(y_NLD, transcoder.decode(acts, x_NLD), acts)
 
     @contextmanager
     def observe_controls(
-        self, l0: Sequence[float], fresh: Transcoder, batch: TextBatch, keep_BT: Tensor
+        self, l0: Sequence[float], fresh: Transcoder, batch: TextBatch, masked_BT: Tensor
     ) -> Iterator[None]:
         """Hooks for a clean pass: the controls' metrics."""
         lm, layers, read = self.rm.lm, fresh.layers, fresh.settings.read
@@ -199,13 +203,13 @@ class Reconstruction:
                 stack.callback(down.register_forward_pre_hook(keep).remove)
             found = stack.enter_context(lm.capture((read, "mlp_out"), layers))
             yield
-        x_NLD, y_NLD = found.stacked(read)[~keep_BT].float(), found.stacked("mlp_out")[~keep_BT].float()
+        x_NLD, y_NLD = found.stacked(read)[~masked_BT].float(), found.stacked("mlp_out")[~masked_BT].float()
         acts = [self.one.expand(len(y_NLD), 1)] * len(layers)  # densities of controls are not of interest
         W, b = self.calibration.W_LDD[layers], self.calibration.b_LD[layers]
         self.controls["linear"].update(y_NLD, torch.einsum("nld,led->nle", x_NLD, W) + b, acts)
         self.controls["untrained"].update(y_NLD, fresh(x_NLD.to(fresh.dtype)), acts)
         if len(downs) == len(layers):
-            parts = [strongest_neurons(lm, layer, neurons[layer][~keep_BT], l0[l]) for l, layer in enumerate(layers)]
+            parts = [strongest_neurons(lm, layer, neurons[layer][~masked_BT], l0[l]) for l, layer in enumerate(layers)]
             self.controls["neurons"].update(y_NLD, torch.stack(parts, 1).float(), acts)
 
     def control_nmse(self) -> dict[str, float]:
@@ -226,7 +230,7 @@ def strongest_neurons(lm: LanguageModel, layer: int, neurons_NF: Tensor, l0: flo
 
 def replaced_condition(name: str, lm: LanguageModel, transcoder: Transcoder, layers: Sequence[int]) -> Condition:
     """A condition in which a transcoder stands in for the MLPs of `layers`."""
-    return Condition(name, lambda keep_BT: lm.overwrite(TranscoderOutput(transcoder, keep_BT, layers)))
+    return Condition(name, lambda masked_BT: lm.overwrite(TranscoderOutput(transcoder, masked_BT, layers)))
 
 
 class _Conditions:

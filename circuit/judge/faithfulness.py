@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ...data.errors import Progress, silent
 from ...train.parallel.collectives import SINGLE, Collectives
-from ..graph.graph import Graph
-from ..replacement.model import ReplacementModel
-from ..replacement.requests import Intervention
+from ..graph import Graph
+from ..model import ReplacementModel
+from ..replacement import Intervention
 from .behaviour import resampled
 
 LEAST_PAIRS = 30

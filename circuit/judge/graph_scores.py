@@ -6,12 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph.edges import count_edges
-from ..graph.graph import Graph
-from ..graph.sparse_rows import SparseRows, row_blocks
+from ..graph import Graph
 from .prompts import PromptSet
 
-COLUMNS = (
+FIGURES = (
     "replacement_score",
     "completeness",
     "completeness_ct",
@@ -26,23 +24,20 @@ COLUMNS = (
 
 def path_length(graph: Graph) -> float:
     """The mean number of edges from an embedding to a logit, each path weighted by its influence."""
-    blocks = row_blocks(graph.values)
+    blocks = graph.stored.blocks()
     total_R = torch.cat([graph.values[some].abs().sum(1, dtype=torch.float64) for some in blocks])
-    total_R = (total_R + graph.left_out.double()).clamp_min(1e-300)
+    total_R = (total_R + graph.cancelled.double()).clamp_min(1e-300)
     is_input = graph.nodes.mask("embedding", "position")
-    flow_R = graph.weights[graph.targets].double()
+    flow_R = graph.weights[graph.row_ids].double()
     length = arrived = 0.0
     for edges in range(1, len(total_R) + 1):
         share_R, flow_N = flow_R / total_R, flow_R.new_zeros(len(graph.nodes))
         for some in blocks:
             size_CN = graph.values[some].abs().double()
-            if isinstance(graph.stored, SparseRows):
-                graph.stored.add_by_source(flow_N, some, size_CN * share_R[some, None])
-            else:
-                flow_N += share_R[some] @ size_CN
+            graph.stored.add_by_source(flow_N, some, size_CN, share_R[some])
         reached = float(flow_N[is_input].sum())
         length, arrived = length + edges * reached, arrived + reached
-        flow_R = flow_N[graph.targets]
+        flow_R = flow_N[graph.row_ids]
         if not bool(flow_R.any()):
             break
     return length / arrived if arrived > 0 else 0.0
@@ -59,7 +54,7 @@ def error_share_by_layer(graph: Graph, n_layers: int) -> list[float]:
 
 
 def graph_row(graph: Graph, node: float, edge: float) -> list[float]:
-    """One prompt's figures, in the order of COLUMNS; the scores are those of the whole graph."""
+    """One prompt's figures, in the order of FIGURES; the scores are those of the whole graph."""
     scores = graph.scores()
     pruned = graph.prune(node=node, edge=edge)
     return [
@@ -68,7 +63,7 @@ def graph_row(graph: Graph, node: float, edge: float) -> list[float]:
         scores["completeness_ct"],
         path_length(graph),
         float(pruned.n_features),
-        float(count_edges(pruned)),
+        float(pruned.stored.count()),
         float(graph.accounting["left_out_features"]),
         float(graph.accounting["largest_violation"]),
     ]
@@ -96,7 +91,7 @@ def score_graphs(
     """The `graph` part of an evaluation. `graphs` holds one a prompt, None where another process has it; `add_up`
     sums over processes."""
     P = len(prompts.prompts)
-    table_PC = torch.zeros(P, len(COLUMNS), dtype=torch.float64)
+    table_PC = torch.zeros(P, len(FIGURES), dtype=torch.float64)
     shares_PL = torch.zeros(P, n_layers, dtype=torch.float64)
     frontier_PTK = torch.zeros(P, len(thresholds), 3, dtype=torch.float64)
     for number, graph in enumerate(graphs):
@@ -106,13 +101,13 @@ def score_graphs(
         shares_PL[number] = torch.tensor(error_share_by_layer(graph, n_layers))
         frontier_PTK[number] = torch.tensor(frontier_row(graph, thresholds))
     table_PC, shares_PL, frontier_PTK = add_up(table_PC), add_up(shares_PL), add_up(frontier_PTK)
-    means = {name: mean_interval(table_PC[:, column]) for column, name in enumerate(COLUMNS)}
+    means = {name: mean_interval(table_PC[:, column]) for column, name in enumerate(FIGURES)}
     return {
         "prompt_set": prompts.label,
         **{name: value for name, (value, _) in means.items()},
         **{f"{name}_interval": interval for name, (_, interval) in means.items()},
         "prompts": [
-            {"prompt": prompt, **dict(zip(COLUMNS, row))} for prompt, row in zip(prompts.prompts, table_PC.tolist())
+            {"prompt": prompt, **dict(zip(FIGURES, row))} for prompt, row in zip(prompts.prompts, table_PC.tolist())
         ],
         "error_share": shares_PL.mean(0).tolist(),
         "frontier": [

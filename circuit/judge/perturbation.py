@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...data.models import LanguageModel
-from ..replacement.model import ReplacementModel
-from ..replacement.substitute import TranscoderOutput
+from ..model import ReplacementModel
+from ..replacement import TranscoderOutput
 
 
 class _Pushed:
@@ -35,7 +35,7 @@ def perturbation_growth(
     columns: dict[int, list[tuple[float, float, float]]] = {}
     for tokens_T in prompts:
         tokens_BT = tokens_T[None].to(lm.device)
-        in_place = TranscoderOutput(transcoder, rm.keep_mask(tokens_BT))
+        in_place = TranscoderOutput(transcoder, rm.masked_positions(tokens_BT))
         clean, replaced = _resid(lm, tokens_BT), _resid(lm, tokens_BT, in_place)
         acts = rm.activations(tokens_T)
         for l, layer in enumerate(transcoder.layers[:-1]):

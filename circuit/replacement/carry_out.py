@@ -18,21 +18,19 @@ groups' texts part, the clean run has a row per group too.
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...data.errors import UserError, check_choice
+from .local import CleanRun, LocalModel
 from .memory import memory_named
-from .requests import MODES, Generation, Intervention, InterventionResult, Mode, Node, Prompt, covered_positions
+from .requests import MODES, FeatureAt, Generation, Intervention, InterventionResult, Mode, Prompt, covered_positions
 from .substitute import add_written
 
-if TYPE_CHECKING:
-    from .model import CleanRun, ReplacementModel
 
-
-def check_intervention(rm: "ReplacementModel", it: Intervention) -> None:
+def check_intervention(rm: LocalModel, it: Intervention) -> None:
     """Refuse a layer or a feature that the transcoder does not have."""
     layers = rm.transcoder.layers
     if it.layer not in layers:
@@ -45,7 +43,7 @@ def check_intervention(rm: "ReplacementModel", it: Intervention) -> None:
 class _Patches:
     """Activations of other prompts, each run once."""
 
-    def __init__(self, rm: "ReplacementModel"):
+    def __init__(self, rm: LocalModel):
         self.rm = rm
         self._acts: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
 
@@ -53,13 +51,13 @@ class _Patches:
         tokens = self.rm.lm.tokenize(it.patch_from)  # type: ignore[arg-type]
         key = tuple(tokens.tolist())
         if key not in self._acts:
-            self._acts[key] = self.rm.activations(tokens), self.rm.keep_mask(tokens)
-        acts, keep = self._acts[key]
+            self._acts[key] = self.rm.activations(tokens), self.rm.masked_positions(tokens)
+        acts, masked = self._acts[key]
         at = it.patch_position
         if at is None:
             at = it.position if isinstance(it.position, int) and it.position < 0 else position
         at = at + len(tokens) if at < 0 else at
-        if not 0 <= at < len(tokens) or keep[at]:
+        if not 0 <= at < len(tokens) or masked[at]:
             reason = "is masked there" if 0 <= at < len(tokens) else f"has {len(tokens)} tokens"
             raise UserError(f"set: position {at} of patch_from holds no features, it {reason}; give patch_position")
         return acts[self.rm.transcoder.layers.index(it.layer)][at, it.feature].item()
@@ -78,10 +76,10 @@ class _Changes(NamedTuple):
 class _Step:
     """What one step of both runs gave."""
 
-    clean: "CleanRun"
+    clean: CleanRun
     logits: Tensor  # [R, T, V]; the clean run has one row or R
     reads: dict[int, Tensor]  # covered model layer -> [R, T, D]
-    fixed: list[dict[Node, float]]  # one a row
+    fixed: list[dict[FeatureAt, float]]  # one a row
 
 
 class _Runs:
@@ -89,7 +87,7 @@ class _Runs:
 
     def __init__(
         self,
-        rm: "ReplacementModel",
+        rm: LocalModel,
         groups: Sequence[Sequence[Intervention]],
         mode: Mode,
         layers: Collection[int] | None,
@@ -151,9 +149,9 @@ class _Runs:
     def _norm_frozen(self, layer: int) -> bool:
         return layer in self.frozen or self.mode == "direct"
 
-    def _changes(self, clean: "CleanRun", clean_acts: list[Tensor]) -> tuple[dict[int, _Changes], list[dict]]:
+    def _changes(self, clean: CleanRun, clean_acts: list[Tensor]) -> tuple[dict[int, _Changes], list[dict]]:
         """Per covered layer the activations to set in this step, and per row the same by node."""
-        fixed: list[dict[Node, float]] = [{} for _ in self.groups]
+        fixed: list[dict[FeatureAt, float]] = [{} for _ in self.groups]
         length = clean.tokens.shape[1]
         for row, it in ((row, it) for row, group in enumerate(self.groups) for it in group):
             for position in covered_positions(it, self.prompt_length, self.seen + length):
@@ -161,15 +159,15 @@ class _Runs:
                 own = row if len(clean.tokens) > 1 else 0
                 if at < 0 or not self._replaced(clean, own, it, at):
                     continue
-                node = Node(it.layer, position, it.feature)
+                node = FeatureAt(it.layer, position, it.feature)
                 if node in fixed[row]:
                     raise UserError(f"set: layer {it.layer} feature {it.feature} is set twice at position {position}")
                 fixed[row][node] = self._value(it, position, clean_acts[self.number[it.layer]][own, at])
         return {l: self._gathered(l, fixed, clean_acts[l]) for l in self.number.values()}, fixed
 
-    def _replaced(self, clean: "CleanRun", row: int, it: Intervention, at: int) -> bool:
+    def _replaced(self, clean: CleanRun, row: int, it: Intervention, at: int) -> bool:
         """Whether a position holds features; one that was asked for by number must."""
-        if not clean.keep[row, at]:
+        if not clean.masked[row, at]:
             return True
         if isinstance(it.position, slice):
             return False
@@ -184,7 +182,7 @@ class _Runs:
             return it.times * acts_F[it.feature].item()
         return self.patches.activation(it, position)
 
-    def _gathered(self, l: int, fixed: list[dict[Node, float]], acts_BTF: Tensor) -> _Changes:
+    def _gathered(self, l: int, fixed: list[dict[FeatureAt, float]], acts_BTF: Tensor) -> _Changes:
         layer, device = self.rm.transcoder.layers[l], acts_BTF.device
         found = [
             (row, node.position - self.seen, node.feature, value)
@@ -196,7 +194,7 @@ class _Runs:
         value = torch.tensor([entry[3] for entry in found], dtype=acts_BTF.dtype, device=device)
         return _Changes(where[:, 0], where[:, 1], where[:, 2], value)
 
-    def _fixed(self, clean: "CleanRun", clean_acts: list[Tensor], changes: dict[int, _Changes]) -> Any:
+    def _fixed(self, clean: CleanRun, clean_acts: list[Tensor], changes: dict[int, _Changes]) -> Any:
         """MLP outputs in the modes direct and constrained: the clean ones plus what the set features write."""
         written: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # rows, positions [n], vectors [n, D]
         for l, (row, position, feature, value) in changes.items():
@@ -217,7 +215,7 @@ class _Runs:
 
         return write
 
-    def _free(self, clean: "CleanRun", clean_acts: list[Tensor], changes: dict[int, _Changes]) -> Any:
+    def _free(self, clean: CleanRun, clean_acts: list[Tensor], changes: dict[int, _Changes]) -> Any:
         """MLP outputs in the mode free: the clean ones plus the change of all features, encoded anew."""
         transcoder = self.rm.transcoder
         written: dict[int, Tensor] = {}
@@ -227,7 +225,7 @@ class _Runs:
                 return None
             l, own = self.number[layer], sites["mlp_out"]
             x = sites[transcoder.settings.read].to(transcoder.dtype)
-            acts_RTF = transcoder.encode_layer(x, l) * ~clean.keep[..., None]
+            acts_RTF = transcoder.encode_layer(x, l) * ~clean.masked[..., None]
             row, position, feature, value = changes[l]
             acts_RTF[row, position, feature] = value
             change = acts_RTF - clean_acts[l]
@@ -235,13 +233,13 @@ class _Runs:
             y = written.pop(l)
             if len(transcoder.W_skip):
                 y = y + (x - clean.read[layer].to(x.dtype)) @ transcoder.W_skip[l].T
-            return torch.where(clean.keep[..., None], own, clean.mlp_out[layer] + y.to(own.dtype))
+            return torch.where(clean.masked[..., None], own, clean.mlp_out[layer] + y.to(own.dtype))
 
         return write
 
 
 def intervene_many(
-    rm: "ReplacementModel",
+    rm: LocalModel,
     prompt: Prompt,
     groups: Sequence[Sequence[Intervention]],
     mode: Mode = "free",
@@ -265,7 +263,7 @@ def intervene_many(
                 tokens=tokens,
                 logits=step.logits[row],
                 clean_logits=step.clean.logits[0],
-                keep=step.clean.keep[0],
+                masked=step.clean.masked[0],
                 reads={layer: read[row] for layer, read in step.reads.items()},
                 clean_reads=clean_reads,
                 fixed=step.fixed[row],
@@ -284,7 +282,7 @@ def _batches(groups: Sequence[Sequence[Intervention]], batch: int, together: boo
 
 @torch.no_grad()
 def generate_many(
-    rm: "ReplacementModel",
+    rm: LocalModel,
     prompt: Prompt,
     groups: Sequence[Sequence[Intervention]],
     max_new_tokens: int = 20,
@@ -326,7 +324,7 @@ class _Draw:
         return torch.cat([torch.multinomial(p, 1, generator=random) for p, random in zip(p_RV, self.random)])
 
 
-def _go_on(rm: "ReplacementModel", prompt: Tensor, runs: _Runs, draw: _Draw, max_new_tokens: int) -> list[Generation]:
+def _go_on(rm: LocalModel, prompt: Tensor, runs: _Runs, draw: _Draw, max_new_tokens: int) -> list[Generation]:
     """Texts of the groups of one batch. A row that has ended goes on unseen until all have."""
     R, ends = len(runs.groups), torch.tensor(sorted(rm.lm.end_tokens), dtype=torch.long, device=prompt.device)
     step = first = runs.step(prompt[None])
@@ -354,5 +352,5 @@ def _until_end(new: Tensor, ends: Tensor) -> Tensor:
     return new[: int(end[0]) + 1] if len(end) else new
 
 
-def _generation(rm: "ReplacementModel", prompt: Tensor, new: Tensor, clean: Tensor, steered: Tensor) -> Generation:
+def _generation(rm: LocalModel, prompt: Tensor, new: Tensor, clean: Tensor, steered: Tensor) -> Generation:
     return Generation(torch.cat([prompt, new]), len(prompt), rm.lm.text(new), clean, steered)

@@ -70,7 +70,7 @@ def _parse_position(text: str) -> int | slice:
     return slice(*(None if part is None else int(part) for part in (match[2], match[3])))
 
 
-class Node(NamedTuple):
+class FeatureAt(NamedTuple):
     """Where a feature sits."""
 
     layer: int
@@ -88,20 +88,20 @@ class InterventionResult:
     """[T, V] under the interventions."""
     clean_logits: Tensor
     """[T, V] without."""
-    keep: Tensor
+    masked: Tensor
     """[T], True where the model keeps its own MLP output and has no features."""
     reads: dict[int, Tensor]
     """Covered model layer -> what the transcoder reads there under the interventions, [T, D]."""
     clean_reads: dict[int, Tensor]
     """The same without."""
-    fixed: dict[Node, float]
+    fixed: dict[FeatureAt, float]
     """The activations that were set."""
     transcoder: Transcoder
 
     def activation(self, layer: int, position: int, feature: int) -> Tensor:
         """One feature's activation under the interventions; the set value where it was set."""
         position = range(len(self.tokens))[position]
-        if (node := Node(layer, position, feature)) in self.fixed:
+        if (node := FeatureAt(layer, position, feature)) in self.fixed:
             return self.transcoder.b_dec[0].new_tensor(self.fixed[node])
         return self._encode(self.reads, layer, position)[feature]
 
@@ -138,7 +138,7 @@ class InterventionResult:
     def _encode(self, reads: dict[int, Tensor], layer: int, position: int | slice) -> Tensor:
         l = self.transcoder.layers.index(layer)
         acts = self.transcoder.encode_layer(reads[layer][position].to(self.transcoder.dtype), l)
-        return acts * ~self.keep[position, None] if isinstance(position, slice) else acts * ~self.keep[position]
+        return acts * ~self.masked[position, None] if isinstance(position, slice) else acts * ~self.masked[position]
 
 
 class Generation(NamedTuple):

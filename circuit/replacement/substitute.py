@@ -14,10 +14,10 @@ class TranscoderOutput:
     What a feature writes to later layers is kept until the pass gets there.
     """
 
-    def __init__(self, transcoder: Transcoder, keep: Tensor | None = None, layers: Collection[int] | None = None):
-        """`keep` [B, T]: positions that keep the model's own output. `layers`: those overwritten, all covered ones
+    def __init__(self, transcoder: Transcoder, masked: Tensor | None = None, layers: Collection[int] | None = None):
+        """`masked` [B, T]: positions that keep the model's own output. `layers`: those overwritten, all covered ones
         by default; the others still encode, since their features may write to overwritten layers."""
-        self.transcoder, self.keep = transcoder, keep
+        self.transcoder, self.masked = transcoder, masked
         self.layers = frozenset(transcoder.layers if layers is None else layers)
         self._number = {layer: l for l, layer in enumerate(transcoder.layers)}
         self._written: dict[int, Tensor] = {}
@@ -30,14 +30,14 @@ class TranscoderOutput:
             self._written.clear()
         x = sites[transcoder.settings.read].to(transcoder.dtype)
         acts = transcoder.encode_layer(x, l)
-        if self.keep is not None:
-            acts = acts * ~self.keep[..., None]
+        if self.masked is not None:
+            acts = acts * ~self.masked[..., None]
         add_written(self._written, l, transcoder.decode_from(l, acts.flatten(0, -2)).unflatten(0, x.shape[:-1]))
         y = self._written.pop(l) + own_part(transcoder, x, l)
         if layer not in self.layers:
             return None
         y = y.to(own.dtype)
-        return y if self.keep is None else torch.where(self.keep[..., None], own, y)
+        return y if self.masked is None else torch.where(self.masked[..., None], own, y)
 
 
 def add_written(written: dict[int, Tensor], l: int, parts: Tensor) -> None:

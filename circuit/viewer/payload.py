@@ -5,9 +5,8 @@ from typing import Any
 import torch
 
 from ...data.errors import check_range
-from ..features.labels import Labels
-from ..graph.edges import count_edges, linked_sources, strongest_edges
-from ..graph.graph import Graph
+from ..features import Labels
+from ..graph import Graph
 from .picture import plain_label
 
 MOST_FEATURES, MOST_LINKS = 1500, 20_000
@@ -33,7 +32,7 @@ def graph_payload(
     if smaller.n_features > most_features:
         strongest = smaller.influence()[: smaller.n_features].topk(most_features).indices
         smaller = smaller.subgraph(strongest.tolist())
-    shown = smaller.nodes.mask("feature", "embedding", "logit") | linked_sources(smaller)
+    shown = smaller.nodes.mask("feature", "embedding", "logit") | smaller.stored.linked()
     ids = torch.nonzero(shown).squeeze(1).tolist()
     place = {id: i for i, id in enumerate(ids)}
     keys, influence = smaller.nodes.keys(), smaller.influence().tolist()
@@ -63,7 +62,7 @@ def graph_payload(
         "supernodes": _supernodes(smaller, nodes, place),
         "scores": graph.scores(),
         "accounting": graph.accounting,
-        "size": {"features": graph.n_features, "shown": smaller.n_features, "edges": count_edges(graph)},
+        "size": {"features": graph.n_features, "shown": smaller.n_features, "edges": graph.stored.count()},
         "weight_name": graph.weight_name,
         "model": str(_name(graph)),
     }
@@ -87,8 +86,8 @@ def _label(node: Any, labels: Labels | None) -> str:
 
 def _links(graph: Graph, place: dict[int, int], most: int) -> list[list[float]]:
     """[source, target, weight, flow] of the strongest edges, strongest first."""
-    edges, carried = strongest_edges(graph, most)
-    targets, columns = graph.targets[edges.row].tolist(), (edges.source.tolist(), edges.value.tolist())
+    edges, carried = graph.stored.strongest(graph.influence_per_input, most)
+    targets, columns = graph.row_ids[edges.row].tolist(), (edges.source.tolist(), edges.value.tolist())
     return [
         [place[source], place[target], weight, share]
         for target, source, weight, share in zip(targets, *columns, (carried / carried[:1]).tolist(), strict=True)

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ...data.errors import check_choice
-from ..features.labels import Labels
-from ..graph.graph import Graph
-from ..graph.paths import summary_text
+from ..features import Labels
+from ..graph import Graph, summary_text
 from .drawing import Box, Line, draw, token_key
 
 LEAST_SHARE = 0.06  # of the strongest edge: weaker ones are drawn only where a box would else hang free
@@ -111,11 +110,11 @@ def group_scores(graph: Graph, groups: Sequence[Group]) -> tuple[Tensor, Tensor]
     group_of = torch.full((len(graph.nodes),), G, device=graph.values.device)
     for number, group in enumerate(groups):
         group_of[group.ids] = number
-    row_group = group_of[graph.targets]
+    row_group = group_of[graph.row_ids]
     scores, total = graph.values.new_zeros(G, G + 1), graph.values.new_zeros(G)
     for number in row_group[row_group < G].unique().tolist():
         rows = (row_group == number).nonzero().squeeze(1)
-        flows = graph.rows_of(rows) * graph.influences.flow[rows, None]
+        flows = graph.rows_of(rows) * graph.influence_per_input[rows, None]
         scores[number].index_add_(0, group_of, flows.sum(0))
         total[number] = flows.abs().sum()
     scores = scores[:, :G].fill_diagonal_(0)

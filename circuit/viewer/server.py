@@ -23,9 +23,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...data.errors import UserError, check_range
-from ..features.dashboards import DashboardReader
-from ..features.labels import Labels, labels_path
-from ..graph.graph import Graph
+from ..features import DashboardReader, Labels, labels_path
+from ..graph import Graph
 from .payload import graph_payload
 from .picture import render_graph_svg
 from .runs import Run, find_runs

@@ -103,7 +103,6 @@ class LanguageModel:
         self.W_U: Tensor = unembedding.weight.detach()  # [V, D]
         self.b_U: Tensor | None = None if unembedding.bias is None else unembedding.bias.detach()
         self.logit_softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
-        self.logit_scale = 1.0
 
         self.n_layers = len(self.layers)
         self.d_vocab, self.d_model = self.W_U.shape

@@ -10,15 +10,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...circuit.features.labels import Labels
+from ...circuit.features import Labels
 from ...data.errors import Progress, silent
 from ..verbs.trace import name_features
 from .truth import plain
 
 if TYPE_CHECKING:
-    from ...circuit.attribution.trace import TraceSettings
-    from ...circuit.graph.graph import Graph
-    from ...circuit.replacement.model import ReplacementModel
+    from ...circuit.attribution import TraceSettings
+    from ...circuit.graph import Graph
+    from ...circuit.model import ReplacementModel
     from ...data.worlds import Question, World
 
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ...circuit.replacement.requests import Intervention
+from ...circuit.replacement import Intervention
 from ...data.errors import Progress, UserError, silent
 
 if TYPE_CHECKING:
-    from ...circuit.replacement.model import ReplacementModel
+    from ...circuit.model import ReplacementModel
     from ...data.worlds import Question, World
 
 Key = tuple[int, int]

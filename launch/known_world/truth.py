@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...circuit.features.concepts import label_by_prompts
-from ...circuit.features.labels import Labels
+from ...circuit.features import Labels, label_by_prompts
 from ...data.errors import Progress, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...circuit.replacement.model import ReplacementModel
+    from ...circuit.model import ReplacementModel
     from ...data.worlds import World
 
 MOST_QUESTIONS = 2500

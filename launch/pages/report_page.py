@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from ...circuit.judge.graph_scores import COLUMNS
-from ...circuit.judge.health import DENSITY_EDGES
+from ...circuit.judge import DENSITY_EDGES, FIGURES
 from .charts import Chart, Series, grid, notice, page, table
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ def _layers(result: Mapping[str, Any]) -> str:
 
 
 def _graphs(graph: Mapping[str, Any]) -> str:
-    columns = COLUMNS
+    columns = FIGURES
     mean = [["mean", *(graph[name] for name in columns)]]
     interval = [["95% interval", *(_interval(graph, name) for name in columns)]]
     prompts = [[row["prompt"], *(row[name] for name in columns)] for row in graph["prompts"]]

@@ -21,7 +21,7 @@ from ..workspace.sources import open_corpus, open_replacement, world_of
 from . import cache, evaluate, train
 
 if TYPE_CHECKING:
-    from ...circuit.replacement.model import ReplacementModel
+    from ...circuit.model import ReplacementModel
     from ...data.worlds import World
 
 KINDS = ("clt", "plt")
@@ -129,8 +129,7 @@ class Demo:
         return sum(map(bool, world.correct(model.replaced_logits, known))) / len(known)
 
     def features(self) -> dict[str, Any]:
-        from ...circuit.features.gather import build_features
-        from ...circuit.features.labels import Labels
+        from ...circuit.features import Labels, build_features
         from ..known_world.truth import label_features, state_features
 
         found = {}
@@ -190,7 +189,7 @@ class Demo:
         return world
 
     def labels(self, kind: str):
-        from ...circuit.features.labels import Labels
+        from ...circuit.features import Labels
 
         return Labels.load(self.folder / kind)
 

@@ -14,10 +14,8 @@ from ..workspace import runs
 from ..workspace.sources import open_corpus, open_replacement, world_of
 
 if TYPE_CHECKING:
-    from ...circuit.judge.behaviour import TextBatch
-    from ...circuit.judge.evaluation import EvalSettings, EvalText
-    from ...circuit.judge.prompts import PromptSet
-    from ...circuit.replacement.model import ReplacementModel
+    from ...circuit.judge import EvalSettings, EvalText, PromptSet, TextBatch
+    from ...circuit.model import ReplacementModel
     from ...data.text import Corpus, TokenSequence
     from ...train.parallel.collectives import Collectives
 
@@ -58,7 +56,7 @@ def evaluated(
     """The figures of `eval.json`, with all that two results must share to be compared."""
     import torch
 
-    from ...circuit.judge.evaluation import evaluate
+    from ...circuit.judge import evaluate
     from ...train.parallel.collectives import SINGLE
 
     comm = comm or SINGLE
@@ -96,7 +94,7 @@ def evaluation_text(
     model: "ReplacementModel", corpus: "Corpus", settings: "EvalSettings", comm: "Collectives"
 ) -> "EvalText":
     """This process's share of the held-out text, training text for the controls, and the prompts for graphs."""
-    from ...circuit.judge.evaluation import EvalText
+    from ...circuit.judge import EvalText
 
     pad = model.lm.tokenizer.pad_token_id or 0
     batches, sequences = [], 0
@@ -114,7 +112,7 @@ def evaluation_text(
 
 def prompts_for(model: "ReplacementModel", settings: "EvalSettings") -> "PromptSet | None":
     """The prompt set: the world's own held-out questions where the model is the world."""
-    from ...circuit.judge.prompts import prompt_set
+    from ...circuit.judge import prompt_set
 
     if settings.prompts == 0:
         return None
@@ -146,7 +144,7 @@ def side_by_side(group: "list[TokenSequence]", pad: int, first: int = 0) -> "Tex
     """One batch, padded at the right; a prediction counts where its target is of the same document."""
     import torch
 
-    from ...circuit.judge.behaviour import TextBatch
+    from ...circuit.judge import TextBatch
 
     length = max(len(sequence.tokens) for sequence in group)
     tokens_BT = torch.full((len(group), length), pad)

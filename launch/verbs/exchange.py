@@ -28,11 +28,11 @@ def write_out(job: Job) -> Closing:
 
     transcoder = Transcoder.load(transcoder_folder(source))
     if top.to == "saelens":
-        from ...circuit.formats.saelens import export_saelens
+        from ...circuit.formats import export_saelens
 
         export_saelens(transcoder, out)
     else:
-        from ...circuit.formats.circuit_tracer import export_circuit_tracer
+        from ...circuit.formats import export_circuit_tracer
 
         post_norm, parallel = _shape(job, source, transcoder.meta)
         export_circuit_tracer(transcoder, out, post_norm=post_norm, parallel=parallel)
@@ -66,8 +66,8 @@ def _shape(job: Job, run: Path, meta: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def _write_graphs(source: Path, out: Path) -> Closing:
-    from ...circuit.formats.neuronpedia import write_neuronpedia
-    from ...circuit.graph.graph import Graph
+    from ...circuit.formats import write_neuronpedia
+    from ...circuit.graph import Graph
 
     folders = (
         [source] if (source / "graph.json").is_file() else sorted(p.parent for p in source.glob("graphs/*/graph.json"))
@@ -93,7 +93,7 @@ def read_in(job: Job) -> Closing:
         raise UserError(f"{folder} is there already; name another run to import into")
     writable(folder)
     if top.format == "neuronpedia":
-        from ...circuit.formats.neuronpedia_read import read_neuronpedia
+        from ...circuit.formats import read_neuronpedia
 
         graph = read_neuronpedia(path)
         graph.save(folder / "graphs" / path.stem)
@@ -101,9 +101,9 @@ def read_in(job: Job) -> Closing:
             "imported", wrote=[(str(folder / "graphs" / path.stem), "the graph")], next=[f"crosslace view run={folder}"]
         )
     if top.format == "saelens":
-        from ...circuit.formats.saelens import import_saelens as read
+        from ...circuit.formats import import_saelens as read
     else:
-        from ...circuit.formats.circuit_tracer import import_circuit_tracer as read
+        from ...circuit.formats import import_circuit_tracer as read
     transcoder = read(path)
     transcoder.save(folder / "transcoder", transcoder.meta)
     if any(name.startswith("model") for name in job.config.given):  # else its own description says which model

@@ -10,8 +10,7 @@ from ..workspace.sources import open_corpus, open_replacement, world_of
 
 def run(job: Job) -> Closing:
     """Describe every feature."""
-    from ...circuit.features.gather import build_features
-    from ...circuit.features.labels import Labels
+    from ...circuit.features import Labels, build_features
 
     folder = Path(job.top.run)
     runs.writable(folder)

@@ -13,7 +13,7 @@ from ..cli.terminal import Closing, table
 from ..workspace.sources import open_replacement
 
 if TYPE_CHECKING:
-    from ...circuit.replacement.requests import Intervention
+    from ...circuit.replacement import Intervention
 
 
 STRENGTHS = ("times", "value")  # may be lists in `set`: one group of interventions for each place
@@ -70,7 +70,7 @@ def intervention_groups(entries: list[dict[str, Any]]) -> "dict[str, list[Interv
 
 def intervention(entry: dict[str, Any]) -> "Intervention":
     """One intervention from an entry of `set`."""
-    from ...circuit.replacement.requests import Intervention
+    from ...circuit.replacement import Intervention
 
     allowed = [field.name for field in fields(Intervention)]
     unknown = [name for name in entry if name not in allowed]

@@ -12,13 +12,13 @@ from ..workspace.runs import slug_of, writable, write_text
 from ..workspace.sources import open_replacement
 
 if TYPE_CHECKING:
-    from ...circuit.graph.graph import Graph
+    from ...circuit.graph import Graph
 
 
 def run(job: Job) -> Closing:
     """Trace, label, save, draw."""
-    from ...circuit.features.labels import Labels
-    from ...circuit.graph.paths import strongest_paths_text, summary_text
+    from ...circuit.features import Labels
+    from ...circuit.graph import strongest_paths_text, summary_text
     from ...circuit.viewer.picture import render_graph_svg
 
     top, run_folder = job.top, Path(job.top.run)
@@ -73,7 +73,7 @@ def name_features(graph: "Graph", labels) -> None:
 
 def logits_table(graph: "Graph"):
     """The next tokens, or the targets, that the graph explains."""
-    from ...circuit.graph.paths import later_place
+    from ...circuit.graph import later_place
 
     rows = [(x.label + later_place(graph, graph.nodes[x.id]), x.probability) for x in graph.logits]
     what = ("next token", "token") if graph.weight_name == "probability" else ("target", "target")

@@ -12,7 +12,7 @@ from ..cli.job import Job
 from .runs import transcoder_folder
 
 if TYPE_CHECKING:
-    from ...circuit.replacement.model import ReplacementModel
+    from ...circuit.model import ReplacementModel
     from ...data.models import LanguageModel, ModelSettings
     from ...data.store import ActivationStore
     from ...data.text import Corpus
@@ -84,7 +84,7 @@ def open_stores(job: Job) -> "Iterator[tuple[ActivationStore, ActivationStore]]"
 
 def open_replacement(job: Job, run: Path, force: bool = False, lazy_decoders: bool = False) -> "ReplacementModel":
     """The run's transcoder in its model: the one it was trained on, unless the command line names another."""
-    from ...circuit.replacement.model import ReplacementModel
+    from ...circuit.model import ReplacementModel
 
     folder = transcoder_folder(run)
     known = (run / "config.yaml").is_file() or any(name.startswith("model") for name in job.config.given)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from crosslace.circuit.replacement.model import ReplacementModel
+from crosslace.circuit.model import ReplacementModel
 from crosslace.train.settings import TranscoderSettings
 from crosslace.train.transcoder.transcoder import Transcoder
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from crosslace.circuit.attribution.batching import bytes_per_target, fitting_batch
 from crosslace.circuit.attribution.targets import Target, likely_tokens
-from crosslace.circuit.attribution.trace import TraceSettings, trace
+from crosslace.circuit.attribution.tracer import TraceSettings, trace
 from crosslace.circuit.formats.neuronpedia import graph_to_neuronpedia
+from crosslace.circuit.graph import difference, flow_between
 from crosslace.circuit.graph.graph import Graph
-from crosslace.circuit.graph.paths import strongest_paths_text
-from crosslace.circuit.graph.sparse_rows import SparseRows
-from crosslace.circuit.graph.supernodes import difference, flow_between
+from crosslace.circuit.graph.rows import DenseRows, SparseRows
+from crosslace.circuit.graph.text import strongest_paths_text
 from crosslace.circuit.judge.graph_scores import path_length
-from crosslace.circuit.replacement.model import ReplacementModel
+from crosslace.circuit.model import ReplacementModel
 from crosslace.circuit.viewer.payload import graph_payload
 from crosslace.circuit.viewer.picture import render_graph_svg
 from crosslace.data.errors import SettingsError, UserError
@@ -67,8 +67,8 @@ def test_a_cap_keeps_the_most_influential_and_moves_the_rest_into_errors(replace
     ids = torch.tensor([keys[key] for key in found])
     expected = whole.subgraph(ids[ids < whole.n_features].tolist())
     torch.testing.assert_close(graph.rows, expected.rows, rtol=0, atol=1e-12)
-    torch.testing.assert_close(graph.left_out, expected.left_out, rtol=0, atol=1e-9)
-    torch.testing.assert_close(graph.rows.sum(1), graph.nodes.activation[graph.targets], rtol=0, atol=1e-5)
+    torch.testing.assert_close(graph.cancelled, expected.cancelled, rtol=0, atol=1e-9)
+    torch.testing.assert_close(graph.rows.sum(1), graph.nodes.activation[graph.row_ids], rtol=0, atol=1e-5)
     # what was chosen while the graph was incomplete is nearly what the whole graph would choose
     best = whole.influence()[: whole.n_features].topk(40).values.sum()
     chosen = whole.influence()[ids[ids < whole.n_features]].sum()
@@ -80,7 +80,7 @@ def test_a_cap_keeps_the_most_influential_and_moves_the_rest_into_errors(replace
 def test_a_cap_within_little_memory_gives_the_same_kind_of_graph(replacement, whole):
     graph = trace(replacement, PROMPT, max_nodes=60, batch=10, memory=60 * 260 * 8 / 2**30)
     assert graph.n_features == 60
-    torch.testing.assert_close(graph.rows.sum(1), graph.nodes.activation[graph.targets], rtol=0, atol=1e-5)
+    torch.testing.assert_close(graph.rows.sum(1), graph.nodes.activation[graph.row_ids], rtol=0, atol=1e-5)
     assert graph.scores()["replacement_score"] <= whole.scores()["replacement_score"] + 1e-9
 
 
@@ -103,7 +103,7 @@ def test_enough_strongest_edges_are_all_edges(cap, replacement, whole):
     sparse = trace(replacement, PROMPT, max_nodes=cap, batch=5, edges="top-k", top_k=K - 1)
     assert dense.nodes.keys() == sparse.nodes.keys()
     torch.testing.assert_close(sparse.rows, dense.rows, rtol=0, atol=1e-9)
-    torch.testing.assert_close(sparse.left_out, dense.left_out, rtol=0, atol=1e-9)
+    torch.testing.assert_close(sparse.cancelled, dense.cancelled, rtol=0, atol=1e-9)
     torch.testing.assert_close(sparse.influence(), dense.influence(), rtol=0, atol=1e-9)
     assert sparse.scores() == pytest.approx(dense.scores(), abs=1e-9)
     pruned, expected = sparse.prune(0.7, 0.9), dense.prune(0.7, 0.9)
@@ -121,7 +121,7 @@ def test_strongest_edges_stay_sparse(replacement, whole, tmp_path):
     sparse = trace(replacement, PROMPT, edges="top-k", top_k=20)
     assert isinstance(sparse.stored, SparseRows) and sparse.stored.columns.shape[1] == 20
     assert sparse.values.numel() + sparse.stored.columns.numel() < 0.6 * whole.rows.numel()
-    dense = replace(sparse, stored=sparse.rows)
+    dense = replace(sparse, stored=DenseRows(sparse.rows))
     assert sparse.scores() == pytest.approx(dense.scores(), abs=1e-12)
     chosen = range(0, sparse.n_features, 2)
     for mine, same in (
@@ -131,11 +131,11 @@ def test_strongest_edges_stay_sparse(replacement, whole, tmp_path):
         (Graph.load(sparse.save(tmp_path / "sparse")), dense),
     ):
         torch.testing.assert_close(mine.rows, same.rows, rtol=0, atol=1e-12)
-        torch.testing.assert_close(mine.left_out, same.left_out, rtol=0, atol=1e-12)
+        torch.testing.assert_close(mine.cancelled, same.cancelled, rtol=0, atol=1e-12)
     assert isinstance(sparse.subgraph(chosen).stored, SparseRows)
     assert isinstance(Graph.load(tmp_path / "sparse").stored, SparseRows)
     small = sparse.subgraph(range(10))
-    assert isinstance(small.stored, torch.Tensor) and small.n_features == 10
+    assert isinstance(small.stored, DenseRows) and small.n_features == 10
     assert sparse.edge(sparse.n_features - 1, 3) == dense.edge(sparse.n_features - 1, 3)
     assert sparse.accounting["largest_violation"] < 1e-6
 
@@ -143,9 +143,9 @@ def test_strongest_edges_stay_sparse(replacement, whole, tmp_path):
 def test_looking_at_sparse_rows_makes_no_matrix(replacement, monkeypatch):
     """The page, the picture, Neuronpedia's JSON, path lengths, groups and differences: the same as of the matrix."""
     sparse = trace(replacement, PROMPT, edges="top-k", top_k=20)
-    dense = replace(sparse, stored=sparse.rows)
+    dense = replace(sparse, stored=DenseRows(sparse.rows))
     other = trace(replacement, PROMPT[:-1], edges="top-k", top_k=20)
-    monkeypatch.setattr("crosslace.circuit.graph.sparse_rows.CHUNK", 7 * sparse.values.shape[1])  # more than one block
+    monkeypatch.setattr("crosslace.circuit.graph.rows.CHUNK", 7 * sparse.values.shape[1])  # more than one block
     looks = [
         lambda graph: graph_payload(graph, node=0.9, most_features=10, most_links=50),
         lambda graph: graph_to_neuronpedia(graph, "slug", node=None)["links"],
@@ -185,7 +185,7 @@ def test_pages_that_stay_zero_are_never_written(replacement, whole):
     """Nothing comes from the layer that a feature reads, or later ones: those columns are left as they were."""
     layer = whole.nodes.layer
     rows, columns = (whole.rows != 0).nonzero(as_tuple=True)
-    row_layer = layer[whole.targets][rows]
+    row_layer = layer[whole.row_ids][rows]
     is_bias = whole.nodes.mask("bias")[columns]
     assert (layer[columns] < row_layer + is_bias).all()
 
@@ -208,7 +208,7 @@ def test_batches_fill_what_is_free(free, targets, expected):
 def test_an_accelerator_s_free_memory_sets_the_batch(replacement, whole, monkeypatch):
     """With a stand-in for the device's figures: half of what is free is filled, and the graph is the same."""
     each = bytes_per_target(len(PROMPT), replacement.lm.d_model, 16, len(whole.nodes), 8)
-    monkeypatch.setattr("crosslace.circuit.attribution.trace.free_memory", lambda device: 2 * 33 * each)
+    monkeypatch.setattr("crosslace.circuit.attribution.tracer.free_memory", lambda device: 2 * 33 * each)
     graph = trace(replacement, PROMPT)
     assert graph.metadata["settings"]["batch"] == 32 and whole.metadata["settings"]["batch"] > 32
     torch.testing.assert_close(graph.rows, whole.rows, rtol=0, atol=1e-12)
@@ -282,12 +282,12 @@ def test_one_token(lm, reach):
 def test_silent_at_the_last_position(lm, monkeypatch):
     transcoder = random_transcoder(lm)
     replacement = ReplacementModel(lm, transcoder)
-    keep = replacement.keep_mask
+    keep = replacement.masked_positions
 
     def keep_last_too(tokens, **named):
         return keep(tokens, **named) | (torch.arange(tokens.shape[1]) == tokens.shape[1] - 1)
 
-    monkeypatch.setattr(replacement, "keep_mask", keep_last_too)
+    monkeypatch.setattr(replacement, "masked_positions", keep_last_too)
     graph = trace(replacement, PROMPT)
     features = graph.nodes.mask("feature")
     assert graph.n_features > 0 and (graph.nodes.position[features] < len(PROMPT) - 1).all()
@@ -359,6 +359,6 @@ def test_out_of_memory_names_the_setting(replacement, monkeypatch):
     def out_of_memory(*arguments, **named):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("crosslace.circuit.attribution.trace.FrozenModel.edges", out_of_memory)
+    monkeypatch.setattr("crosslace.circuit.attribution.tracer.FrozenModel.edges", out_of_memory)
     with pytest.raises(UserError, match=r"trace.batch"):
         trace(replacement, PROMPT)

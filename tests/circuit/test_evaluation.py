@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from crosslace.circuit.graph.graph import Graph
-from crosslace.circuit.graph.nodes import Nodes
+from crosslace.circuit.graph import DenseRows, Graph, Nodes
 from crosslace.circuit.judge.behaviour import TextBatch, resampled
 from crosslace.circuit.judge.controls import calibrate, neuron_condition, untrained
 from crosslace.circuit.judge.evaluation import EvalSettings, EvalText, evaluate, verdicts
@@ -16,7 +15,7 @@ from crosslace.circuit.judge.graph_scores import path_length
 from crosslace.circuit.judge.health import density_histogram, duplicates, warnings
 from crosslace.circuit.judge.perturbation import perturbation_growth
 from crosslace.circuit.judge.prompts import PromptSet, prompt_set
-from crosslace.circuit.replacement.model import ReplacementModel
+from crosslace.circuit.model import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.models.language_model import LanguageModel
 from crosslace.train.settings import TranscoderSettings
@@ -71,13 +70,13 @@ def whole(tokens: torch.Tensor) -> TextBatch:
     return TextBatch(tokens, real, real, 0)
 
 
-def mean_outputs(lm: LanguageModel, text: EvalText, keep_mask) -> torch.Tensor:
+def mean_outputs(lm: LanguageModel, text: EvalText, masked_positions) -> torch.Tensor:
     """The mean MLP output over the evaluation text itself."""
     found = []
     for batch in text.batches:
         with lm.capture(("mlp_out",)) as sites:
             lm(batch.tokens_BT)
-        found.append(sites.stacked("mlp_out")[~keep_mask(batch.tokens_BT)])
+        found.append(sites.stacked("mlp_out")[~masked_positions(batch.tokens_BT)])
     return torch.cat(found).mean(0)
 
 
@@ -104,7 +103,7 @@ def test_a_zero_transcoder_explains_nothing(relu_gpt2):
 def test_the_mean_has_unit_fvu_and_recovers_nothing(relu_gpt2):
     text = random_text(relu_gpt2)
     zero = ReplacementModel(relu_gpt2, constant_transcoder(relu_gpt2, torch.zeros(3, relu_gpt2.d_model)))
-    mean = mean_outputs(relu_gpt2, text, zero.keep_mask)
+    mean = mean_outputs(relu_gpt2, text, zero.masked_positions)
     text = EvalText(text.batches, text.sequences, text.batches, None)
     result = evaluate(ReplacementModel(relu_gpt2, constant_transcoder(relu_gpt2, mean)), text, QUICK)
     assert result["overall"]["fvu"] == pytest.approx(1, abs=1e-9)
@@ -259,7 +258,7 @@ def chain_graph(weights: Sequence[float]) -> Graph:
     )
     rows = torch.zeros(3, len(nodes))
     rows[0, 4], rows[1, 0], rows[2, 1] = weights
-    return Graph(rows, nodes, torch.tensor([1.0]), [3], ["a"], torch.zeros(3))
+    return Graph(DenseRows(rows), nodes, torch.tensor([1.0]), [3], ["a"], torch.zeros(3))
 
 
 def test_path_length_of_a_chain():

@@ -10,7 +10,7 @@ from crosslace.circuit.features.dashboards import DashboardReader, DashboardWrit
 from crosslace.circuit.features.examples import BINS, Histogram
 from crosslace.circuit.features.gather import FeatureSettings, build_features, direct_logits
 from crosslace.circuit.features.labels import Label, Labels, label_from_record
-from crosslace.circuit.replacement.model import ReplacementModel
+from crosslace.circuit.model import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.train.settings import TranscoderSettings
 from crosslace.train.transcoder.transcoder import Transcoder
@@ -57,7 +57,7 @@ def plain_activations(model, texts):
     for number, text in enumerate(texts):
         acts = model.activations(text)
         for position in range(len(text)):
-            if not bool(model.keep_mask(text[None])[0, position]):
+            if not bool(model.masked_positions(text[None])[0, position]):
                 yield number, position, [acts_TF[position] for acts_TF in acts]
 
 

@@ -8,8 +8,7 @@ import torch
 from crosslace.circuit.features.labels import Label, Labels
 from crosslace.circuit.formats.neuronpedia import graph_to_neuronpedia, slugified, write_neuronpedia
 from crosslace.circuit.formats.neuronpedia_read import check_neuronpedia, read_neuronpedia
-from crosslace.circuit.graph.graph import Graph
-from crosslace.circuit.graph.nodes import Nodes
+from crosslace.circuit.graph import DenseRows, Graph, Nodes
 from crosslace.data.errors import UserError
 from jsonschema import Draft7Validator
 
@@ -46,12 +45,14 @@ def random_graph(seed: int = 0) -> Graph:
     A = torch.randn(len(nodes), len(nodes), generator=random)
     A *= (depth[:, None] > depth) & (nodes.position[:, None] >= nodes.position)
     A[nodes.mask("error", "embedding", "bias")] = 0
-    return Graph.from_adjacency(
-        A,
+    rows = torch.cat([A[: int(nodes.mask("feature").sum())], A[len(nodes) - 2 :]])
+    return Graph(
+        DenseRows(rows),
         nodes,
         torch.tensor([0.9, 0.05]),
         [0, 7, 7, 3, 9],
         ["<s>", " the", " the", " <b>", "\n"],
+        torch.zeros(len(rows)),
         metadata={"prompt": "the the <b>\n", "model": {"name": "org/a model"}},
         supernodes={"two": [0, 1]},
     )

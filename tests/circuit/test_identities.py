@@ -8,8 +8,8 @@ from crosslace.circuit.attribution.backward import FrozenModel, Places
 from crosslace.circuit.attribution.linear import record
 from crosslace.circuit.attribution.sources import active_features, find_sources
 from crosslace.circuit.attribution.targets import feature_targets
-from crosslace.circuit.attribution.trace import trace
-from crosslace.circuit.replacement.model import ReplacementModel
+from crosslace.circuit.attribution.tracer import trace
+from crosslace.circuit.model import ReplacementModel
 from crosslace.train.settings import TranscoderSettings
 from crosslace.train.transcoder.transcoder import Transcoder
 
@@ -64,7 +64,7 @@ def autograd_rows(replacement, graph):
         y = y + transcoder.b_dec[l]
         if len(transcoder.W_skip):
             y = y + sites[read] @ transcoder.W_skip[l].T
-        return y * ~run.keep[..., None] + errors[l] * scales[error_of[layer]][:, None]
+        return y * ~run.masked[..., None] + errors[l] * scales[error_of[layer]][:, None]
 
     def scale_tokens(module, args, output):
         return output * scales[graph.nodes.ids("embedding")][:, None]
@@ -113,7 +113,7 @@ def check_edges(lm, kind):
     torch.testing.assert_close(graph.rows[:, counted], expected[:, counted], rtol=0, atol=CLOSE)
     assert graph.accounting["largest_violation"] < CLOSE
     # a feature's activation is its pre-activation, and a logit's value what the model says
-    values = graph.nodes.activation[graph.targets]
+    values = graph.nodes.activation[graph.row_ids]
     torch.testing.assert_close(graph.rows.sum(1), values, rtol=0, atol=CLOSE)
 
 
@@ -202,7 +202,7 @@ def test_a_relu_mlp_is_its_own_transcoder(family, tiny_models, monkeypatch):
     transcoder = random_transcoder(lm, reach="1", activation="relu", read="mlp_in")
     with_relu_mlps(lm, transcoder, monkeypatch)
     replacement = ReplacementModel(lm, transcoder)
-    monkeypatch.setattr(replacement, "keep_mask", lambda tokens, *rest, **named: torch.zeros_like(tokens) > 0)
+    monkeypatch.setattr(replacement, "masked_positions", lambda tokens, *rest, **named: torch.zeros_like(tokens) > 0)
     tokens = torch.tensor(PROMPT)[None]
     replaced, clean = (logits.log_softmax(-1) for logits in (replacement.replaced_logits(tokens), lm(tokens)))
     assert (clean.exp() * (clean - replaced)).sum(-1).abs().max() < 1e-9
@@ -235,7 +235,7 @@ def feature_edges(lm, transcoder, change):
     order = (targets.position - targets.layer * 100).argsort()
     found = (
         FrozenModel(lm, recording, sources, torch.float64)
-        .edges(targets.select(order), Places.of(targets.select(order)))
+        .edges(targets.select(order), Places(targets.layer[order].tolist(), targets.position[order].tolist()))
         .features
     )
     rows = torch.empty(len(order), len(order), dtype=torch.float64)

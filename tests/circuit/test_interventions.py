@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from crosslace.circuit.replacement.model import ReplacementModel
+from crosslace.circuit.model import ReplacementModel
 from crosslace.circuit.replacement.requests import Intervention, covered_positions
 from crosslace.data.errors import SettingsError, UserError
 from transformers import AttentionInterface
@@ -191,7 +191,7 @@ def test_what_a_result_tells(make_replacement, prompt, active):
         off.preactivation(2, P, later) - off.preactivation(2, P, later, clean=True), 2 * step, **CLOSE
     )
     assert result.probabilities().sum().item() == pytest.approx(1)
-    assert result.activation(L, 0, feature) == 0 and result.keep.tolist() == [True] + [False] * 6
+    assert result.activation(L, 0, feature) == 0 and result.masked.tolist() == [True] + [False] * 6
 
 
 def test_a_transcoder_of_some_layers(make_replacement, prompt):

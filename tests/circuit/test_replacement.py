@@ -5,8 +5,8 @@ import errno
 import pytest
 import torch
 from crosslace.circuit.features.global_weights import virtual_weights
+from crosslace.circuit.model import ReplacementModel
 from crosslace.circuit.replacement.memory import memory_named
-from crosslace.circuit.replacement.model import ReplacementModel
 from crosslace.circuit.replacement.requests import Intervention
 from crosslace.circuit.replacement.substitute import TranscoderOutput
 from crosslace.data.errors import UserError
@@ -78,7 +78,7 @@ def test_kept_positions_keep_the_models_own_output(make_replacement, prompt):
     rm = make_replacement("gpt2")
     tokens = tokens_of(rm, prompt)
     keep = torch.ones_like(tokens, dtype=torch.bool)
-    torch.testing.assert_close(rm.replaced_logits(tokens, keep=keep), rm.lm(tokens))
+    torch.testing.assert_close(rm.replaced_logits(tokens, masked=keep), rm.lm(tokens))
     torch.testing.assert_close(rm.replaced_logits(tokens)[:, 0], rm.lm(tokens)[:, 0])
     run = rm.clean(tokens)
     assert all((acts[:, 0] == 0).all() for acts in rm.features(run))
@@ -89,8 +89,8 @@ def test_kept_positions_keep_the_models_own_output(make_replacement, prompt):
 
 def test_keep_mask_names_the_first_position_bos_and_sinks(make_tiny, make_replacement, prompt):
     rm = make_replacement("gpt2")
-    assert rm.keep_mask(torch.tensor([[5, 0, 5], [0, 1, 2]])).tolist() == [[True, False, False]] * 2
-    assert rm.keep_mask(torch.tensor([[5, 0]]), start=3).tolist() == [[False, False]]
+    assert rm.masked_positions(torch.tensor([[5, 0, 5], [0, 1, 2]])).tolist() == [[True, False, False]] * 2
+    assert rm.masked_positions(torch.tensor([[5, 0]]), start=3).tolist() == [[False, False]]
     core = Tokenizer(models.WordLevel({"<s>": 28, "<unk>": 30}, unk_token="<unk>"))
     lm = LanguageModel(make_tiny("gpt2").model, PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>"))
     tokens = lm.tokenize(prompt)
@@ -103,8 +103,8 @@ def test_keep_mask_names_the_first_position_bos_and_sinks(make_tiny, make_replac
     transcoder.meta = {"masked": rule.to_attributes()}
     expected = [position in (0, 2, 5, largest) for position in range(7)]  # first, the store's BOS, the model's, a sink
     rm = ReplacementModel(lm, transcoder)
-    assert rm.keep_mask(tokens).tolist() == expected
-    assert rm.clean(tokens[None]).keep[0].tolist() == expected
+    assert rm.masked_positions(tokens).tolist() == expected
+    assert rm.clean(tokens[None]).masked[0].tolist() == expected
 
 
 def test_local_replacement_gives_the_models_logits_and_features(family, make_replacement, prompt, tiny_models):
@@ -139,7 +139,10 @@ def test_some_layers_only(make_replacement, prompt):
     tokens = tokens_of(rm, prompt)
     with rm.lm.capture(("mlp_out",)) as clean:
         rm.lm(tokens)
-    with rm.lm.overwrite(TranscoderOutput(rm.transcoder, rm.keep_mask(tokens))), rm.lm.capture(("mlp_out",)) as sites:
+    with (
+        rm.lm.overwrite(TranscoderOutput(rm.transcoder, rm.masked_positions(tokens))),
+        rm.lm.capture(("mlp_out",)) as sites,
+    ):
         logits = rm.lm(tokens)
     torch.testing.assert_close(sites.mlp_out[0], clean.mlp_out[0])
     assert not torch.allclose(sites.mlp_out[1], clean.mlp_out[1])

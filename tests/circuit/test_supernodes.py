@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from crosslace.circuit.attribution.trace import trace
-from crosslace.circuit.graph.supernodes import average_linkage, difference, flow_between, propose_supernodes
-from crosslace.circuit.replacement.model import ReplacementModel
+from crosslace.circuit.attribution.tracer import trace
+from crosslace.circuit.graph import difference, flow_between, propose_supernodes
+from crosslace.circuit.graph.supernodes import average_linkage
+from crosslace.circuit.model import ReplacementModel
 from crosslace.train.settings import TranscoderSettings
 from crosslace.train.transcoder.transcoder import Transcoder
 
@@ -62,7 +63,7 @@ def test_average_linkage():
 def test_flow_between_groups(graph):
     first, logit = graph.nodes.ids("feature")[0], graph.logits[0].id
     between = flow_between(graph, {"one": [first], "all logits": [logit.id for logit in graph.logits]})
-    rows = graph.rows[graph.n_features :, first] * graph.influences.flow[graph.n_features :]
+    rows = graph.rows[graph.n_features :, first] * graph.influence_per_input[graph.n_features :]
     assert float(between[1, 0]) == pytest.approx(float(rows.sum()))
     assert between[0, 1] == 0 and logit
 

@@ -15,7 +15,7 @@ import torch
 from crosslace.circuit.features.dashboards import DashboardWriter
 from crosslace.circuit.features.labels import Label, Labels
 from crosslace.circuit.graph.graph import Graph
-from crosslace.circuit.graph.paths import summary_text
+from crosslace.circuit.graph.text import summary_text
 from crosslace.circuit.viewer.drawing import Box, Line, draw
 from crosslace.circuit.viewer.payload import graph_payload
 from crosslace.circuit.viewer.picture import feature_groups, group_scores, render_graph_svg
@@ -237,7 +237,7 @@ def test_edges_between_groups_are_sums_of_influence(view_run):
     graph = Graph.load(view_run / "graphs" / "dallas")
     groups = [group for group in feature_groups(graph) if group.ids][:6]
     scores, shares = group_scores(graph, groups)
-    flow, row = graph.influences.flow, {int(node): r for r, node in enumerate(graph.targets)}
+    flow, row = graph.influence_per_input, {int(node): r for r, node in enumerate(graph.row_ids)}
     for t, target in enumerate(groups):
         total = sum(float((graph.rows[row[i]].abs() * flow[row[i]]).sum()) for i in target.ids)
         for s, source in enumerate(groups):

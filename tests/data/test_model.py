@@ -77,7 +77,7 @@ def test_norms_and_unembedding_reproduce_the_modules(tiny, tokens):
         logits = tiny(tokens)
         _, outputs = layer_ends(tiny, tokens)
     final = tiny.final_norm.frozen(outputs[-1], tiny.final_norm.denominator(outputs[-1]))
-    linear = nn.functional.linear(final, tiny.W_U, tiny.b_U) * tiny.logit_scale
+    linear = nn.functional.linear(final, tiny.W_U, tiny.b_U)
     torch.testing.assert_close(tiny.before_softcap(logits), linear, atol=CLOSE, rtol=CLOSE)
     assert sites.stacked("resid").shape == (B, T, tiny.n_layers, tiny.d_model)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from crosslace.circuit.formats.circuit_tracer import export_circuit_tracer
-from crosslace.circuit.replacement.model import ReplacementModel
+from crosslace.circuit.model import ReplacementModel
 from crosslace.data.models.language_model import LanguageModel
 from crosslace.train.settings import TranscoderSettings
 from crosslace.train.transcoder.transcoder import Transcoder

@@ -1,9 +1,11 @@
 """From a prompt to its attribution graph.
 
-1. One clean forward pass keeps residual streams, attention patterns and norm denominators (`linear.record`).
-2. Active features, errors, biases and embeddings become vectors (`sources`).
-3. Targets (the likely next tokens, then features) are pulled back in batches through the frozen layers, and read out
-   at every source (`backward`): each batch gives whole rows of the graph.
+1. One clean forward pass over tokens [T] keeps residual streams [T, D] a layer, attention patterns [H, T, T] and norm
+   denominators [T, 1] (`linear.record`).
+2. The K active features, the errors, biases [L, T, D] and embeddings [T, D] become vectors (`sources`).
+3. Targets (the likely next tokens, then features) are directions [B, D]. They are pulled back in batches through the
+   frozen layers as cotangents [T, D, B], and read out at every source (`backward`): each batch gives whole rows of the
+   graph, [B, N] over all N nodes (`row_tables`).
 4. Where `max_nodes` is less than what is active, rows are found in phases: after each, the most influential of the
    features that have no row yet are next. Features that get none are added to the errors of their places.
 5. The graph is sealed with its accounting: by how much the rows miss what the model computed, what was left out.
@@ -12,24 +14,20 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...data.errors import Progress, check_choice, check_range, silent
-from ..graph.graph import Graph
-from ..graph.nodes import Nodes
-from ..replacement.memory import memory_named
-from .backward import FrozenModel, Places, Targets
+from ..graph import Graph, Nodes
+from ..replacement import LocalModel, memory_named
+from .backward import Directions, FrozenModel, Places
 from .batching import bytes_per_target, fitting_batch, free_memory
 from .linear import record
-from .rows import CappedRows, Rows, StrongestRows, WholeRows
+from .row_tables import CappedTable, RowTable, StrongestTable, WholeTable
 from .sources import active_features, find_sources
 from .targets import Chosen, Target, choose_targets, feature_targets
-
-if TYPE_CHECKING:
-    from ..replacement.model import ReplacementModel
 
 PHASES = 8
 
@@ -52,7 +50,7 @@ class TraceSettings:
     `@5` for another position than the last."""
 
     batch: int | None = None
-    """Targets that go through the model together; by default as many as fit in half of an accelerator's free memory,
+    """Directions that go through the model together; by default as many as fit in half of an accelerator's free memory,
     128 on a CPU. Fewer take less memory."""
 
     edges: str = "all"
@@ -77,7 +75,7 @@ class TraceSettings:
             check_range("trace.max_nodes", self.max_nodes, 0)
 
 
-def trace(replacement: "ReplacementModel", prompt: Any, settings: TraceSettings | None = None, **named: Any) -> Any:
+def trace(replacement: LocalModel, prompt: Any, settings: TraceSettings | None = None, **named: Any) -> Any:
     """The attribution graph of a prompt (text or token ids); of a list of prompts, their graphs.
 
     `named` overrides single settings; `targets` may then also hold token ids, vectors and `Target`s. `progress` is told
@@ -106,7 +104,7 @@ class Tracer:
 
     def __init__(
         self,
-        replacement: "ReplacementModel",
+        replacement: LocalModel,
         prompt: str | Sequence[int] | Tensor,
         wanted: Any,
         settings: TraceSettings,
@@ -134,21 +132,21 @@ class Tracer:
         started = time.perf_counter()
         recording = record(lm, self.tokens)
         resid = {layer: x[None] for layer, x in enumerate(recording.resid)}
-        keep = self.replacement.keep_mask(self.tokens[None], resid=resid)[0]
-        features = active_features(lm, transcoder, recording, keep, dtype)
+        masked = self.replacement.masked_positions(self.tokens[None], resid=resid)[0]
+        features = active_features(lm, transcoder, recording, masked, dtype)
         chosen = choose_targets(lm, transcoder, recording, self.wanted, settings.max_logits, settings.logit_mass, dtype)
-        sources = find_sources(lm, transcoder, recording, features, keep, dtype)
+        sources = find_sources(lm, transcoder, recording, features, masked, dtype)
         of_features = feature_targets(lm, transcoder, recording, features, dtype)
         frozen = FrozenModel(lm, recording, sources, dtype)
         nodes = with_logits(sources.nodes(recording), chosen, lm)
         n_features = len(features.layer)
         most = n_features if settings.max_nodes is None else min(settings.max_nodes, n_features)
         common = nodes, chosen.probabilities, sources.run_order, most, dtype
-        rows: Rows
+        rows: RowTable
         if settings.edges == "top-k" and settings.top_k < n_features:
-            rows = StrongestRows(*common, top_k=settings.top_k)
+            rows = StrongestTable(*common, top_k=settings.top_k)
         else:
-            rows = (CappedRows if most < n_features else WholeRows)(*common, most_bytes=settings.memory * 2**30)
+            rows = (CappedTable if most < n_features else WholeTable)(*common, most_bytes=settings.memory * 2**30)
         del recording
         self.batch = settings.batch or self._fitting_batch(len(nodes), rows.total)
 
@@ -167,7 +165,7 @@ class Tracer:
             self._add(rows, frozen, of_features, ids, ids, progress, most)
 
         progress("tracing", self.done, self.done)  # where no other feature has influence, sooner than planned
-        nodes, found, left_out = rows.finish()
+        nodes, found, cancelled = rows.finish()
         kept = int(nodes.mask("feature").sum())
         return Graph(
             stored=found,
@@ -175,15 +173,15 @@ class Tracer:
             probabilities=chosen.probabilities,
             tokens=self.tokens.tolist(),
             token_strings=lm.token_strings(self.tokens),
-            left_out=left_out,
+            cancelled=cancelled,
             metadata=self._metadata(n_features, n_features - kept, time.perf_counter() - started),
         )
 
     def _add(
         self,
-        rows: Rows,
+        rows: RowTable,
         frozen: FrozenModel,
-        targets: Targets,
+        targets: Directions,
         ids: Tensor,
         columns: Tensor,
         progress: Progress,

@@ -1,8 +1,8 @@
 """Rows of a graph while they are found: where they stand, and what is dropped when memory or a cap asks for it.
 
-`WholeRows` has room for every feature's row, each where it stands in the graph. `CappedRows` takes rows in the order in
-which they are asked for, logits first, and drops columns when the next would not fit. `StrongestRows` keeps each row's
-strongest edges from features alone, in either order.
+`WholeTable` has room for every feature's row, each where it stands in the graph. `CappedTable` takes rows in the order
+in which they are asked for, logits first, and drops columns when the next would not fit. `StrongestTable` keeps each
+row's strongest edges from features alone, in either order.
 """
 
 import mmap
@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from ...data.errors import UserError
-from ..graph.influence import influence, move_to_errors
-from ..graph.nodes import Nodes
-from ..graph.sparse_rows import SparseRows, rows_at_once
-from .backward import Edges
+from ..graph import DenseRows, Nodes, Rows, SparseRows, find_influence, move_to_errors, rows_at_once
+from .backward import EdgeColumns
 
 
 def allocate(rows: int, columns: int, most_bytes: float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -45,7 +43,7 @@ def allocate(rows: int, columns: int, most_bytes: float, dtype: torch.dtype, dev
         return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(rows, columns)
 
 
-class Rows:
+class RowTable:
     """What all have in common: rows over the nodes of `nodes`, features first and logits last."""
 
     def __init__(self, nodes: Nodes, probabilities: Tensor, run_order: Tensor, most: int, dtype: torch.dtype):
@@ -63,10 +61,10 @@ class Rows:
         self.kept = torch.arange(len(nodes), device=self.device)  # nodes that have a column
         self.row_of = torch.full((len(nodes),), -1, device=self.device)
         self.node_of = torch.empty(self.total, dtype=torch.long, device=self.device)
-        self.left_out = torch.zeros(self.total, dtype=dtype, device=self.device)
+        self.cancelled = torch.zeros(self.total, dtype=dtype, device=self.device)
         self.filled = 0
 
-    def add(self, ids: Tensor, edges: Edges, layers: list[int]) -> Tensor:
+    def add(self, ids: Tensor, edges: EdgeColumns, layers: list[int]) -> Tensor:
         """Store the rows of nodes `ids`, which read at `layers`, the last first; gives each one's sum."""
         if self.capped:
             place = torch.arange(self.filled, self.filled + len(ids), device=self.device)
@@ -80,15 +78,15 @@ class Rows:
             sums += part.flatten(0, 1).sum(0)
         return sums
 
-    def _store(self, place: Tensor, edges: Edges, layers: list[int]) -> None:
+    def _store(self, place: Tensor, edges: EdgeColumns, layers: list[int]) -> None:
         raise NotImplementedError
 
-    def _others(self, edges: Edges) -> Tensor:
+    def _others(self, edges: EdgeColumns) -> Tensor:
         """[B, M] edges from all that is no feature."""
         parts = [part.flatten(0, 1) for part in edges[1:]]
         return torch.cat([*parts, parts[0].new_zeros(self.n_logits, parts[0].shape[1])]).T
 
-    def found(self) -> Tensor | SparseRows:
+    def found(self) -> Rows:
         """The rows found so far, over the kept nodes."""
         raise NotImplementedError
 
@@ -99,8 +97,8 @@ class Rows:
         depth = self.nodes.layer[nodes_R].masked_fill(is_logit, 2**31)
         weights = torch.zeros(len(self.nodes), dtype=self.dtype, device=self.device)
         weights[len(weights) - self.n_logits :] = self.probabilities.to(weights)
-        left_out = self.left_out[: self.filled]
-        return influence(self.found(), self._column_of()[nodes_R], depth, weights[self.kept], left_out).nodes
+        cancelled = self.cancelled[: self.filled]
+        return find_influence(self.found(), self._column_of()[nodes_R], depth, weights[self.kept], cancelled).nodes
 
     def next_features(self, count: int) -> Tensor:
         """The most influential features that have no row yet."""
@@ -115,12 +113,12 @@ class Rows:
         column_of[self.kept] = torch.arange(len(self.kept), device=self.device)
         return column_of
 
-    def finish(self) -> tuple[Nodes, Tensor | SparseRows, Tensor]:
-        """Nodes, rows and left-out input of the graph: the features that have a row, and all other nodes."""
+    def finish(self) -> tuple[Nodes, Rows, Tensor]:
+        """Nodes, rows and cancelled input of the graph: the features that have a row, and all other nodes."""
         raise NotImplementedError
 
 
-class WholeRows(Rows):
+class WholeTable(RowTable):
     """Every feature's row, at its place in the graph."""
 
     def __init__(self, *common, most_bytes: float):
@@ -128,9 +126,9 @@ class WholeRows(Rows):
         self.rows = allocate(self.total, len(self.nodes), most_bytes, self.dtype, self.device)
         layer_of = self.nodes.layer[: self.n_features].tolist()
         self.below = [bisect_left(layer_of, layer) for layer in range(int(self.nodes.layer.max()) + 1)]
-        """Features of earlier layers than each."""
+        """ActiveFeatures of earlier layers than each."""
 
-    def _store(self, place: Tensor, edges: Edges, layers: list[int]) -> None:
+    def _store(self, place: Tensor, edges: EdgeColumns, layers: list[int]) -> None:
         """Layer by layer, nothing but what may come from earlier ones: the rest of a row is zero already."""
         start = 0
         for layer, same in groupby(layers):
@@ -144,18 +142,18 @@ class WholeRows(Rows):
             start = columns.stop
 
     def _write(self, place: Tensor, offset: int, part: Tensor) -> None:
-        """Edges [n, C] of rows `place` from the sources that begin at `offset`."""
+        """EdgeColumns [n, C] of rows `place` from the sources that begin at `offset`."""
         if len(part):
             self.rows[:, offset : offset + len(part)].index_copy_(0, place, part.T.contiguous())
 
-    def found(self) -> Tensor:
-        return self.rows[: self.filled]
+    def found(self) -> Rows:
+        return DenseRows(self.rows[: self.filled])
 
-    def finish(self) -> tuple[Nodes, Tensor | SparseRows, Tensor]:
-        return self.nodes, self.rows, self.left_out
+    def finish(self) -> tuple[Nodes, Rows, Tensor]:
+        return self.nodes, DenseRows(self.rows), self.cancelled
 
 
-class CappedRows(Rows):
+class CappedTable(RowTable):
     """Rows of the most influential features, in the order in which they are asked for.
 
     When the next would not fit in `most_bytes`, the columns of the least influential features are added to the errors
@@ -169,22 +167,22 @@ class CappedRows(Rows):
         self.memory = allocate(1, height * width, torch.inf, self.dtype, self.device).view(-1)
         self.rows = self.memory.view(height, width)
 
-    def _store(self, place: Tensor, edges: Edges, layers: list[int]) -> None:
+    def _store(self, place: Tensor, edges: EdgeColumns, layers: list[int]) -> None:
         block = torch.cat([edges.features[self.rank].T, self._others(edges)], 1)
-        left_out = block.new_zeros(len(block))
+        cancelled = block.new_zeros(len(block))
         if self.filled + len(place) > len(self.rows):
             self._narrow()
         if len(self.kept) < len(self.nodes):
             gone = torch.ones(len(self.nodes), dtype=torch.bool, device=self.device)
             gone[self.kept] = False
             gone = gone.nonzero().squeeze(1)
-            move_to_errors(block, left_out, block[:, gone], self.error_of[gone])
+            move_to_errors(block, cancelled, block[:, gone], self.error_of[gone])
             block = block[:, self.kept]
         self.rows[place] = block
-        self.left_out[place] = left_out
+        self.cancelled[place] = cancelled
 
-    def found(self) -> Tensor:
-        return self.rows[: self.filled]
+    def found(self) -> Rows:
+        return DenseRows(self.rows[: self.filled])
 
     def _narrow(self) -> None:
         """Drop the columns of the least influential features, so that all rows that may come fit."""
@@ -213,13 +211,13 @@ class CappedRows(Rows):
         step = rows_at_once(self.rows.shape[1])
         for start in range(0, len(chosen), step):
             some = chosen[start : start + step]
-            rows, left_out = self.rows[some], self.left_out[some]
+            rows, cancelled = self.rows[some], self.cancelled[some]
             if len(gone):
-                move_to_errors(rows, left_out, rows[:, column_of[gone]], column_of[self.error_of[gone]])
-                self.left_out[some] = left_out
+                move_to_errors(rows, cancelled, rows[:, column_of[gone]], column_of[self.error_of[gone]])
+                self.cancelled[some] = cancelled
             into[start : start + len(some)] = rows[:, column_of[self.kept]]
 
-    def finish(self) -> tuple[Nodes, Tensor | SparseRows, Tensor]:
+    def finish(self) -> tuple[Nodes, Rows, Tensor]:
         column_of = self._column_of()
         chosen = self.row_of >= 0
         gone = ((column_of >= 0) & ~chosen)[: self.n_features].nonzero().squeeze(1)
@@ -228,10 +226,10 @@ class CappedRows(Rows):
         order = self.row_of[self.row_of >= 0]  # by node, which is a graph's order
         rows = allocate(self.filled, len(self.kept), torch.inf, self.dtype, self.device)
         self._copy(rows, order, column_of, gone)
-        return self.nodes.select(self.kept), rows, self.left_out[order]
+        return self.nodes.select(self.kept), DenseRows(rows), self.cancelled[order]
 
 
-class StrongestRows(Rows):
+class StrongestTable(RowTable):
     """Each row's `top_k` strongest edges from features, held as such from the start; the rest goes to the errors."""
 
     def __init__(self, *common, top_k: int):
@@ -241,26 +239,26 @@ class StrongestRows(Rows):
         self.values = allocate(self.total, width, torch.inf, self.dtype, self.device)
         self.columns = torch.zeros(self.total, top_k, dtype=torch.int32, device=self.device)
 
-    def _store(self, place: Tensor, edges: Edges, layers: list[int]) -> None:
+    def _store(self, place: Tensor, edges: EdgeColumns, layers: list[int]) -> None:
         features, others = edges.features[self.rank].T.contiguous(), self._others(edges).contiguous()
         columns = features.abs().topk(self.top_k, dim=1).indices.sort(1).values
         strongest = features.gather(1, columns)
-        left_out = others.new_zeros(len(others))
-        move_to_errors(others, left_out, features.scatter_(1, columns, 0), self.error_of - self.n_features)
+        cancelled = others.new_zeros(len(others))
+        move_to_errors(others, cancelled, features.scatter_(1, columns, 0), self.error_of - self.n_features)
         self.values[place] = torch.cat([strongest, others], 1)
         self.columns[place] = columns.int()
-        self.left_out[place] = left_out
+        self.cancelled[place] = cancelled
 
-    def found(self) -> SparseRows:
+    def found(self) -> Rows:
         return SparseRows(self.values[: self.filled], self.columns[: self.filled], self.n_features)
 
-    def finish(self) -> tuple[Nodes, Tensor | SparseRows, Tensor]:
+    def finish(self) -> tuple[Nodes, Rows, Tensor]:
         if not self.capped:
-            return self.nodes, self.found(), self.left_out
+            return self.nodes, self.found(), self.cancelled
         chosen = self.row_of >= 0
         order = self.row_of[chosen]  # by node, which is a graph's order
         errors = torch.full((len(self.nodes),), self.n_features, device=self.device)
         errors[: self.n_features] = self.error_of
-        rows, left_out = self.found().subset(order, chosen[: self.n_features], self.left_out, errors)
+        rows, cancelled = self.found().subset(order, chosen[: self.n_features], self.cancelled, errors)
         chosen[self.n_features :] = True
-        return self.nodes.select(chosen.nonzero().squeeze(1)), rows, left_out
+        return self.nodes.select(chosen.nonzero().squeeze(1)), rows, cancelled

@@ -1,14 +1,18 @@
-"""The replacement model: a language model with its MLP outputs overwritten by a transcoder's (SPEC 3).
+"""One prompt in a model whose MLPs have a transcoder: whole and local replacement, the mathematics of a clean run.
 
-`replaced_logits` overwrites them all, attention live. `clean` runs one prompt as it is and keeps what a local
-replacement model is made of: attention patterns, norm denominators, features and errors; `local_logits` runs that.
-Positions that `keep_mask` names keep the model's own output in both, and hold no features.
+    tokens [B, T] --lm--> read, mlp_out [B, T, D] a layer, patterns [B, H, T, T], denominators [B, T, 1]     (clean)
+    read [B, T, D] --encode--> features [B, T, F] a layer                                                    (features)
+    mlp_out - (decoded features + bias + skip) = errors [B, T, D]                                            (errors)
+
+`replaced_logits` overwrites the MLP outputs with what the transcoder says, attention live. `local_logits` runs the
+local replacement model of a clean run: patterns and denominators frozen, errors added. Positions that
+`masked_positions` names keep the model's own output in both, and hold no features.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,14 +21,9 @@ from transformers import DynamicCache
 from ...data.errors import UserError
 from ...data.models import LanguageModel, ModelSettings, SinkRule, load_model, masked_by_token
 from ...train.transcoder.transcoder import Transcoder
-from .carry_out import generate_many, intervene_many
 from .memory import memory_named
-from .requests import Generation, Intervention, InterventionResult, Mode, Prompt
+from .requests import Prompt
 from .substitute import TranscoderOutput, add_written, own_part
-
-if TYPE_CHECKING:
-    from ..attribution.trace import TraceSettings
-    from ..graph.graph import Graph
 
 
 @dataclass
@@ -35,7 +34,7 @@ class CleanRun:
     """[B, T]"""
     logits: Tensor
     """[B, T, V]"""
-    keep: Tensor
+    masked: Tensor
     """[B, T], True where the model keeps its own MLP output."""
     read: dict[int, Tensor]
     """Model layer -> what the transcoder reads there, [B, T, D]."""
@@ -47,7 +46,7 @@ class CleanRun:
     """Norm -> its denominator [B, T, 1], keyed like `LanguageModel.norms`."""
 
 
-class ReplacementModel:
+class LocalModel:
     """A language model and a transcoder that reads and writes its raw activations."""
 
     def __init__(self, lm: LanguageModel, transcoder: Transcoder, force: bool = False):
@@ -77,7 +76,7 @@ class ReplacementModel:
         force: bool = False,
         device: str = "auto",
         lazy_decoders: bool = False,
-    ) -> "ReplacementModel":
+    ) -> Self:
         """From a run's folder or a transcoder's; the model is the one it was trained on unless another is given.
         `lazy_decoders`: see `Transcoder.load`; for graphs and interventions of transcoders larger than memory."""
         folder = Path(folder)
@@ -95,23 +94,23 @@ class ReplacementModel:
     # -- which positions are replaced ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def keep_mask(self, tokens: Tensor, start: int = 0, resid: dict[int, Tensor] | None = None) -> Tensor:
+    def masked_positions(self, tokens: Tensor, start: int = 0, resid: dict[int, Tensor] | None = None) -> Tensor:
         """Where the model keeps its own MLP output, as in training: the first position (tokens [..., T] begin at
         `start`), BOS, and attention sinks by the store's rule. That one looks at the clean residual stream, which a
         forward pass finds unless it is given."""
         if tokens.dim() == 1:
-            return self.keep_mask(tokens[None], start)[0]
+            return self.masked_positions(tokens[None], start)[0]
         first, begins = masked_by_token(tokens, self.lm.bos)
-        keep = begins if start else first | begins
+        masked = begins if start else first | begins
         if self.sinks is None:
-            return keep
+            return masked
         if resid is None:
             with self.lm.capture(("resid",), self.sinks.median_norm) as sites:
                 self.lm(tokens)
             resid = sites.resid
         # the rule takes norms in float32 at most
         resid = {layer: x.float() if x.dtype == torch.float64 else x for layer, x in resid.items()}
-        return keep | (tokens == (-1 if self.sinks.bos is None else self.sinks.bos)) | self.sinks.large(resid)
+        return masked | (tokens == (-1 if self.sinks.bos is None else self.sinks.bos)) | self.sinks.large(resid)
 
     # -- whole and local replacement -------------------------------------------------------------------------------
 
@@ -120,12 +119,12 @@ class ReplacementModel:
         self,
         tokens: Tensor,
         layers: Collection[int] | None = None,
-        keep: Tensor | None = None,
+        masked: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V] with the MLP outputs of `layers` (all covered ones) overwritten, no error added."""
-        keep = self.keep_mask(tokens) if keep is None else keep
-        with self.lm.overwrite(TranscoderOutput(self.transcoder, keep, layers)):
+        masked = self.masked_positions(tokens) if masked is None else masked
+        with self.lm.overwrite(TranscoderOutput(self.transcoder, masked, layers)):
             return self.lm(tokens, attention_mask)
 
     @torch.no_grad()
@@ -145,14 +144,14 @@ class ReplacementModel:
             self.lm.capture({"resid", read, "mlp_out"}) as sites,
         ):
             logits = self.lm(tokens, cache=cache)
-        keep = self.keep_mask(tokens, start, sites.resid)
-        return CleanRun(tokens, logits, keep, getattr(sites, read), sites.mlp_out, patterns, denominators)
+        masked = self.masked_positions(tokens, start, sites.resid)
+        return CleanRun(tokens, logits, masked, getattr(sites, read), sites.mlp_out, patterns, denominators)
 
     @torch.no_grad()
     def features(self, run: CleanRun) -> list[Tensor]:
         """Activations per covered layer, [B, T, F]; none at positions that keep the model's own output."""
         return [
-            self.transcoder.encode_layer(run.read[layer].to(self.transcoder.dtype), l) * ~run.keep[..., None]
+            self.transcoder.encode_layer(run.read[layer].to(self.transcoder.dtype), l) * ~run.masked[..., None]
             for l, layer in enumerate(self.transcoder.layers)
         ]
 
@@ -166,7 +165,7 @@ class ReplacementModel:
     def errors(self, run: CleanRun, acts: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Per covered layer [B, T, D]: what the MLP wrote less what the transcoder says; all of it where kept."""
         return [
-            run.mlp_out[layer].to(y.dtype) - y * ~run.keep[..., None]
+            run.mlp_out[layer].to(y.dtype) - y * ~run.masked[..., None]
             for layer, y in zip(self.transcoder.layers, self.decoded(run, acts))
         ]
 
@@ -188,7 +187,7 @@ class ReplacementModel:
         frozen, features at `acts` (their clean activations by default, which give the model's own logits)."""
         errors, decoded = self.errors(run), self.decoded(run, acts)
         outputs = {
-            layer: (errors[l] + decoded[l] * ~run.keep[..., None]).to(self.lm.dtype)
+            layer: (errors[l] + decoded[l] * ~run.masked[..., None]).to(self.lm.dtype)
             for l, layer in enumerate(self.transcoder.layers)
         }
         frozen = {**run.mlp_out, **outputs}
@@ -198,44 +197,6 @@ class ReplacementModel:
             self.lm.overwrite(lambda layer, sites: frozen[layer]),
         ):
             return self.lm(run.tokens)
-
-    # -- interventions and graphs ----------------------------------------------------------------------------------
-
-    def intervene(
-        self,
-        prompt: Prompt,
-        interventions: Sequence[Intervention],
-        mode: Mode = "free",
-        layers: Collection[int] | None = None,
-        past_range: bool = True,
-    ) -> InterventionResult:
-        """All interventions at once on one prompt. See `intervening.intervene_many`."""
-        return intervene_many(self, prompt, [interventions], mode, layers, past_range)[0]
-
-    def generate(
-        self,
-        prompt: Prompt,
-        interventions: Sequence[Intervention] = (),
-        max_new_tokens: int = 20,
-        mode: Mode = "free",
-        layers: Collection[int] | None = None,
-        past_range: bool = True,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> Generation:
-        """Go on from a prompt under interventions; slices that are open at their end cover new tokens too."""
-        more = max_new_tokens, mode, layers, past_range, temperature, seed
-        return generate_many(self, prompt, [interventions], *more)[0]
-
-    # The functions of circuit/replacement/carry_out.py themselves, for several groups of interventions on one prompt.
-    intervene_many = intervene_many
-    generate_many = generate_many
-
-    def trace(self, prompt: Any, settings: "TraceSettings | None" = None, **named: Any) -> "Graph":
-        """The attribution graph of a prompt; `named` are fields of TraceSettings. See `attribution.trace`."""
-        from ..attribution.trace import trace  # it needs this module's classes
-
-        return trace(self, prompt, settings, **named)
 
 
 def _trained_on(transcoder: Transcoder, folder: Path, device: str) -> ModelSettings:

@@ -1,0 +1,57 @@
+"""Nodes, paths and figures of a graph as lines for a terminal."""
+
+from .graph import Graph
+from .nodes import Node
+from .paths import GraphPath
+
+
+def node_text(graph: Graph, node: Node) -> str:
+    """A node in a few words: token, feature with its name, or kind and place."""
+    place = f"@{node.position}"
+    if node.kind == "embedding":
+        return f"{graph.token_strings[node.position]!r}{place}"
+    if node.kind == "feature":
+        name = f" {node.label}" if node.label else ""
+        return f"L{node.layer}:{node.index}{name} {place}"
+    if node.kind == "logit":
+        return f"{node.label!r}{later_place(graph, node)}"
+    return f"{node.kind} L{node.layer} {place}" if node.layer >= 0 else f"{node.kind} {place}"
+
+
+def later_place(graph: Graph, node: Node) -> str:
+    """Where a logit stands, unless that is the prompt's end, where most do."""
+    return "" if node.position == len(graph.tokens) - 1 else f" @{node.position}"
+
+
+def path_text(graph: Graph, path: GraphPath) -> str:
+    """A path as one line, each arrow with what the edge adds to its target."""
+    text = node_text(graph, graph.nodes[path.nodes[0]])
+    for source, target in zip(path.nodes, path.nodes[1:]):
+        text += f"  —{graph.edge(target, source):+.3g}→  {node_text(graph, graph.nodes[target])}"
+    return f"{text}   ({abs(path.strength):.1%} of its input)"
+
+
+def strongest_paths_text(graph: Graph) -> str:
+    """The strongest path from a token to each logit by way of features, where there is one."""
+    lines, weight = [], "p" if graph.weight_name == "probability" else "weight"
+    for logit in graph.logits:
+        lines.append(f"{node_text(graph, graph.nodes[logit.id])} {weight}={logit.probability:.3f}")
+        paths = graph.top_paths(None, logit.id, direct=False)
+        lines += [f"  {path_text(graph, path)}" for path in paths] or ["  no path through features"]
+    return "\n".join(lines)
+
+
+def summary_text(graph: Graph) -> str:
+    """Scores and accounting in two lines: they belong wherever a graph is shown."""
+    scores, accounting = graph.scores(), graph.accounting
+    said = (
+        f"replacement score {scores['replacement_score']:.3f}, completeness {scores['completeness']:.3f} "
+        f"(circuit-tracer's: {scores['completeness_ct']:.3f})\n"
+    )
+    if "active_features" not in accounting:  # a foreign file's graph
+        return f"{said}{graph.n_features} features; how many were active, and what edges miss, the graph does not say"
+    return said + (
+        f"{accounting['active_features']} active features, "
+        f"{accounting['left_out_features']} left out (their effect is in the errors); "
+        f"edges miss what the model computed by at most {accounting['largest_violation']:.1e}"
+    )

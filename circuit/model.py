@@ -1,0 +1,62 @@
+"""The replacement model as a user meets it: graphs, interventions and text of one language model and transcoder."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from .attribution import TraceSettings, trace
+from .replacement import (
+    Generation,
+    Intervention,
+    InterventionResult,
+    LocalModel,
+    Mode,
+    Prompt,
+    generate_many,
+    intervene_many,
+)
+
+
+class ReplacementModel(LocalModel):
+    """A language model and a transcoder that reads and writes its raw activations."""
+
+    def trace(self, prompt: Any, settings: TraceSettings | None = None, **named: Any) -> Any:
+        """The attribution graph of a prompt; `named` are fields of TraceSettings. See `attribution.trace`."""
+        return trace(self, prompt, settings, **named)
+
+    def intervene(
+        self,
+        prompt: Prompt,
+        interventions: Sequence[Intervention],
+        mode: Mode = "free",
+        layers: Collection[int] | None = None,
+        past_range: bool = True,
+    ) -> InterventionResult:
+        """All interventions at once on one prompt. See `replacement.intervene_many`."""
+        return intervene_many(self, prompt, [interventions], mode, layers, past_range)[0]
+
+    def intervene_many(
+        self, prompt: Prompt, groups: Sequence[Sequence[Intervention]], *more: Any, **named: Any
+    ) -> list[InterventionResult]:
+        """Each group of interventions by itself on one prompt. See `replacement.intervene_many`."""
+        return intervene_many(self, prompt, groups, *more, **named)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        interventions: Sequence[Intervention] = (),
+        max_new_tokens: int = 20,
+        mode: Mode = "free",
+        layers: Collection[int] | None = None,
+        past_range: bool = True,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Generation:
+        """Go on from a prompt under interventions; slices that are open at their end cover new tokens too."""
+        more = max_new_tokens, mode, layers, past_range, temperature, seed
+        return generate_many(self, prompt, [interventions], *more)[0]
+
+    def generate_many(
+        self, prompt: Prompt, groups: Sequence[Sequence[Intervention]], *more: Any, **named: Any
+    ) -> list[Generation]:
+        """The text under each group of interventions. See `replacement.generate_many`."""
+        return generate_many(self, prompt, groups, *more, **named)
