@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...data.models import LanguageModel, LayerParts, Norm
+from ...data.models import Captured, LanguageModel, LayerParts, Norm
 
 BLOCK = 256  # positions whose values are found together
 HEAD_WIDTH = 128  # rows of W_O that a CPU multiplies together
@@ -41,6 +41,11 @@ class Recording:
     """[T, 1] per norm."""
     logits: Tensor
     """[T, V], soft-capped where the model does."""
+
+    def sites(self) -> Captured:
+        """What the pass left at the sites, as a batch of one prompt."""
+        named = (self.resid, self.mlp_in, self.mlp_out)
+        return Captured(*({layer: x[None] for layer, x in enumerate(by_layer)} for by_layer in named))
 
 
 @torch.no_grad()

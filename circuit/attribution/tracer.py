@@ -131,8 +131,7 @@ class Tracer:
         lm, transcoder, settings, dtype = self.lm, self.transcoder, self.settings, self.dtype
         started = time.perf_counter()
         recording = record(lm, self.tokens)
-        resid = {layer: x[None] for layer, x in enumerate(recording.resid)}
-        masked = self.replacement.masked_positions(self.tokens[None], resid=resid)[0]
+        masked = self.replacement.masked_positions(self.tokens[None], sites=recording.sites())[0]
         features = active_features(lm, transcoder, recording, masked, dtype)
         chosen = choose_targets(lm, transcoder, recording, self.wanted, settings.max_logits, settings.logit_mass, dtype)
         sources = find_sources(lm, transcoder, recording, features, masked, dtype)

@@ -114,9 +114,9 @@ def score_concepts(
             for t, concepts in enumerate(held):
                 holds_STC[s, t, [number[name] for name in concepts]] = True
         holds_STC = holds_STC.to(device)
-        with model.lm.capture({"resid", transcoder.settings.read}) as sites:
+        with model.lm.capture({transcoder.settings.read, *model.sinks.limits}) as sites:
             model.lm(tokens_ST)
-        counted_ST = valid_ST & ~model.masked_positions(tokens_ST, resid=sites.resid)
+        counted_ST = valid_ST & ~model.masked_positions(tokens_ST, sites=sites)
         last_ST = counted_ST & (valid_ST.cumsum(1) == valid_ST.sum(1, keepdim=True))
         for l, layer in enumerate(transcoder.layers):
             x = getattr(sites, transcoder.settings.read)[layer].to(transcoder.dtype)

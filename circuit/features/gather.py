@@ -141,9 +141,9 @@ def gather(
     done = 0
     for batch in _batches(sequences, max(transcoder.features)):
         tokens_ST, valid_ST = padded(batch, model.lm.device)
-        with model.lm.capture({"resid", read}) as sites:
+        with model.lm.capture({read, *model.sinks.limits}) as sites:
             model.lm(tokens_ST)
-        counted_ST = valid_ST & ~model.masked_positions(tokens_ST, resid=sites.resid)
+        counted_ST = valid_ST & ~model.masked_positions(tokens_ST, sites=sites)
         number_S = torch.arange(len(texts), len(texts) + len(batch), device=model.lm.device)
         for layer in layers:
             x = getattr(sites, read)[layer].to(transcoder.dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ...data.errors import UserError
-from ...data.models import LanguageModel, ModelSettings, SinkRule, load_model, masked_by_token
+from ...data.models import Captured, LanguageModel, ModelSettings, SinkRule, load_model
 from ...train.transcoder.transcoder import Transcoder
 from .memory import memory_named
 from .requests import Prompt
@@ -65,8 +65,8 @@ class LocalModel:
                 f"the transcoder was trained on {trained_on.get('name', 'a model')} with weight fingerprint {expected},"
                 f" but {lm.name or 'this model'} has {lm.fingerprint}; force=true uses it all the same"
             )
-        masked = transcoder.meta.get("masked") or {}
-        self.sinks = SinkRule.from_attributes(transcoder.meta) if masked.get("median_norm") else None
+        masked = transcoder.meta.get("masked")
+        self.sinks = SinkRule.from_attributes(masked) if masked else SinkRule(lm.bos)
 
     @classmethod
     def load(
@@ -94,23 +94,22 @@ class LocalModel:
     # -- which positions are replaced ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def masked_positions(self, tokens: Tensor, start: int = 0, resid: dict[int, Tensor] | None = None) -> Tensor:
-        """Where the model keeps its own MLP output, as in training: the first position (tokens [..., T] begin at
-        `start`), BOS, and attention sinks by the store's rule. That one looks at the clean residual stream, which a
-        forward pass finds unless it is given."""
+    def masked_positions(self, tokens: Tensor, start: int = 0, sites: Captured | None = None) -> Tensor:
+        """Where the model keeps its own MLP output, by the store's rule: the first position (tokens [..., T] begin at
+        `start`), BOS, and attention sinks. Those are told by the clean activations, which a forward pass finds unless
+        they are given."""
         if tokens.dim() == 1:
             return self.masked_positions(tokens[None], start)[0]
-        first, begins = masked_by_token(tokens, self.lm.bos)
+        rule = self.sinks
+        first, begins = rule.by_token(tokens)
         masked = begins if start else first | begins
-        if self.sinks is None:
+        if not rule.limits:
             return masked
-        if resid is None:
-            with self.lm.capture(("resid",), self.sinks.median_norm) as sites:
+        if sites is None:
+            with self.lm.capture(rule.limits, rule.layers) as sites:
                 self.lm(tokens)
-            resid = sites.resid
-        # the rule takes norms in float32 at most
-        resid = {layer: x.float() if x.dtype == torch.float64 else x for layer, x in resid.items()}
-        return masked | (tokens == (-1 if self.sinks.bos is None else self.sinks.bos)) | self.sinks.large(resid)
+        large = rule.large(rule.norms({site: getattr(sites, site) for site in rule.limits}))
+        return masked if large is None else masked | large
 
     # -- whole and local replacement -------------------------------------------------------------------------------
 
@@ -144,7 +143,7 @@ class LocalModel:
             self.lm.capture({"resid", read, "mlp_out"}) as sites,
         ):
             logits = self.lm(tokens, cache=cache)
-        masked = self.masked_positions(tokens, start, sites.resid)
+        masked = self.masked_positions(tokens, start, sites)
         return CleanRun(tokens, logits, masked, getattr(sites, read), sites.mlp_out, patterns, denominators)
 
     @torch.no_grad()

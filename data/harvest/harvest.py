@@ -3,16 +3,17 @@
     sequences [T] -> passes, tokens [B, T] -> sites, by layer [B, T, D] -> rows [N, L, D] of a window -> its shards
 
 1. The plan (`window_plan.py`): which sequences fill which window of rows; windows fall to processes in turn.
-2. A sample: the median norm of each layer's residual stream, by which sinks are told, and for int8 each channel's size.
+2. A sample: where norms part into words and sinks, which dtype holds the largest value, for int8 each channel's size.
 3. For each window: forward passes of a token budget, and behind them a thread that takes each pass's sites, drops the
    masked positions, sums the statistics and copies the rows off the device while the next pass computes.
 4. A full window is shuffled and written (`store/writer.py`) while the next one fills.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 
 from ..errors import Progress, SettingsError, UserError, check_choice, check_range, silent
-from ..models import SITES, LanguageModel, SinkRule
+from ..models import SITES, SITES_LOOKED_AT, LanguageModel, SinkRule, check_sinks, row_norms
 from ..store import (
     BLOCK_ROWS,
     DTYPES,
+    FLOAT16_MAX,
     HELD_OUT,
     SHUFFLE_ROWS,
     Rows,
@@ -40,6 +42,8 @@ from ..units import format_bytes, parse_bytes, parse_count
 from .behind import Behind
 from .window_plan import PlannedWindow, Sampling, Text, batches, plan_windows
 
+_WELL_WITHIN = 8  # how many times the sample's largest value float16 must hold, to be chosen
+
 
 @dataclass(frozen=True)
 class HarvestSettings:
@@ -53,7 +57,8 @@ class HarvestSettings:
     """Disk that a streaming store may take."""
 
     dtype: str = "auto"
-    """`float32`, `float16`, `bfloat16`, `int8`, or `auto`: bfloat16 for a bfloat16 model, float16 for others."""
+    """`float32`, `float16`, `bfloat16`, `int8`, or `auto`: float16 where the sample's largest value is an eighth of its
+    largest number at most, else bfloat16 (and for a bfloat16 model)."""
 
     tokens: str = "10M"
     """Rows to keep for training, such as 200K, 100M or 1B; fewer where the corpus ends before."""
@@ -70,11 +75,12 @@ class HarvestSettings:
     fraction: float = 1.0
     """Share of the positions to keep, drawn at random."""
 
-    sink_multiple: float = 10.0
-    """Positions whose residual stream is larger than this many medians are masked as attention sinks."""
+    sinks: str = "auto"
+    """What is masked: `auto`, first positions, the token that begins texts, and rows whose norm stands apart; `first`, no
+    rows by their norm; `none`, nothing; or a number, rows above so many medians of the residual stream's norm."""
 
     sample_tokens: int = 16384
-    """Tokens that the medians are found on."""
+    """Tokens by which the sinks are told and the dtype is chosen."""
 
     batch_tokens: int = 16384
     """Tokens per forward pass."""
@@ -106,7 +112,7 @@ class HarvestSettings:
         check_range("store.tokens", parse_count(self.tokens), low=1)
         parse_bytes(self.budget)
         check_range("store.fraction", self.fraction, low=1e-6, high=1.0)
-        check_range("store.sink_multiple", self.sink_multiple, low=1.0)
+        check_sinks(self.sinks)
         for name in ("sample_tokens", "batch_tokens", "shuffle_rows", "block_rows"):
             check_range(f"store.{name}", getattr(self, name), low=1)
         if self.shard_rows % self.block_rows:
@@ -137,7 +143,7 @@ def make_layout(lm: LanguageModel, settings: HarvestSettings) -> StoreLayout:
                 f"store.layers={settings.layers} names layer {layer} of a model of {lm.n_layers} layers"
             )
     dtype = settings.dtype
-    if dtype == "auto":
+    if dtype == "auto":  # until the sample has told; bfloat16 takes as much room
         dtype = "bfloat16" if lm.dtype == torch.bfloat16 else "float16"
     return StoreLayout(
         tuple(dict.fromkeys(settings.sites)),
@@ -162,15 +168,16 @@ class Harvester:
     def __init__(self, lm: LanguageModel, corpus: Text, settings: HarvestSettings):
         self.lm, self.corpus, self.settings = lm, corpus, settings
         self.layout = make_layout(lm, settings)
-        self.sampling = Sampling(lm.bos, settings.fraction, settings.seed)
-        self.rule = SinkRule(lm.bos, settings.sink_multiple, {})
+        self.rule = SinkRule(lm.bos, settings.sinks)
+        self.sampling = Sampling(self.rule, settings.fraction, settings.seed)
         self.margin = 0.0
+        self.largest: dict[str, float] = {}
         self.channel_scale: dict[str, Tensor] = {}
 
     def identity(self) -> dict[str, Any]:
         """All that decides the bytes of the store, beside its layout."""
         lm, settings = self.lm, self.settings
-        names = ("tokens", "held_out", "fraction", "sink_multiple", "sample_tokens", "batch_tokens", "shuffle_rows")
+        names = ("tokens", "held_out", "fraction", "sinks", "sample_tokens", "batch_tokens", "shuffle_rows")
         return {
             "model": {
                 "name": PurePath(lm.name).name if PurePath(lm.name).is_absolute() else lm.name,
@@ -187,7 +194,7 @@ class Harvester:
 
     def attributes(self) -> dict[str, Any]:
         """What the sample told."""
-        found: dict[str, Any] = {"masked": self.rule.to_attributes()}
+        found: dict[str, Any] = {"masked": self.rule.to_attributes(), "largest_in_sample": self.largest}
         if self.channel_scale:
             found["int8"] = int8_attributes(self.channel_scale)
         return found
@@ -195,44 +202,54 @@ class Harvester:
     # -- the sample ----------------------------------------------------------------------------------------------
 
     def sample(self) -> dict[str, Any]:
-        """Median norms by layer, the share of sinks, and the size of each channel, on the first training tokens."""
-        norms: dict[int, list[Tensor]] = {layer: [] for layer in self.layout.layers}
+        """What the first training tokens tell: limits between words and sinks, the share of sinks, the largest value
+        of each site and the dtype that holds it, the size of each channel."""
+        norms = {site: {layer: [] for layer in self.layout.layers} for site in SITES_LOOKED_AT}
         rows: dict[str, list[Tensor]] = {site: [] for site in self.layout.sites}
+        largest = dict.fromkeys(self.layout.sites, 0.0)
         sequences = list(enumerate(self.corpus.sequences("train", limit_tokens=self.settings.sample_tokens)))
         if not sequences:
             raise UserError("the dataset has no text to train on: check dataset.name, dataset.split and dataset.column")
         for group in batches(sequences, self.settings.batch_tokens, self.settings.seed):
             sites, _, candidates = self._forward(group)
-            for layer in self.layout.layers:
-                norm = torch.linalg.vector_norm(sites["resid"][layer][candidates], dim=-1, dtype=torch.float32)
-                norms[layer].append(norm.cpu())
-            if self.layout.dtype == "int8":
-                for site in self.layout.sites:
-                    rows[site].append(
-                        self._rows(sites[site], candidates.flatten().nonzero()[:, 0]).stacked().float().cpu()
-                    )
-        joined = {layer: torch.cat(values) for layer, values in norms.items()}
-        if not all(len(norm) and norm.isfinite().all() for norm in joined.values()):
+            for site, by_layer in norms.items():
+                for layer, values in by_layer.items():
+                    values.append(row_norms(sites[site][layer][candidates]).cpu())
+            for site in self.layout.sites:
+                chosen = self._rows(sites[site], candidates.flatten().nonzero()[:, 0])
+                if len(chosen):
+                    largest[site] = max(largest[site], chosen.largest())
+                if self.layout.dtype == "int8":
+                    rows[site].append(chosen.stacked().float().cpu())
+        joined = {site: {layer: torch.cat(parts) for layer, parts in by.items()} for site, by in norms.items()}
+        if not all(len(norm) and norm.isfinite().all() for by_layer in joined.values() for norm in by_layer.values()):
             raise UserError(
                 "the sample has no usable activations: raise store.sample_tokens, or set model.dtype=float32"
             )
-        medians = {layer: norm.median().item() for layer, norm in joined.items()}
-        large = torch.stack([joined[layer] > self.settings.sink_multiple * medians[layer] for layer in joined]).any(0)
-        scales = {}
-        for site, parts in rows.items():
-            if parts:
-                scales[site] = channel_scale(torch.cat(parts)[~large]).tolist()
+        rule = self.rule.learned(joined)
+        large = rule.large(joined)
+        large = torch.zeros(rule.rows, dtype=torch.bool) if large is None else large
+        scales = {site: channel_scale(torch.cat(parts)[~large]).tolist() for site, parts in rows.items() if parts}
         return {
-            "median_norm": {str(layer): median for layer, median in medians.items()},
+            "masked": rule.to_attributes(),
             "sink_share": large.float().mean().item(),
+            "largest": largest,
+            "dtype": self._choose_dtype(max(largest.values())),
             "channel_scale": scales,
         }
 
+    def _choose_dtype(self, largest: float) -> str:
+        """float16 keeps three more bits of every number; bfloat16 has room for any."""
+        if self.settings.dtype != "auto" or self.lm.dtype == torch.bfloat16:
+            return self.layout.dtype
+        return "float16" if largest <= FLOAT16_MAX / _WELL_WITHIN else "bfloat16"
+
     def learn(self, sample: dict[str, Any]) -> None:
         """Take over what a sample told: this process's, or the one that came first."""
-        medians = {int(layer): norm for layer, norm in sample["median_norm"].items()}
-        self.rule = SinkRule(self.lm.bos, self.settings.sink_multiple, medians)
+        self.rule = SinkRule.from_attributes(sample["masked"])
+        self.layout = replace(self.layout, dtype=sample["dtype"])
         self.margin = 0.01 + 3 * sample["sink_share"]
+        self.largest = sample["largest"]
         self.channel_scale = {site: torch.tensor(scale) for site, scale in sample["channel_scale"].items()}
 
     # -- windows -------------------------------------------------------------------------------------------------
@@ -258,7 +275,7 @@ class Harvester:
             share = 1 - window.filled / planned.candidates
             raise UserError(
                 f"{share:.1%} of window {planned.index} are sinks, more than the {self.margin:.1%} set aside after the "
-                "sample: raise store.sample_tokens or store.sink_multiple"
+                "sample: raise store.sample_tokens, or mask fewer with store.sinks=first"
             )
         progress(label, window.filled, planned.rows, f"window {planned.index}")
 
@@ -278,7 +295,7 @@ class Harvester:
             tokens[row, : len(sequence.tokens)] = sequence.tokens
             candidates[row, : len(sequence.tokens)] = self.sampling.candidates(sequence.tokens, number)
         tokens, candidates = tokens.to(lm.device), candidates.to(lm.device)
-        wanted = tuple(dict.fromkeys(("resid", *self.layout.sites)))
+        wanted = tuple(dict.fromkeys((*SITES_LOOKED_AT, *self.layout.sites)))
         with torch.inference_mode(), lm.capture(wanted, self.layout.layers) as captured:
             lm.model.base_model(input_ids=tokens, use_cache=False)
         return {site: getattr(captured, site) for site in wanted}, tokens, candidates
@@ -293,9 +310,16 @@ class Harvester:
         candidates: Tensor,
     ) -> None:
         """The rows of one pass, into the window."""
-        sinks = self.rule.large(sites["resid"]) & candidates
-        chosen = (candidates & ~sinks).flatten().nonzero()[:, 0]
+        norms = self.rule.norms(sites)
+        large = self.rule.large(norms)
+        sinks = torch.zeros_like(candidates) if large is None else large & candidates
         counts = {"sink": int(sinks.sum())}
+        if counts["sink"]:
+            counts |= {f"sink.{place}": count for place, count in self.rule.places(norms, sinks).items()}
+            counts |= {f"sink.token.{token}": n for token, n in Counter(tokens[sinks].tolist()).items()}
+        beyond = self._beyond_range(sites) & candidates & ~sinks
+        counts["beyond_range"] = int(beyond.sum())
+        chosen = (candidates & ~sinks & ~beyond).flatten().nonzero()[:, 0]
         for number, sequence in group:
             for reason, mask in self.sampling.masks(sequence.tokens, number).items():
                 counts[reason] = counts.get(reason, 0) + int(mask.sum())
@@ -308,6 +332,15 @@ class Harvester:
         window.append(
             kept, tokens.flatten()[chosen], chosen % tokens.shape[1], documents.flatten()[chosen.cpu()], counts
         )
+
+    def _beyond_range(self, sites: dict[str, dict[int, Tensor]]) -> Tensor:
+        """[B, T] rows that the dtype which was chosen from the sample may have no numbers for."""
+        found = torch.zeros(sites["resid"][self.layout.layers[0]].shape[:2], dtype=torch.bool, device=self.lm.device)
+        if self.settings.dtype == "auto" and self.layout.dtype == "float16":
+            for site in self.layout.sites:
+                for layer in self.layout.layers:
+                    found |= row_norms(sites[site][layer]) > FLOAT16_MAX
+        return found
 
     def _rows(self, by_layer: dict[int, Tensor], chosen: Tensor) -> Rows:
         """Chosen rows of a site's tensors [B, T, D]."""
@@ -339,12 +372,14 @@ def harvest(
         settings.memory_bytes(process_count),
         process_index,
         process_count,
+        dtype_open=settings.dtype == "auto",
     )
     with writer:
         if writer.complete:
             return True
         _refuse_if_too_large(lm, settings, process_count, progress)
         harvester.learn(writer.agree("sample", harvester.sample))
+        writer.settle(harvester.layout)
         writer.channel_scale = harvester.channel_scale
         windows = {}
         for split in (HELD_OUT, "train"):

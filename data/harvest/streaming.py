@@ -69,6 +69,7 @@ def open_streaming(
         settings.memory_bytes(process_count),
         process_index,
         process_count,
+        dtype_open=settings.dtype == "auto",
     ) as writer:
         if writer.complete:
             held_out = ActivationStore.open(held_out_path)
@@ -76,6 +77,7 @@ def open_streaming(
         else:
             sample = writer.agree("sample", harvester.sample)
             harvester.learn(sample)
+            writer.settle(harvester.layout)
             writer.channel_scale = harvester.channel_scale
             count = cache_split(harvester, writer, HELD_OUT, "train", progress)
             writer.finish({"train": count}, harvester.attributes() | {"sample": sample})

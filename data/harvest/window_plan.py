@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models import masked_by_token
+from ..models import SinkRule
 from ..store import hashed, permutation
 from ..text import TokenSequence
 
@@ -31,13 +31,13 @@ class Text(Protocol):
 class Sampling(NamedTuple):
     """Which positions of a sequence may become rows, as far as tokens tell."""
 
-    bos: int | None
+    rule: SinkRule
     fraction: float
     seed: int
 
     def masks(self, tokens: Tensor, number: int) -> dict[str, Tensor]:
         """Masks [T] by reason, disjoint, for the sequence of this number."""
-        first, begins = masked_by_token(tokens, self.bos)
+        first, begins = self.rule.by_token(tokens)
         masks = {"first": first, "bos": begins}
         if self.fraction < 1:
             drawn = hashed(np.arange(len(tokens)), self.seed, 0x46524143, number) < np.uint64(self.fraction * 2**64)

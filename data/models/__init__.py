@@ -1,13 +1,16 @@
 """Language models and their families: loading, where layers and norms stand, attention sinks."""
 
+from .attention_sinks import SITES_LOOKED_AT as SITES_LOOKED_AT
 from .attention_sinks import SinkRule as SinkRule
-from .attention_sinks import masked_by_token as masked_by_token
+from .attention_sinks import check_sinks as check_sinks
+from .attention_sinks import row_norms as row_norms
 from .families import Affine as Affine
 from .families import LayerParts as LayerParts
 from .families import MlpWeights as MlpWeights
 from .families import Norm as Norm
 from .families import find_family as find_family
 from .language_model import SITES as SITES
+from .language_model import Captured as Captured
 from .language_model import LanguageModel as LanguageModel
 from .language_model import ModelSettings as ModelSettings
 from .language_model import find_device as find_device

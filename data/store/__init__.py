@@ -4,6 +4,7 @@ from .batch import Batch as Batch
 from .batch import Statistics as Statistics
 from .batch import Straight as Straight
 from .codecs import DTYPES as DTYPES
+from .codecs import FLOAT16_MAX as FLOAT16_MAX
 from .codecs import channel_scale as channel_scale
 from .files import LocalFiles as LocalFiles
 from .files import open_files as open_files

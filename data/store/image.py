@@ -38,6 +38,10 @@ class Rows(NamedTuple):
             return Rows([layer[:count] for layer in self.layers])
         return Rows(self.layers, self.picked[:count])
 
+    def largest(self) -> float:
+        """The largest absolute value."""
+        return max(float((x if self.picked is None else x[self.picked]).abs().amax()) for x in self.layers)
+
     def picked_array(self) -> np.ndarray | None:
         return None if self.picked is None else self.picked.numpy()
 

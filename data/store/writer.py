@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path, PurePath
 from typing import Any
@@ -33,6 +34,7 @@ PROGRESS = ".progress"
 SHUFFLE_ROWS = 1 << 20
 REMOTE_LOCK_SECONDS = 120.0
 _THREADS = 2
+_RECORD = re.compile(rf"(?:.*/)?{re.escape(PROGRESS)}/window-\d+\.npz").fullmatch
 _ASIDE = re.compile(r"\..+\.\d+-\d+\.part").fullmatch  # a file that was being written by a process that was killed
 
 
@@ -49,7 +51,9 @@ class StoreWriter:
         process_index: int = 0,
         process_count: int = 1,
         sync: bool = True,
+        dtype_open: bool = False,
     ):
+        """`dtype_open`: the layout's dtype is a guess, and `settle` will say the true one."""
         self.files = open_files(path)
         self.layout = layout
         self.identity = identity
@@ -57,6 +61,7 @@ class StoreWriter:
         self.memory = default_memory() // process_count if memory is None else memory
         self.process_index, self.process_count = process_index, process_count
         self.sync = sync
+        self.dtype_open = dtype_open
         self.channel_scale: dict[str, torch.Tensor] = {}
         self.complete = False
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="crosslace-writer")
@@ -79,9 +84,30 @@ class StoreWriter:
             if self.complete:
                 self._tidy()
             elif held is None:
-                attributes = self.layout.to_attributes() | {"identity": self.identity, "complete": False}
-                write_json(self.files, "zarr.json", group_metadata(attributes))
+                self._make_way()
+                self._write_beginning()
         return self
+
+    def _make_way(self) -> None:
+        """Remove what was begun under other settings and has no finished window."""
+        held = read_json(self.files, "zarr.json")
+        if held is None or self._check_identity(held["attributes"]):  # nothing, or another process of this harvest
+            return
+        own = ("zarr.json", *(f"{name}/" for name in (PROGRESS, HELD_OUT, *self.layout.arrays)))
+        for name in self.files.sizes(""):
+            if name.startswith(own) and not name.startswith(f"{PROGRESS}/lock-"):
+                self.files.remove(name)
+
+    def _write_beginning(self) -> None:
+        attributes = self.layout.to_attributes() | {"identity": self.identity, "complete": False}
+        write_json(self.files, "zarr.json", group_metadata(attributes))
+
+    def settle(self, layout: StoreLayout) -> None:
+        """The layout with the dtype that the sample told."""
+        if layout.dtype != self.layout.dtype:
+            self.layout = layout
+            with room(self.files):
+                self._write_beginning()
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         for future in self._writing:
@@ -100,14 +126,15 @@ class StoreWriter:
                 raise UserError(f"{folder} holds other files ({other[0]}) and no store: name a new or an empty folder")
 
     def _check_identity(self, attributes: dict[str, Any]) -> bool:
-        """Refuse to go on with another store; False for one of which nothing was written but its beginning."""
-        held = StoreLayout.from_attributes(attributes, self.files.root).to_attributes() | attributes["identity"]
-        wanted = self.layout.to_attributes() | self.identity
+        """Refuse to go on with another store; False for one that has no finished window yet."""
+        layout = StoreLayout.from_attributes(attributes, self.files.root)
+        if self.dtype_open and layout.dtype in ("float16", "bfloat16"):
+            self.layout = replace(self.layout, dtype=layout.dtype)
+        held, wanted = layout.to_attributes() | attributes["identity"], self.layout.to_attributes() | self.identity
         different = sorted(key for key in held.keys() | wanted.keys() if held.get(key) != wanted.get(key))
         if not different:
             return True
-        locks = f"{PROGRESS}/lock-"
-        if not any(name != "zarr.json" and not name.startswith(locks) for name in self.files.sizes("")):
+        if not attributes.get("complete") and not any(_RECORD(name) for name in self.files.sizes("")):
             return False
         key = different[0]
         raise UserError(

@@ -10,7 +10,6 @@ from crosslace.circuit.replacement.memory import memory_named
 from crosslace.circuit.replacement.requests import Intervention
 from crosslace.circuit.replacement.substitute import TranscoderOutput
 from crosslace.data.errors import UserError
-from crosslace.data.models.attention_sinks import SinkRule
 from crosslace.data.models.language_model import LanguageModel, ModelSettings
 from crosslace.train.transcoder.transcoder import Transcoder
 from tokenizers import Tokenizer, models
@@ -94,14 +93,19 @@ def test_keep_mask_names_the_first_position_bos_and_sinks(make_tiny, make_replac
     core = Tokenizer(models.WordLevel({"<s>": 28, "<unk>": 30}, unk_token="<unk>"))
     lm = LanguageModel(make_tiny("gpt2").model, PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>"))
     tokens = lm.tokenize(prompt)
-    with lm.capture(("resid",)) as sites:
+    with lm.capture() as sites:
         lm(tokens[None])
-    norms = sites.resid[1][0].norm(dim=-1)
-    largest = norms.argmax().item()
-    rule = SinkRule(17, 1.0, {1: norms.topk(2).values.mean().item()})  # all but the largest are below
+    norms, written = sites.resid[1][0].norm(dim=-1), sites.mlp_out[2][0].norm(dim=-1)
+    largest = {norms.argmax().item(), written.argmax().item()}
+
+    def below_the_largest(values):
+        return {"limit": values.topk(2).values.mean().item(), "sinks_in_sample": True}
+
+    limits = {"resid": {"1": below_the_largest(norms)}, "mlp_out": {"2": below_the_largest(written)}}
     transcoder = make_replacement("gpt2").transcoder
-    transcoder.meta = {"masked": rule.to_attributes()}
-    expected = [position in (0, 2, 5, largest) for position in range(7)]  # first, the store's BOS, the model's, a sink
+    transcoder.meta = {"masked": {"bos": 28, "sinks": "auto", "limits": limits, "sample_rows": 1000}}
+    bos = {position for position, token in enumerate(tokens.tolist()) if token == 28}
+    expected = [position in {0} | bos | largest for position in range(len(tokens))]
     rm = ReplacementModel(lm, transcoder)
     assert rm.masked_positions(tokens).tolist() == expected
     assert rm.clean(tokens[None]).masked[0].tolist() == expected

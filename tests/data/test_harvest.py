@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crosslace.circuit.replacement.model import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.harvest.harvest import HarvestSettings, harvest, weigh
 from crosslace.data.models.attention_sinks import SinkRule
@@ -21,6 +22,8 @@ from crosslace.data.models.language_model import LanguageModel
 from crosslace.data.store import image, kernels, window
 from crosslace.data.store.store import ActivationStore
 from crosslace.data.text.corpus import TokenSequence
+from crosslace.train.settings import TranscoderSettings
+from crosslace.train.transcoder.transcoder import Transcoder
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -112,10 +115,8 @@ def test_rows_are_what_the_model_computes(lm, tmp_path):
     assert store.attributes["model"]["fingerprint"] == lm.fingerprint
     assert store.attributes["masked"]["rows"]["first"] > 300
     held_out = ActivationStore.open(tmp_path / "s", "held_out")
-    assert (
-        len(held_out) == 450
-        and held_out.attributes["masked"]["median_norm"] == store.attributes["masked"]["median_norm"]
-    )
+    assert len(held_out) == 450
+    assert held_out.attributes["masked"]["limits"] == store.attributes["masked"]["limits"]
 
 
 def test_any_number_of_processes_writes_the_same_store(lm, tmp_path):
@@ -145,11 +146,81 @@ def test_sinks_are_masked_and_counted(tmp_path):
     tokens = torch.cat([batch.token for batch in store.rows_in_order(4096)])
     sevens = sum(int((s.tokens[1:] == 7).sum()) for s in RandomText().sequences())
     assert not (tokens == 7).any() and store.attributes["masked"]["rows"]["sink"] == sevens > 50
-    rule = SinkRule.from_attributes(store.attributes)
+    rule = SinkRule.from_attributes(store.attributes["masked"])
     prompt = torch.tensor([[3, 7, 5, 9]])
     with lm.capture() as captured:
         lm(prompt)
-    assert rule.mask(prompt, captured.resid).tolist() == [[True, True, False, False]]
+    large = rule.large(rule.norms({"resid": captured.resid, "mlp_out": captured.mlp_out}))
+    assert large.tolist() == [[False, True, False, False]]
+    # and the model that its transcoders are used with keeps its own output at the same positions
+    transcoder = Transcoder(
+        TranscoderSettings(features=4), lm.d_model, [0, 1, 2], meta={"masked": store.attributes["masked"]}
+    )
+    assert ReplacementModel(lm, transcoder).keep_mask(prompt).tolist() == [[True, True, False, False]]
+
+
+def test_dtype_is_chosen_from_the_sample(tmp_path):
+    """float16 where it has room, else bfloat16; said in the store, the same on a second start, and with any process."""
+    for scale, expected in ((1.0, "float16"), (1e6, "bfloat16")):
+        lm = tiny_model()
+        lm.model.get_input_embeddings().weight.data *= scale
+        path = tmp_path / expected
+        settings = to(path, dtype="auto", sinks="first")
+        for index in (1, 0):
+            whole = harvest(lm, RandomText(), settings, process_index=index, process_count=2)
+        assert (
+            whole
+            and harvest(lm, RandomText(), settings)
+            and harvest(lm, RandomText(), replace(settings, dtype=expected))
+        )
+        store = ActivationStore.open(path)
+        assert store.attributes["dtype"] == expected
+        assert store.batch(0, 0, 500).resid.abs().max() <= store.attributes["largest_in_sample"]["resid"] * 1.5
+        with pytest.raises(UserError, match=f"holds a store with .*{expected}"):
+            harvest(lm, RandomText(), replace(settings, dtype="float32"))
+
+
+def test_a_row_beyond_what_the_sample_foretold_is_left_out(tmp_path):
+    """Not even where no norm is looked at does a later row end the harvest."""
+    lm = tiny_model()
+    lm.model.get_input_embeddings().weight.data[150] *= 1e9
+    late = RandomText()
+    corpus = Late(late, 150, 250)
+    assert harvest(lm, corpus, to(tmp_path / "s", dtype="auto", sinks="first", sample_tokens=500))
+    store = ActivationStore.open(tmp_path / "s")
+    assert store.attributes["dtype"] == "float16" and store.attributes["masked"]["rows"]["beyond_range"] > 0
+
+
+class Late:
+    """A text that has one token only after its first documents."""
+
+    fingerprint = "late"
+
+    def __init__(self, text: RandomText, token: int, document: int):
+        self.text, self.token, self.document = text, token, document
+
+    def sequences(self, split: str = "train", limit_tokens: int | None = None) -> Iterator[TokenSequence]:
+        for sequence in self.text.sequences(split, limit_tokens):
+            if int(sequence.document[0]) < self.document:
+                tokens = torch.where(sequence.tokens == self.token, 3, sequence.tokens)
+                sequence = TokenSequence(tokens, sequence.document, sequence.position)
+            yield sequence
+
+
+def test_a_store_without_a_finished_window_blocks_no_retry(lm, tmp_path, monkeypatch):
+    """A harvest that failed in its first window leaves nothing that other settings would have to be afraid of."""
+    with monkeypatch.context() as patch:
+        patch.setattr(window.Window, "append", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            harvest(lm, RandomText(), to(tmp_path / "s", memory="1B"))
+    assert (tmp_path / "s" / ".progress" / "sample.json").is_file()
+    (tmp_path / "s" / "notes.txt").write_text("mine")
+    assert harvest(lm, RandomText(), to(tmp_path / "s", dtype="bfloat16", tokens="5000"))
+    assert harvest(lm, RandomText(), to(tmp_path / "t", dtype="bfloat16", tokens="5000"))
+    (tmp_path / "s" / "notes.txt").unlink()
+    assert tree(tmp_path / "s") == tree(tmp_path / "t")
+    with pytest.raises(UserError, match="choose another path, or remove that store"):
+        harvest(lm, RandomText(), to(tmp_path / "s", dtype="float16"))
 
 
 def test_parts_of_a_model(lm, tmp_path):
