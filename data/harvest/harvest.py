@@ -76,8 +76,8 @@ class HarvestSettings:
     """Share of the positions to keep, drawn at random."""
 
     sinks: str = "auto"
-    """What is masked: `auto`, first positions, the token that begins texts, and rows whose norm stands apart; `first`, no
-    rows by their norm; `none`, nothing; or a number, rows above so many medians of the residual stream's norm."""
+    """What is masked: `auto`, first positions, the token that begins texts, and rows whose norm stands apart; `first`,
+    none by their norm; `none`, nothing; or a number, rows above so many medians of the residual stream's norm."""
 
     sample_tokens: int = 16384
     """Tokens by which the sinks are told and the dtype is chosen."""

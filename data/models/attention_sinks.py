@@ -111,7 +111,7 @@ class SinkRule:
         return sorted({layer for by_layer in self.limits.values() for layer in by_layer})
 
     def by_token(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """First positions, and other positions of the token that begins texts: two masks [..., T] of tokens [..., T]."""
+        """First positions, and other positions of the token that begins texts: two masks of tokens [..., T]."""
         first = torch.zeros_like(tokens, dtype=torch.bool)
         begins = torch.zeros_like(first)
         if self.sinks == "none":
