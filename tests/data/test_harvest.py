@@ -156,7 +156,7 @@ def test_sinks_are_masked_and_counted(tmp_path):
     transcoder = Transcoder(
         TranscoderSettings(features=4), lm.d_model, [0, 1, 2], meta={"masked": store.attributes["masked"]}
     )
-    assert ReplacementModel(lm, transcoder).keep_mask(prompt).tolist() == [[True, True, False, False]]
+    assert ReplacementModel(lm, transcoder).masked_positions(prompt).tolist() == [[True, True, False, False]]
 
 
 def test_dtype_is_chosen_from_the_sample(tmp_path):
