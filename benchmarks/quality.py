@@ -37,7 +37,7 @@ from crosslace.data.text.corpus import Corpus, DatasetSettings, load_corpus
 from crosslace.data.worlds.stdlib import StdlibSettings, build_stdlib
 from crosslace.data.worlds.world.build import build_world
 from crosslace.data.worlds.world.sizes import WorldSettings
-from crosslace.launch.cli.compose import compose_config, preset
+from crosslace.launch.settings.compose import compose_config, preset
 from crosslace.train.settings import TranscoderSettings
 from crosslace.train.start.neurons import model_neurons
 from crosslace.train.trainer import train

@@ -33,8 +33,8 @@ SECTIONS = {
     "features": Section("circuit/features/gather.py", "FeatureSettings", "the features' dashboards"),
     "view": Section("circuit/viewer/server.py", "ViewSettings", "the local page"),
     "wandb": Section("launch/workspace/tracking.py", "WandbSettings", "Weights & Biases"),
-    "demo": Section("launch/cli/settings.py", "DemoSettings", "how much the demonstration does"),
-    "launcher": Section("launch/cli/settings.py", "LauncherSettings", "where the runs of a sweep run"),
+    "demo": Section("launch/settings/verb_settings.py", "DemoSettings", "how much the demonstration does"),
+    "launcher": Section("launch/settings/verb_settings.py", "LauncherSettings", "where the runs of a sweep run"),
     "world": Section(
         "data/worlds/world/sizes.py", "WorldSettings", "the bundled world (model=world)", shorthand="size"
     ),
@@ -57,7 +57,7 @@ class Verb(NamedTuple):
     module: str
     """The module of the package whose `run(job)` does it."""
     settings: str
-    """The class in launch/cli/settings.py with its top-level settings."""
+    """The class in launch/settings/verb_settings.py with its top-level settings."""
     sections: tuple[str, ...]
     """The groups that it takes."""
     examples: tuple[str, ...]

@@ -10,3 +10,5 @@ from .gather import build_features as build_features
 from .labels import Label as Label
 from .labels import Labels as Labels
 from .labels import labels_path as labels_path
+from .labels import name_features as name_features
+from .labels import plain as plain

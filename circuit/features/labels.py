@@ -124,3 +124,21 @@ def label_from_record(record: Mapping[str, Any], words: int = 3) -> Label | None
 
 def _quoted(token: str) -> str:
     return "“" + token.replace("\n", "⏎").strip(" ") + "”" if token.strip() else repr(token)
+
+
+def plain(text: str) -> str:
+    """A label without its score: `state: Texas` of `state: Texas (F1 0.97)`."""
+    return text.partition(" (F1")[0]
+
+
+def name_features(graph, labels: Labels) -> None:
+    """Give the graph's features their names, and group features of one name and position into a supernode."""
+    graph.label_features({key: label.text for key, label in labels.items()})
+    groups: dict[str, list[int]] = {}
+    for node in graph.nodes:
+        if node.kind == "feature":
+            label = labels.label(node.layer, node.index)
+            if label is not None and label.source != "tokens":
+                groups.setdefault(plain(label.text), []).append(node.id)
+    for name, ids in groups.items():
+        graph.group(name, ids)

@@ -1,1 +1,1 @@
-"""The command line: parsing, composing settings, help, the terminal."""
+"""The command `crosslace`: which verb, its help, and what is said and left behind when it fails."""

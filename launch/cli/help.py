@@ -5,7 +5,7 @@ import sys
 import textwrap
 
 from ...conf import ALIASES, SECTIONS, VERBS
-from .describe import Setting, presets, section_settings, verb_settings
+from ...conf.describe import Setting, presets, section_settings, verb_settings
 
 
 def overview() -> None:

@@ -56,7 +56,7 @@ def _run(words: list[str]) -> int:
         return 0
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
-        from .describe import closest
+        from ...conf.describe import closest
 
         near = closest(verb, list(VERBS))
         guess = f"did you mean {near}?" if near else f"the verbs are {', '.join(VERBS)}"
@@ -65,7 +65,7 @@ def _run(words: list[str]) -> int:
         verb_help(verb)
         return 0
 
-    from .job import start
+    from ..workspace import start
 
     job = start(verb, rest)
     with job.progress:

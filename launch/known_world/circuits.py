@@ -10,10 +10,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...circuit.features import Labels
+from ...circuit.features import Labels, name_features, plain
 from ...data.errors import Progress, silent
-from ..verbs.trace import name_features
-from .truth import plain
+from ..workspace import runs
 
 if TYPE_CHECKING:
     from ...circuit.attribution import TraceSettings
@@ -75,7 +74,6 @@ def traced(
 ) -> dict[str, Any]:
     """Trace one question into the run's graphs; the summary of its graph."""
     from ...circuit.viewer.picture import render_graph_svg
-    from ..workspace.runs import write_text
 
     labels = Labels.load(run)
     graph = model.trace(question.prompt, settings)
@@ -84,7 +82,7 @@ def traced(
     folder = graph.save(run / "graphs" / slug)
     path = question_path(world, graph, labels, question)
     picture = render_graph_svg(graph, labels, title=question.prompt, path=path.nodes if path else None)
-    write_text(folder / "graph.svg", picture)
+    runs.write_text(folder / "graph.svg", picture)
     top = max(graph.logits, key=lambda logit: logit.probability)
     scores = graph.scores()
     return {

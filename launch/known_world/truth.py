@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...circuit.features import Labels, label_by_prompts
+from ...circuit.features import Labels, label_by_prompts, plain
 from ...data.errors import Progress, silent
 
 if TYPE_CHECKING:
@@ -70,11 +70,6 @@ def explained_share(acts_NF: "Tensor", group_N: "Tensor") -> "Tensor":
     within_F = (acts_NF - mean_GF[group_N]).square().sum(0) / max(1, n - groups)
     total_F = (acts_NF - acts_NF.mean(0)).square().sum(0) / max(1, n - 1)
     return torch.where(total_F > 0, 1 - within_F / total_F.clamp_min(1e-30), 0.0)
-
-
-def plain(text: str) -> str:
-    """A label without its score: `state: Texas` of `state: Texas (F1 0.97)`."""
-    return text.partition(" (F1")[0]
 
 
 def state_features(labels: Labels) -> dict[str, list[tuple[int, int]]]:

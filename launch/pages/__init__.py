@@ -1,1 +1,6 @@
-"""Reports and charts."""
+"""Reports: what evaluated runs are compared by, their pages, and the charts on them."""
+
+from .demo_report import write_demo_report as write_demo_report
+from .measured import FIGURES as FIGURES
+from .measured import evaluated_below as evaluated_below
+from .report import write_report as write_report

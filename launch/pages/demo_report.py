@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..cli.terminal import duration
-from ..workspace.runs import read_json, write_text
-from .charts import Chart, Series, grid, page, table
+from ..terminal import duration
+from ..workspace import runs
+from .charts import Chart, Series
+from .html import grid, page, table
 
 RUNS = ("clt", "plt")
 EXAMPLES = 8
@@ -15,9 +16,9 @@ SHOWN = ("prompt", "before", "other", "wanted", "after", "probability_before", "
 
 def write_demo_report(folder: Path, summary: dict[str, Any]) -> Path:
     """`report.html` from what the stages left in the folder."""
-    results = {kind: read_json(folder / kind / "eval.json") for kind in RUNS}
-    trace = read_json(folder / "stages" / "trace.json")
-    swaps = read_json(folder / "swap.json")
+    results = {kind: runs.read_json(folder / kind / "eval.json") for kind in RUNS}
+    trace = runs.read_json(folder / "stages" / "trace.json")
+    swaps = runs.read_json(folder / "swap.json")
     graph, swap = summary["graph"], summary["swap"]
     parts = [
         *_the_world(summary),
@@ -63,7 +64,7 @@ def write_demo_report(folder: Path, summary: dict[str, Any]) -> Path:
         table(("stage", "time"), [(name, duration(value)) for name, value in summary["seconds"].items()]),
     ]
     lead = "A small language model, two transcoders trained on it, and a circuit that can be checked."
-    write_text(folder / "report.html", page("Crosslace: the demonstration", lead, "".join(parts)))
+    runs.write_text(folder / "report.html", page("Crosslace: the demonstration", lead, "".join(parts)))
     return folder / "report.html"
 
 

@@ -6,21 +6,17 @@ another here, or through a Hydra launcher (joblib, submitit here or on SLURM), e
 own.
 """
 
-import itertools
-import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...data.errors import SettingsError, UserError
-from ..cli.compose import Config, compose_config
-from ..cli.job import Job
-from ..cli.terminal import Closing, table
+from ...data.errors import UserError
+from ..pages import FIGURES, write_report
+from ..settings import Config, compose_config, grid
+from ..terminal import Closing, table
 from ..verbs import evaluate, train
-from ..verbs.report import FIGURES, write_report
-from ..workspace import runs
+from ..workspace import Job, runs
 
 PLAN = "sweep.json"
 
@@ -40,51 +36,11 @@ class Combination:
         return trained and (self.folder / "eval.json").is_file()
 
 
-def combinations(folder: Path, words: Sequence[str]) -> list[Combination]:
-    """All combinations of the settings that are given several values, each with a folder named after them."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    fixed, choices = [], []
-    for word, override in zip(words, OverridesParser.create().parse_overrides(list(words))):
-        if override.key_or_group.split(".")[0] in ("run", "launcher", "eval", "jobs"):
-            continue
-        if override.is_sweep_override():
-            key = override.key_or_group
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            fixed.append(word)
-    if not choices:
-        raise SettingsError("no setting has several values; give some a list, such as trainer.target_l0=8,16,32")
-    return [Combination(folder / _name(chosen), [*fixed, *chosen]) for chosen in itertools.product(*choices)]
-
-
-def _name(chosen: Sequence[str]) -> str:
-    """A folder's name: the settings' own names without their groups, and their values."""
-    parts = []
-    for word in chosen:
-        key, _, value = word.partition("=")
-        parts.append(f"{key.rpartition('.')[2]}-{value}")
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", "_".join(parts)).strip("_")
-
-
-def single_values(words: Sequence[str]) -> list[str]:
-    """The same words with the first of several values each: enough to compose and check the sweep's own settings."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    single = []
-    for word, override in zip(words, OverridesParser.create().parse_overrides(list(words))):
-        if override.is_sweep_override():
-            single.append(f"{override.key_or_group}={next(iter(override.sweep_string_iterator()))}")
-        else:
-            single.append(word)
-    return single
-
-
 def run(job: Job) -> Closing:
     """Run what is missing, then compare."""
     folder = Path(job.top.run)
     runs.writable(folder)
-    planned = combinations(folder, job.words)
+    planned = [Combination(folder / one.name, one.words) for one in grid(job.words)]
     if job.top.jobs:
         planned = planned[: job.top.jobs]
     parts = {one.folder: part_of(job, one) for one in planned}

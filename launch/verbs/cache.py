@@ -5,10 +5,8 @@ from pathlib import Path
 
 from ...conf import SOURCES
 from ...data.errors import UserError
-from ..cli.job import Job
-from ..cli.terminal import Closing, table
-from ..workspace import runs
-from ..workspace.sources import open_corpus, open_model
+from ..terminal import Closing, table
+from ..workspace import Job, open_corpus, open_model, runs
 
 
 def run(job: Job) -> Closing:

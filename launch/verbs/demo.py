@@ -13,11 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cli.compose import Config, preset
-from ..cli.job import Job
-from ..cli.terminal import Closing, duration, table
-from ..workspace import runs
-from ..workspace.sources import open_corpus, open_replacement, world_of
+from ..settings import Config, preset
+from ..terminal import Closing, duration, table
+from ..workspace import Job, open_corpus, open_replacement, runs, world_of
 from . import cache, evaluate, train
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ def run(job: Job) -> Closing:
         demo.do(name, stage)
     summary = demo.summary()
     runs.write_json(folder / "summary.json", summary)
-    from ..pages.demo_report import write_demo_report
+    from ..pages import write_demo_report
 
     write_demo_report(folder, summary)
     return closing(folder, summary)
@@ -92,7 +90,7 @@ class Demo:
 
     def world(self) -> dict[str, Any]:
         from ...data.worlds import World
-        from ..workspace.sources import bundled_folder
+        from ..workspace import bundled_folder
 
         world = World.load(bundled_folder("world", self.job.section("world"), self.job.progress))
         held_out = world.record["accuracy"]["held_out"]
@@ -130,7 +128,7 @@ class Demo:
 
     def features(self) -> dict[str, Any]:
         from ...circuit.features import Labels, build_features
-        from ..known_world.truth import label_features, state_features
+        from ..known_world import label_features, state_features
 
         found = {}
         for kind in KINDS:
@@ -145,7 +143,7 @@ class Demo:
         return found
 
     def trace(self) -> dict[str, Any]:
-        from ..known_world.circuits import check_paths, traced
+        from ..known_world import check_paths, traced
 
         settings, result = self.job.section("trace"), {}
         for kind in reversed(KINDS):
@@ -161,8 +159,7 @@ class Demo:
         return {**result, "checked": check_paths(model, world, labels, cities, settings, self.seed, self.job.progress)}
 
     def swap(self) -> dict[str, Any]:
-        from ..known_world import swap
-        from ..known_world.truth import state_coded
+        from ..known_world import state_coded, swap
 
         model, pairs = self.model("clt"), self.job.section("demo").pairs
         world = self.the_world(model)

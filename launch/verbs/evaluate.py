@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ... import __version__
 from ...data.errors import UserError
-from ..cli.job import Job
-from ..cli.terminal import Closing, table
-from ..workspace import runs
-from ..workspace.sources import open_corpus, open_replacement, world_of
+from ..terminal import Closing, table
+from ..workspace import Job, open_corpus, open_replacement, runs, world_of
 
 if TYPE_CHECKING:
     from ...circuit.judge import EvalSettings, EvalText, PromptSet, TextBatch

@@ -5,10 +5,8 @@ from typing import Any
 
 from ...conf import SOURCES
 from ...data.errors import UserError
-from ..cli.job import Job
-from ..cli.terminal import Closing
-from ..workspace.runs import transcoder_folder, writable, write_yaml
-from ..workspace.sources import model_settings
+from ..terminal import Closing
+from ..workspace import Job, model_settings, runs
 
 
 def run(job: Job) -> Closing:
@@ -21,12 +19,12 @@ def write_out(job: Job) -> Closing:
     top, source, out = job.top, Path(job.top.run), Path(job.top.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; name another folder to write to")
-    writable(out)
+    runs.writable(out)
     if top.to == "neuronpedia":
         return _write_graphs(source, out)
     from ...train.transcoder.transcoder import Transcoder
 
-    transcoder = Transcoder.load(transcoder_folder(source))
+    transcoder = Transcoder.load(runs.transcoder_folder(source))
     if top.to == "saelens":
         from ...circuit.formats import export_saelens
 
@@ -91,7 +89,7 @@ def read_in(job: Job) -> Closing:
         raise UserError(f"there is nothing at {path}; path takes the folder or file to read")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is there already; name another run to import into")
-    writable(folder)
+    runs.writable(folder)
     if top.format == "neuronpedia":
         from ...circuit.formats import read_neuronpedia
 
@@ -107,7 +105,7 @@ def read_in(job: Job) -> Closing:
     transcoder = read(path)
     transcoder.save(folder / "transcoder", transcoder.meta)
     if any(name.startswith("model") for name in job.config.given):  # else its own description says which model
-        write_yaml(folder / "config.yaml", {name: job.config.values[name] for name in SOURCES})
+        runs.write_yaml(folder / "config.yaml", {name: job.config.values[name] for name in SOURCES})
     return Closing(
         "imported",
         wrote=[(str(folder / "transcoder"), "the transcoder")],

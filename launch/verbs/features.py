@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from ..cli.job import Job
-from ..cli.terminal import Closing
-from ..workspace import runs
-from ..workspace.sources import open_corpus, open_replacement, world_of
+from ..terminal import Closing
+from ..workspace import Job, open_corpus, open_replacement, runs, world_of
 
 
 def run(job: Job) -> Closing:
@@ -17,7 +15,7 @@ def run(job: Job) -> Closing:
     model = open_replacement(job, folder)
     world = world_of(model.lm)
     if world is not None:
-        from ..known_world.truth import label_features
+        from ..known_world import label_features
 
         labels = Labels.load(folder)
         labels.update(label_features(model, world, job.top.seed, job.progress))

@@ -1,47 +1,10 @@
 """`crosslace report`: one page about one evaluated run, or about many side by side."""
 
-import csv
-import io
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from ...data.errors import UserError
-from ..cli.job import Job
-from ..cli.terminal import Closing, table
-from ..pages.report_page import comparison_page, run_page
-from ..workspace import runs
-
-FIGURES = ("l0", "nmse", "ce_recovered", "kl", "top1", "replacement_score", "completeness", "dead")
-"""What runs are compared by."""
-SMALLER_IS_BETTER = ("nmse", "kl")
-LARGER_IS_BETTER = ("ce_recovered", "replacement_score")
-
-
-class Measured(NamedTuple):
-    """One evaluated run."""
-
-    name: str
-    kind: str
-    """`clt batchtopk` and the like: runs of one kind are joined in a frontier."""
-    data: str
-    """What it was measured with: only runs of equal data are compared."""
-    figures: dict[str, float | None]
-    result: dict[str, Any]
-
-    def beats(self, other: "Measured") -> bool:
-        """Whether this run is as good in everything, at no more active features, and better in something."""
-        if self.data != other.data:
-            return False
-        margins = [_margin(other, self, "l0")]
-        margins += [_margin(other, self, name) for name in SMALLER_IS_BETTER]
-        margins += [_margin(self, other, name) for name in LARGER_IS_BETTER]
-        known = [margin for margin in margins if margin is not None]
-        return bool(known) and min(known) >= 0 and max(known) > 0
-
-
-def _margin(more: Measured, less: Measured, name: str) -> float | None:
-    a, b = more.figures[name], less.figures[name]
-    return None if a is None or b is None else a - b
+from ..pages import FIGURES, evaluated_below, write_report
+from ..terminal import Closing, table
+from ..workspace import Job, runs
 
 
 def run(job: Job) -> Closing:
@@ -60,82 +23,3 @@ def run(job: Job) -> Closing:
         wrote.append((str(page.with_suffix(".csv")), "the table"))
     rows = [(m.name, m.kind, *(m.figures[name] for name in FIGURES)) for m in measured]
     return Closing("reported", tables=[table("runs", ("run", "kind", *FIGURES), rows)], wrote=wrote)
-
-
-def evaluated_below(folder: Path) -> list[Path]:
-    """The folder itself where it was evaluated, and every evaluated run below it."""
-    if not folder.is_dir():
-        raise UserError(f"there is no run at {folder}")
-    found = sorted(path.parent for path in folder.rglob("eval.json"))
-    if not found:
-        raise UserError(f"no run in {folder} was evaluated; run `crosslace eval run=...` first")
-    return found
-
-
-def write_report(folders: list[Path], page: Path) -> list[Measured]:
-    """The page about these runs (one: all of its figures; several: their comparison), PNGs and, for several, a CSV."""
-    measured = [read_measured(folder) for folder in folders]
-    if len(measured) == 1:
-        text, charts = run_page(measured[0].name, measured[0].result, read_log(folders[0]))
-    else:
-        beaten = {run.name: [other.name for other in measured if other.beats(run)] for run in measured}
-        text, charts = comparison_page(measured, FIGURES, beaten)
-        runs.write_text(page.with_suffix(".csv"), as_csv(measured, beaten))
-    runs.write_text(page, text)
-    plots = page.parent / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
-    for name, chart in charts.items():
-        chart.save_png(plots / f"{name}.png")
-    return measured
-
-
-def read_measured(folder: Path) -> Measured:
-    """An evaluated run from its folder."""
-    path = folder / "eval.json"
-    if not path.is_file():
-        raise UserError(f"{folder} was not evaluated yet; `crosslace eval run={folder}` does it")
-    result = runs.read_json(path)
-    try:
-        figures = figures_of(result)
-        made = result["made_with"]
-        data = f"definitions {result['definitions']}, model {made['model']}, text {made['dataset']}, {made['tokens']}"
-        kind = made["kind"]
-    except (KeyError, TypeError) as missing:
-        raise UserError(f"{path} lacks {missing}; evaluate {folder} again with this version") from missing
-    return Measured(str(folder), kind, data, figures, result)
-
-
-def figures_of(result: dict[str, Any]) -> dict[str, float | None]:
-    """The figures that runs are compared by."""
-    parts = (result["overall"], result["behaviour"], result.get("graph", {}))
-    return {name: next((part[name] for part in parts if name in part), None) for name in FIGURES}
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The run's metrics.jsonl, empty where there is none; a last line that was cut off is left out."""
-    import json
-
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    entries = []
-    for number, line in enumerate(lines):
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines) - 1:
-                raise UserError(f"{path} is damaged in line {number + 1} ({error})") from error
-    return entries
-
-
-def as_csv(measured: list[Measured], beaten: dict[str, list[str]]) -> str:
-    """One line a run."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["run", "kind", *FIGURES, "dominated_by", "data"])
-    for run in measured:
-        writer.writerow(
-            [run.name, run.kind, *(run.figures[name] for name in FIGURES), " ".join(beaten[run.name]), run.data]
-        )
-    return text.getvalue()

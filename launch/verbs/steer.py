@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...data.errors import SettingsError
-from ..cli.compose import fits
-from ..cli.job import Job
-from ..cli.terminal import Closing, table
-from ..workspace.sources import open_replacement
+from ..settings import fits
+from ..terminal import Closing, table
+from ..workspace import Job, open_replacement
 
 if TYPE_CHECKING:
     from ...circuit.replacement import Intervention

@@ -5,11 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cli.job import Job
-from ..cli.terminal import Closing, table
-from ..known_world.truth import plain
-from ..workspace.runs import slug_of, writable, write_text
-from ..workspace.sources import open_replacement
+from ..terminal import Closing, table
+from ..workspace import Job, open_replacement, runs
 
 if TYPE_CHECKING:
     from ...circuit.graph import Graph
@@ -17,20 +14,20 @@ if TYPE_CHECKING:
 
 def run(job: Job) -> Closing:
     """Trace, label, save, draw."""
-    from ...circuit.features import Labels
+    from ...circuit.features import Labels, name_features
     from ...circuit.graph import strongest_paths_text, summary_text
     from ...circuit.viewer.picture import render_graph_svg
 
     top, run_folder = job.top, Path(job.top.run)
     folder = run_folder / "graphs" / (top.slug or free_slug(run_folder, top.prompt))
-    writable(folder)
+    runs.writable(folder)
     model = open_replacement(job, run_folder, top.force, lazy_decoders=True)
     graph = model.trace(top.prompt, job.section("trace"), progress=job.progress)
     labels = Labels.load(run_folder)
     name_features(graph, labels)
     graph.metadata["prompt"] = top.prompt
     graph.save(folder)
-    write_text(folder / "graph.svg", render_graph_svg(graph, labels))
+    runs.write_text(folder / "graph.svg", render_graph_svg(graph, labels))
     return Closing(
         "traced",
         tables=[logits_table(graph)],
@@ -45,7 +42,7 @@ def run(job: Job) -> Closing:
 
 def free_slug(run: Path, prompt: str) -> str:
     """The graph's name from the prompt's last words; numbered where another prompt's graph has it already."""
-    slug = slug_of(prompt)
+    slug = runs.slug_of(prompt)
     numbered = itertools.chain([slug], (f"{slug}-{number}" for number in itertools.count(2)))
     return next(name for name in numbered if traced_prompt(run / "graphs" / name) in (None, prompt))
 
@@ -56,19 +53,6 @@ def traced_prompt(folder: Path) -> str | None:
         return json.loads((folder / "graph.json").read_text(encoding="utf-8"))["metadata"].get("prompt")
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-
-
-def name_features(graph: "Graph", labels) -> None:
-    """Give the graph's features their names, and group features of one name and position into a supernode."""
-    graph.label_features({key: label.text for key, label in labels.items()})
-    groups: dict[str, list[int]] = {}
-    for node in graph.nodes:
-        if node.kind == "feature":
-            label = labels.label(node.layer, node.index)
-            if label is not None and label.source != "tokens":
-                groups.setdefault(plain(label.text), []).append(node.id)
-    for name, ids in groups.items():
-        graph.group(name, ids)
 
 
 def logits_table(graph: "Graph"):

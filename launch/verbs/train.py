@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...data.errors import UserError
-from ..cli.job import Job
-from ..cli.terminal import Closing, table
-from ..workspace import runs, tracking
-from ..workspace.sources import open_model, open_stores
+from ..terminal import Closing, table
+from ..workspace import Job, open_model, open_stores, runs, tracking
 
 if TYPE_CHECKING:
     from ...data.store import ActivationStore
@@ -26,7 +24,7 @@ SAVED = ("init", "model", "dataset", "world", "stdlib", "store", "transcoder", "
 def run(job: Job) -> Closing:
     """Train a new run, or go on with one that was cut off; or say what that would take."""
     if job.top.plan:
-        from .train_plan import run as run_plan
+        from .plan_run import run as run_plan
 
         return run_plan(job)
     folder = Path(job.top.run)

@@ -4,8 +4,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ...data.errors import UserError
-from ..cli.job import Job
-from ..cli.terminal import Closing
+from ..terminal import Closing
+from ..workspace import Job
 
 
 def run(job: Job) -> Closing | None:

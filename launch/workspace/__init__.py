@@ -1,1 +1,13 @@
-"""What verbs work with: run folders, sources of models and text, trackers."""
+"""What verbs work with: the job, run folders, models and text and stores opened from settings, trackers."""
+
+from . import runs as runs
+from . import tracking as tracking
+from .job import Job as Job
+from .job import start as start
+from .sources import bundled_folder as bundled_folder
+from .sources import model_settings as model_settings
+from .sources import open_corpus as open_corpus
+from .sources import open_model as open_model
+from .sources import open_replacement as open_replacement
+from .sources import open_stores as open_stores
+from .sources import world_of as world_of

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...data.errors import Progress, UserError
-from ..cli.job import Job
+from .job import Job
 from .runs import transcoder_folder
 
 if TYPE_CHECKING:
@@ -98,11 +98,3 @@ def world_of(model: "LanguageModel") -> Any:
 
     folder = Path(model.name or "")
     return World.load(folder) if (folder / FACTS_FILE).is_file() else None
-
-
-def need_world(model: "LanguageModel") -> Any:
-    """The bundled world, for what only works there."""
-    world = world_of(model)
-    if world is None:
-        raise UserError(f"{model.name} is not a bundled world, so its ground truth is not known; use model=world")
-    return world

@@ -3,8 +3,8 @@
 import pytest
 from crosslace.conf import VERBS
 from crosslace.data.errors import SettingsError
-from crosslace.launch.cli.compose import compose_config, fits, tidy
-from crosslace.launch.cli.describe import presets
+from crosslace.launch.settings.compose import compose_config, fits, tidy
+from crosslace.conf.describe import presets
 from hypothesis import given
 from hypothesis import strategies as st
 

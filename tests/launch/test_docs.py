@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from crosslace.launch.cli.job import start
+from crosslace.launch.workspace.job import start
 from crosslace.launch.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from crosslace.conf import SECTIONS, VERBS
-from crosslace.launch.cli.describe import closest, known_settings, presets, section_settings
+from crosslace.conf.describe import closest, known_settings, presets, section_settings
 
 
 @pytest.mark.parametrize("verb", VERBS)

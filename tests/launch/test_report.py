@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from crosslace.data.errors import UserError
-from crosslace.launch.pages.charts import Chart, Series, page, table
-from crosslace.launch.verbs.report import evaluated_below, write_report
+from crosslace.launch.pages.charts import Chart, Series
+from crosslace.launch.pages.html import page, table
+from crosslace.launch.pages import evaluated_below, write_report
 
 
 @pytest.fixture(scope="module")

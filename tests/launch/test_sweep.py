@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from crosslace.data.errors import SettingsError
-from crosslace.launch.cli.compose import tidy
+from crosslace.launch.settings.compose import tidy
 from crosslace.launch.sweeps.sweep import combinations, single_values
 from crosslace.launch.verbs import train
 
@@ -76,7 +76,7 @@ def test_a_launcher_runs_the_sweep_in_processes(launcher: str, demo: Path, cross
 
 
 def test_slurm_settings_are_configuration() -> None:
-    from crosslace.launch.cli.compose import compose_config
+    from crosslace.launch.settings.compose import compose_config
 
     words = ["run=s", "launcher=slurm", "launcher.options.partition=gpu", "launcher.options.nodes=4"]
     options = compose_config("sweep", words).section("launcher").options

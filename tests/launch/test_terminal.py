@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from crosslace.launch.cli.terminal import Bars, Closing, Lines, Watched, duration, figure, rate, table
+from crosslace.launch.terminal import Bars, Closing, Lines, Watched, duration, figure, rate, table
 from rich.console import Console
 
 

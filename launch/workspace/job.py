@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ...data.errors import UserError
-from ..workspace import runs
-from .compose import Config, compose_config, tidy
-from .terminal import Unseen, Watched
+from ..settings import Config, compose_config, single_values, tidy
+from ..terminal import Unseen, Watched
+from . import runs
 
 
 @dataclass
@@ -67,8 +67,6 @@ def start(verb: str, words: Sequence[str]) -> Job:
     if verb == "demo" and not any(word.startswith("experiment=") for word in words):
         words = ["experiment=demo", *words]
     if verb == "sweep":
-        from ..sweeps.sweep import single_values
-
         words = tidy(verb, words)
         config = compose_config(verb, single_values(words))
     else:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from ...data.errors import UserError
 from ...data.units import format_bytes, parse_bytes
-from ..cli.job import Job
-from ..cli.terminal import Closing, table
+from ..terminal import Closing, table
+from ..workspace import Job
 
 if TYPE_CHECKING:
     from ...train.planning.plan import Plan, Shape

@@ -1,83 +1,13 @@
-"""What the pages of `crosslace eval` and `crosslace report` show."""
+"""The page about one run: everything that `eval.json` holds, and the course of its training."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...circuit.judge import DENSITY_EDGES, FIGURES
-from .charts import Chart, Series, grid, notice, page, table
-
-if TYPE_CHECKING:
-    from ..verbs.report import Measured
+from .charts import LABELS, Chart, Series
+from .html import grid, notice, page, table
 
 Charts = dict[str, Chart]
-
-COMPARED = ("nmse", "ce_recovered", "kl", "replacement_score")
-"""What is drawn against L0."""
-LABELS = {
-    "l0": "active features per token and layer",
-    "nmse": "NMSE",
-    "ce_recovered": "cross-entropy recovered",
-    "kl": "KL (clean || replaced)",
-    "top1": "top-1 agreement",
-    "replacement_score": "replacement score",
-}
-
-
-def comparison_page(
-    measured: Sequence["Measured"], figures: Sequence[str], beaten: Mapping[str, Sequence[str]]
-) -> tuple[str, Charts]:
-    """Many runs: frontiers, and a table that sorts."""
-    data = list(dict.fromkeys(run.data for run in measured))
-    charts = {f"l0_{name}": _frontier(measured, data, name) for name in COMPARED}
-    body = []
-    if len(data) > 1:
-        body.append(
-            notice(
-                "These runs were measured on different data or by different definitions, marked A, B, ...: "
-                "compare only runs of one letter."
-            )
-        )
-        body += [f"<p>{_letter(i)}: <code>{escape(text)}</code></p>" for i, text in enumerate(data)]
-    body.append(grid([chart.svg() for chart in charts.values()]))
-    body.append(
-        "<h2>All runs</h2><p class=lead>Click a column to sort. A run is dominated where another one, at no "
-        "more active features, is as good in NMSE, KL, cross-entropy recovered and replacement score, and "
-        "better in one.</p>"
-    )
-    rows = [
-        [
-            run.name,
-            run.kind,
-            *([_letter(data.index(run.data))] if len(data) > 1 else []),
-            *(run.figures[name] for name in figures),
-            ", ".join(beaten[run.name]) or None,
-        ]
-        for run in measured
-    ]
-    heads = ["run", "kind", *(["data"] if len(data) > 1 else []), *figures, "dominated by"]
-    body.append(table(heads, rows, sortable=True))
-    lead = f"{len(measured)} runs; {sum(not by for by in beaten.values())} of them not dominated."
-    return page("Crosslace: runs compared", lead, "".join(body)), charts
-
-
-def _letter(number: int) -> str:
-    return chr(ord("A") + number % 26)
-
-
-def _frontier(measured: Sequence["Measured"], data: Sequence[str], name: str) -> Chart:
-    groups: dict[str, list[tuple[float, float, str]]] = {}
-    for run in measured:
-        x, y = run.figures["l0"], run.figures[name]
-        if x is not None and y is not None:
-            letter = f" ({_letter(data.index(run.data))})" if len(data) > 1 else ""
-            groups.setdefault(run.kind + letter, []).append((x, y, run.name))
-    series = []
-    for kind, points in groups.items():
-        points.sort()
-        labels = [f"{label}: L0 {x:.3g}, {name} {y:.4g}" for x, y, label in points]
-        series.append(Series(kind, [(x, y) for x, y, _ in points], labels))
-    return Chart(LABELS[name], LABELS["l0"], LABELS[name], series, log_y=name in ("nmse", "kl"))
 
 
 def run_page(name: str, result: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> tuple[str, Charts]:
@@ -150,7 +80,7 @@ def _layers(result: Mapping[str, Any]) -> str:
 
 
 def _graphs(graph: Mapping[str, Any]) -> str:
-    columns = FIGURES
+    columns = [name for name in graph["prompts"][0] if name != "prompt"]
     mean = [["mean", *(graph[name] for name in columns)]]
     interval = [["95% interval", *(_interval(graph, name) for name in columns)]]
     prompts = [[row["prompt"], *(row[name] for name in columns)] for row in graph["prompts"]]
@@ -218,7 +148,8 @@ def _layer_charts(result: Mapping[str, Any]) -> Charts:
 
 
 def _density(health: Sequence[Mapping[str, Any]]) -> Chart:
-    names = ["never", *(f"≤{edge:g}" for edge in DENSITY_EDGES)]
+    bins = len(health[0]["density_histogram"])  # silent features, then one bin a power of ten up to 1
+    names = ["never", *(f"≤{10.0**power:g}" for power in range(2 - bins, 1))]
     series = [
         Series(
             f"layer {layer['layer']}", [(float(n), float(count)) for n, count in enumerate(layer["density_histogram"])]

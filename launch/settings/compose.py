@@ -27,8 +27,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ...conf import ALIASES, SECTIONS, VERBS
+from ...conf.describe import Setting, closest, known_settings, presets
 from ...data.errors import SettingsError
-from .describe import closest, known_settings, presets, verb_settings
 
 GROUPS = ("launcher", "model", "dataset", "store", "transcoder", "trainer", "eval", "trace", "experiment")
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}
@@ -52,7 +52,7 @@ class Config:
 
     def top(self) -> Any:
         """The verb's own settings object."""
-        cls = _load("launch/cli/settings.py", VERBS[self.verb].settings)
+        cls = _load("launch/settings/verb_settings.py", VERBS[self.verb].settings)
         return build(cls, {field.name: self.values[field.name] for field in dataclasses.fields(cls)}, "")
 
     def check(self) -> None:
@@ -104,8 +104,6 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _words(hint: Any) -> str:
-    from .describe import Setting
-
     text = hint.__name__ if isinstance(hint, type) and not typing.get_origin(hint) else str(hint)
     return Setting("", text.replace("typing.", ""), "", "").takes
 
@@ -145,7 +143,7 @@ def _typed(hint: Any) -> bool:
 
 def _root_schema(verb: str) -> type:
     """The verb's own settings, and a place for each section."""
-    own = _schema(_load("launch/cli/settings.py", VERBS[verb].settings))
+    own = _schema(_load("launch/settings/verb_settings.py", VERBS[verb].settings))
     places = [(name, Any, dataclasses.field(default=None)) for name in SECTIONS]
     return dataclasses.make_dataclass(own.__name__, places, bases=(own,))
 
@@ -297,8 +295,3 @@ def in_one_sentence(verb: str, error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]
-
-
-def top_names(verb: str) -> list[str]:
-    """The names of a verb's top-level settings."""
-    return [setting.name for setting in verb_settings(verb)]

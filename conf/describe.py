@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ...conf import SECTIONS, VERBS
+from . import SECTIONS, VERBS
 
-PACKAGE = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Setting(NamedTuple):
@@ -103,7 +103,7 @@ def _constant(module: str, name: str) -> str | None:
 
 def verb_settings(verb: str) -> tuple[Setting, ...]:
     """The settings that stand at the top level of this verb's configuration."""
-    return settings_of("launch/cli/settings.py", VERBS[verb].settings)
+    return settings_of("launch/settings/verb_settings.py", VERBS[verb].settings)
 
 
 def section_settings(section: str) -> tuple[Setting, ...]:
