@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := __init__.py data train circuit launch conf benchmarks tests
+SOURCES := __init__.py data train circuit launch conf docs benchmarks tests
 RUN ?= runs/demo
 
 .DEFAULT_GOAL := help

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-from crosslace.launch.workspace.job import start
 from crosslace.launch.verbs.evaluate import evaluated
+from crosslace.launch.workspace.job import start
 from crosslace.launch.workspace.sources import open_corpus, open_replacement
 
 

@@ -1,6 +1,6 @@
 """`python -m crosslace.launch VERB` is the same as `crosslace VERB`."""
 
-from .cli.main import main
+from .cli import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main.main())

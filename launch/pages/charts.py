@@ -147,9 +147,9 @@ class Chart:
             if self.bars:
                 for number, title in enumerate(titles):
                     text = text.replace(f'<g id="bar-{place}-{number}">', f"<g>{title}")
-            elif (start := text.find(f'<g id="dots-{place}">')) >= 0:
-                end = text.index("</g>\n  </g>", start)
-                text = text[:start] + _titled(text[start:end], titles) + text[end:]
+            else:
+                group = re.search(rf'<g id="dots-{place}">.*?</g>\s*</g>', text, re.DOTALL)
+                text = text.replace(group[0], _titled(group[0], titles)) if group else text
         for colour, name in PAGE_COLOURS.items():
             text = text.replace(colour, f"var({name})")
         text = re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", text)  # only names that something in the picture uses

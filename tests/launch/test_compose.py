@@ -2,9 +2,9 @@
 
 import pytest
 from crosslace.conf import VERBS
+from crosslace.conf.describe import presets
 from crosslace.data.errors import SettingsError
 from crosslace.launch.settings.compose import compose_config, fits, tidy
-from crosslace.conf.describe import presets
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -12,8 +12,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from crosslace.launch.workspace.job import start
 from crosslace.launch.cli.main import main
+from crosslace.launch.workspace.job import start
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]

@@ -4,14 +4,15 @@ import copy
 import csv
 import html
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from crosslace.data.errors import UserError
+from crosslace.launch.pages import evaluated_below, write_report
 from crosslace.launch.pages.charts import Chart, Series
 from crosslace.launch.pages.html import page, table
-from crosslace.launch.pages import evaluated_below, write_report
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +108,20 @@ def test_what_was_not_evaluated_is_said(tmp_path: Path, result: dict) -> None:
 
 def test_charts_leave_out_what_cannot_be_drawn() -> None:
     chart = Chart("t", "x", "y", [Series("a", [(1, 0.0), (2, float("nan")), (3, 5.0)])], log_y=True)
-    assert chart.svg().count("<circle") == 1
+    assert chart.svg().count("<title>") == 1 and "<title>a: 3, 5</title>" in chart.svg()
     narrow = Chart("t", "x", "y", [Series("a", [(1.0, 0.0117), (2.0, 0.0168)])], log_y=True)
-    assert ">0.012<" in narrow.svg()  # an axis has numbers, however short
+    assert re.search(r">0\.01[2-6]\d*<", narrow.svg())  # an axis has numbers, however short
     assert "nothing to draw" in Chart("t", "x", "y", [Series("a", [])]).svg()
-    assert "&lt;b&gt;" in Chart("<b>", "x", "y", [Series("a", [(1.0, 1.0)])]).svg()
+    hostile = Chart("<b> $x$", "x", "y", [Series("<i>", [(1.0, 1.0)], labels=["<u>"])], bars=True).svg()
+    assert "&lt;b&gt; $x$" in hostile and "&lt;u&gt;" in hostile and "<u>" not in hostile
+
+
+def test_a_chart_takes_the_colours_of_its_page_and_names_of_its_own() -> None:
+    first, second = (Chart(name, "x", "y", [Series("a", [(1, 1), (2, 2)])]).svg() for name in ("one", "two"))
+    assert "var(--c0)" in first and "var(--ink)" in first and "#2563eb" not in first
+    names = [set(re.findall(r'id="([^"]+)"', text)) for text in (first, second)]
+    assert names[0] and not names[0] & names[1]
+    assert all(f"#{name}" in first for name in names[0])
 
 
 def test_tables_sort_by_value_not_by_its_show() -> None:

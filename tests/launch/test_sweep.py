@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 from crosslace.data.errors import SettingsError
-from crosslace.launch.settings.compose import tidy
-from crosslace.launch.sweeps.sweep import combinations, single_values
+from crosslace.launch.settings import grid, single_values, tidy
 from crosslace.launch.verbs import train
 
 SMALL = [
@@ -27,8 +26,8 @@ SMALL = [
 
 def test_combinations_are_named_after_what_varies() -> None:
     words = tidy("sweep", ["run=s", "store=x", "transcoder=clt,plt", "trainer.target_l0=4,8", "eval.tokens=2000"])
-    found = combinations(Path("s"), words)
-    assert [one.folder.name for one in found] == [
+    found = grid(words)
+    assert [one.name for one in found] == [
         "transcoder-clt_target_l0-4",
         "transcoder-clt_target_l0-8",
         "transcoder-plt_target_l0-4",
@@ -40,7 +39,7 @@ def test_combinations_are_named_after_what_varies() -> None:
 
 def test_a_sweep_over_nothing_is_refused() -> None:
     with pytest.raises(SettingsError, match="no setting has several values"):
-        combinations(Path("s"), ["run=s", "trainer.steps=5"])
+        grid(["run=s", "trainer.steps=5"])
 
 
 def test_a_contradiction_is_refused_before_the_first_run(demo: Path, crosslace, tmp_path: Path) -> None:
