@@ -4,6 +4,7 @@ Targets of a batch are sorted by layer, the last first, so that those which a la
 one cotangent tensor; a batch holds targets of neighbouring positions, and no position after its last is visited.
 """
 
+from collections.abc import Callable
 from itertools import groupby
 from typing import NamedTuple
 
@@ -54,6 +55,11 @@ class EdgeColumns(NamedTuple):
     """[L, T, B]."""
 
 
+Visit = Callable[[int, slice, Tensor | None, Tensor], None]
+"""Called with a layer, a slice of targets, their cotangents G [T', D, n] of what attention adds there (None: the
+targets' own directions at their own positions alone) and V [T', H * hd, n] of its values."""
+
+
 class FrozenModel:
     """Sources and frozen layers of one prompt."""
 
@@ -74,18 +80,13 @@ class FrozenModel:
         return torch.cat(vectors) if vectors else None
 
     @torch.no_grad()
-    def edges(self, targets: Directions, places: Places) -> EdgeColumns:
-        """All edges into a batch of targets, which must be sorted by layer, the last first, then by position."""
-        sources, n = self.sources, len(targets.layer)
-        T, L = self.length, self.n_layers
+    def edges(self, targets: Directions, places: Places, visit: Visit | None = None) -> EdgeColumns:
+        """All edges into a batch of targets, which must be sorted by layer, the last first, then by position; `visit`
+        sees what each layer's heads pass on."""
+        n, L = len(targets.layer), self.n_layers
         T_seen = max(places.positions) + 1
         new = {"dtype": self.dtype, "device": targets.direction.device}
-        out = EdgeColumns(
-            torch.zeros(len(sources.run_order), n, **new),
-            torch.zeros(L, T, n, **new),
-            torch.zeros(len(sources.embeddings), T, n, **new),
-            torch.zeros(L, T, n, **new),
-        )
+        out = self._no_edges(n)
         self._own_bias(targets, out)
         G = torch.empty(T_seen, targets.direction.shape[1], n, **new)
         layers = places.layers
@@ -93,8 +94,26 @@ class FrozenModel:
         for layer in reversed(range(L)):
             seen = joined
             joined += layers.count(layer)
-            self._through_layer(layer, G, targets, places.positions[seen:joined], seen, out)
+            self._through_layer(layer, G, targets, places.positions[seen:joined], seen, out, visit)
         return out
+
+    @torch.no_grad()
+    def edges_into(self, layer: int, G: Tensor) -> EdgeColumns:
+        """All edges into what reads the residual stream that a layer reads, with cotangents G [T', D, n], which are
+        used up."""
+        out = self._no_edges(G.shape[2])
+        for below in reversed(range(layer)):
+            self._through_layer(below, G, None, [], G.shape[2], out)
+        if layer == 0:
+            out.embeddings[:, : len(G)] = readout(self.sources.embeddings, G).transpose(0, 1)
+        return out
+
+    def _no_edges(self, n: int) -> EdgeColumns:
+        sources, T, L = self.sources, self.length, self.n_layers
+        new = sources.embeddings.new_zeros
+        return EdgeColumns(
+            new(len(sources.run_order), n), new(L, T, n), new(len(sources.embeddings), T, n), new(L, T, n)
+        )
 
     def _own_bias(self, targets: Directions, out: EdgeColumns) -> None:
         """What a target adds by itself counts with the bias node of its own place, the last layer's for logits."""
@@ -109,7 +128,14 @@ class FrozenModel:
         return stop
 
     def _through_layer(
-        self, layer: int, G: Tensor, targets: Directions, begin: list[int], seen: int, out: EdgeColumns
+        self,
+        layer: int,
+        G: Tensor,
+        targets: Directions | None,
+        begin: list[int],
+        seen: int,
+        out: EdgeColumns,
+        visit: Visit | None = None,
     ) -> None:
         """From the layer's output to its input: columns :seen come from above, those after them begin here, at
         positions `begin`."""
@@ -126,13 +152,15 @@ class FrozenModel:
                     above += skipped
                 V = frozen.mix(above)
             self._read_attention(layer, above, V, out)
+            if visit is not None:
+                visit(layer, slice(0, seen), above, V)
             if after is not None:
                 above += after
             if layer > 0:
                 frozen.pull(above, V)
             else:
                 out.embeddings[:, : len(above), :seen] += readout(self.sources.embeddings, above).transpose(0, 1)
-        if joined == seen:
+        if joined == seen or targets is None:
             return
         if parallel:  # their MLP reads the layer's input
             self._join(G, targets, seen, joined)
@@ -140,7 +168,7 @@ class FrozenModel:
                 entered = readout(self.sources.embeddings, G[:, :, seen:joined])
                 out.embeddings[:, : len(G), seen:joined] += entered.transpose(0, 1)
         else:
-            self._first_step(layer, G, targets, begin, seen, out)
+            self._first_step(layer, G, targets, begin, seen, out, visit)
 
     def _through_mlp(self, layer: int, G: Tensor, out: EdgeColumns) -> Tensor | None:
         """Read out what writes to the layer's MLP output; gives what comes back through a skip connection."""
@@ -175,7 +203,14 @@ class FrozenModel:
             out.embeddings[:, :length, columns] += found.transpose(0, 1)
 
     def _first_step(
-        self, layer: int, G: Tensor, targets: Directions, begin: list[int], seen: int, out: EdgeColumns
+        self,
+        layer: int,
+        G: Tensor,
+        targets: Directions,
+        begin: list[int],
+        seen: int,
+        out: EdgeColumns,
+        visit: Visit | None,
     ) -> None:
         """Directions that read after this layer's attention, position by position."""
         frozen, vectors = self.layers[layer], self.readers[layer]
@@ -187,6 +222,8 @@ class FrozenModel:
             by_head, U = frozen.first(W, position)
             if frozen.written_bias is not None:
                 out.biases[layer, position, columns] += frozen.written_bias[position] @ W
+            if visit is not None:
+                visit(layer, columns, None, frozen.first_values(U, position))
             if vectors is not None:
                 self._book(layer, frozen.first_readout(vectors, U, position), columns, out)
             if layer == 0:

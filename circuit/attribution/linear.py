@@ -89,7 +89,7 @@ class FrozenLayer:
     def __init__(self, parts: LayerParts, recording: Recording, layer: int, dtype: torch.dtype):
         H, hd, D = parts.n_heads, parts.head_dim, parts.W_O.shape[0]
         groups = H // parts.n_kv_heads
-        self.n_heads, self.head_dim = H, hd
+        self.n_heads, self.n_kv_heads, self.head_dim = H, parts.n_kv_heads, hd
         # a few heads at once on a CPU, for the memory of U; an accelerator takes all
         self.heads_together = max(1, HEAD_WIDTH // hd) if parts.W_O.device.type == "cpu" else H
 
@@ -156,6 +156,21 @@ class FrozenLayer:
         else:
             G += torch.bmm(self.W_V.expand(len(G), -1, -1), V)
 
+    def of_key_heads(self, x: Tensor) -> Tensor:
+        """What the heads that share values hold alike, [..., H * hd] -> [..., KV, hd]."""
+        return x.unflatten(-1, (self.n_kv_heads, -1, self.head_dim))[..., 0, :]
+
+    def values(self, F: Tensor) -> Tensor:
+        """Forwards: what changes F [n, T', D] of the layer's input make of values, [n, T', KV, hd]."""
+        return (F @ self.of_key_heads(self.W_V).flatten(-2)).unflatten(-1, (self.n_kv_heads, self.head_dim))
+
+    def carry(self, values: Tensor, first: int) -> Tensor:
+        """Forwards: what attention makes of changed values [n, T', KV, hd], positions from `first` on: [n, T', D]."""
+        groups = self.n_heads // self.n_kv_heads
+        pattern = self.pattern[:, first:, first:].unflatten(0, (self.n_kv_heads, groups))
+        mixed = torch.einsum("ghpk,nkgd->npghd", pattern, values)
+        return mixed.flatten(2) @ self.W_O
+
     def first(self, W: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """`mix` and `pull` of cotangents that stand at one position alone, W [D, n].
 
@@ -170,6 +185,11 @@ class FrozenLayer:
         """What `first` found, [H, D, n], at positions 0 .. position: [position + 1, D, n]."""
         weights = self.pattern[:, position, : position + 1].T
         return (weights @ by_head.flatten(1)).view(position + 1, *by_head.shape[1:])
+
+    def first_values(self, U: Tensor, position: int) -> Tensor:
+        """The V that belongs to U [H, hd, n]: [position + 1, H * hd, n]."""
+        weights = self.pattern[:, position, : position + 1].T
+        return (weights[:, :, None, None] * U).flatten(1, 2)
 
     def first_readout(self, vectors: Tensor, U: Tensor, position: int) -> Tensor:
         """V . vectors [k, T, H * hd] for the V that belongs to U [H, hd, n]: [position + 1, k, n]."""

@@ -90,6 +90,9 @@ class LayerParts:
     W_O: Tensor
     """[D, n_heads * head_dim]."""
     b_O: Tensor | None
+    query_norm: Norm | None
+    """On queries before they are rotated, head by head or over all heads at once (OLMo 2)."""
+    key_norm: Norm | None
     attn: nn.Module
     mlp: nn.Module
     """The block that a transcoder stands in for."""
@@ -194,10 +197,16 @@ class Family:
     norm_offset: float = 0.0
     """Added to a norm's stored weight."""
     value: Callable[[nn.Module, int], Affine] = _separate_value
+    query_key_norms: Callable[[Any], tuple[str, str] | None] = lambda config: None
+    """Names of the norms on queries and keys, inside attention, from the configuration."""
     out_name: str = "o_proj"
     out: Callable[[nn.Module], Affine] = _linear_out
     parallel: Callable[[Any], bool] = lambda config: False
     """Whether the MLP reads the layer's input, from the configuration."""
+
+
+def _normed(config: Any) -> tuple[str, str]:
+    return "q_norm", "k_norm"
 
 
 _LLAMA = Family()
@@ -214,6 +223,7 @@ _OLMO = Family(
     post_attn_norm="post_attention_layernorm",
     mlp_norm=None,
     post_mlp_norm="post_feedforward_layernorm",
+    query_key_norms=_normed,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -255,6 +265,7 @@ FAMILIES: dict[str, Family] = {
         mlp_norm="input_layernorm",  # one norm feeds both attention and the MLP
         norm="layer",
         norm_eps="eps",
+        query_key_norms=lambda config: ("q_layernorm", "k_layernorm") if config.qk_layernorm else None,
         out_name="dense",
         parallel=lambda config: True,
     ),
@@ -263,14 +274,16 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "mixtral": _EXPERTS,
     "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "qwen3_moe": _EXPERTS,
+    "qwen3": replace(_LLAMA, query_key_norms=_normed),
+    "qwen3_moe": replace(_EXPERTS, query_key_norms=_normed),
     "smollm3": _LLAMA,
     "gpt_oss": _EXPERTS,
     "gemma": _GEMMA,
     "gemma2": _SANDWICH,
-    "gemma3_text": _SANDWICH,
-    "gemma3": replace(_SANDWICH, decoder="model.language_model"),  # with a vision tower, which is left alone
+    "gemma3_text": replace(_SANDWICH, query_key_norms=_normed),
+    "gemma3": replace(
+        _SANDWICH, query_key_norms=_normed, decoder="model.language_model"
+    ),  # with a vision tower, which is left alone
     "olmo2": _OLMO,
     "olmo3": _OLMO,
 }
@@ -309,6 +322,7 @@ def _layer_parts(family: Family, layer: nn.Module, config: Any) -> LayerParts:
     head_dim = W_O.shape[1] // n_heads
     attn_norm = _find_norm(family, layer, family.attn_norm)
     shared = family.mlp_norm == family.attn_norm
+    query_norm, key_norm = family.query_key_norms(config) or (None, None)
     return LayerParts(
         attn_norm=attn_norm,
         post_attn_norm=_find_norm(family, layer, family.post_attn_norm),
@@ -322,6 +336,8 @@ def _layer_parts(family: Family, layer: nn.Module, config: Any) -> LayerParts:
         b_V=None if b_V is None else b_V.detach(),
         W_O=W_O.detach(),
         b_O=None if b_O is None else b_O.detach(),
+        query_norm=_find_norm(family, attn, query_norm),
+        key_norm=_find_norm(family, attn, key_norm),
         attn=attn,
         mlp=(mlp := attrgetter(family.mlp)(layer)),
         mlp_down=None if family.mlp_down is None else attrgetter(family.mlp_down)(mlp),

@@ -259,7 +259,6 @@ class LanguageModel:
         Gives the dictionary that the patterns in use are written to, layer by layer. At a layer outside `layers`
         (all by default) attention is live: its pattern is not kept, and gradients pass through it.
         """
-        name = f"crosslace_{uuid4().hex}"
         given = {} if patterns is None else patterns
         used: dict[int, Tensor] = {}
         number = {id(parts.attn): index for index, parts in enumerate(self.layers)}
@@ -278,12 +277,19 @@ class LanguageModel:
             value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
             return (pattern @ value).transpose(1, 2).contiguous(), pattern
 
+        with self.attend_with(attention):
+            yield used
+
+    @contextmanager
+    def attend_with(self, attention: Callable) -> Iterator[None]:
+        """Let the model's attention modules hand queries, keys and values to a function of ours."""
+        name = f"crosslace_{uuid4().hex}"
         before = self.config._attn_implementation
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, eager_mask)
         self.config._attn_implementation = name
         try:
-            yield used
+            yield
         finally:
             self.config._attn_implementation = before
             # the registries have `register` but nothing that takes an entry out again
