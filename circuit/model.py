@@ -3,7 +3,8 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from .attribution import TraceSettings, trace
+from .attribution import Attention, EdgeHeads, Head, TraceSettings, attention, edge_heads, top_heads, trace
+from .graph import Graph
 from .replacement import (
     Generation,
     Intervention,
@@ -22,6 +23,18 @@ class ReplacementModel(LocalModel):
     def trace(self, prompt: Any, settings: TraceSettings | None = None, **named: Any) -> Any:
         """The attribution graph of a prompt; `named` are fields of TraceSettings. See `attribution.trace`."""
         return trace(self, prompt, settings, **named)
+
+    def heads(self, graph: Graph, edges: Sequence[tuple[int, int]]) -> list[EdgeHeads]:
+        """Through which heads edges (target, source) of a graph of this model go. See `attribution.edge_heads`."""
+        return edge_heads(self, graph, edges)
+
+    def top_heads(self, graph: Graph, count: int = 10, edges: int = 500) -> list[Head]:
+        """The heads that a graph's strongest edges go through. See `attribution.top_heads`."""
+        return top_heads(self, graph, count, edges)
+
+    def attention(self, prompt: Prompt, layer: int, head: int, query: int = -1, *more: Any, **named: Any) -> Attention:
+        """Why a head looked where it did from one query. See `attribution.attention`."""
+        return attention(self, prompt, layer, head, query, *more, **named)
 
     def intervene(
         self,

@@ -212,7 +212,9 @@ class _Values:
         self.ids = torch.tensor([node.id for node in nodes], device=device)
 
 
-def _sweep(prompt: FrozenPrompt, targets: Directions, kept: _Values, mine: Tensor, found: Tensor, value: Tensor) -> None:
+def _sweep(
+    prompt: FrozenPrompt, targets: Directions, kept: _Values, mine: Tensor, found: Tensor, value: Tensor
+) -> None:
     """One sweep backwards: edges `mine` [E, 3] are (number, column of `targets`, source)."""
     number, column, source = mine.T
     batch, row = kept.batch_of[source], kept.row_of[source]
@@ -242,9 +244,7 @@ def top_heads(replacement: LocalModel, graph: Graph, count: int = 10, edges: int
     return rank_heads(found, flow)[:count]
 
 
-def strongest_heads(
-    replacement: LocalModel, graph: Graph, edges: int = 500
-) -> tuple[list[EdgeHeads], list[float]]:
+def strongest_heads(replacement: LocalModel, graph: Graph, edges: int = 500) -> tuple[list[EdgeHeads], list[float]]:
     """The heads of a graph's strongest edges that come from no bias, and each target's influence a unit of input."""
     check_range("edges", edges, 1)
     is_bias = graph.nodes.mask("bias").tolist()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...data.errors import UserError
 from ...data.models import Captured, LanguageModel, LayerParts, Norm
 
 BLOCK = 256  # positions whose values are found together
@@ -67,6 +68,10 @@ def record(lm: LanguageModel, tokens: Tensor) -> Recording:
         for handle in handles:
             handle.remove()
     layers = range(lm.n_layers)
+    if other := [layer for layer in layers if layer not in patterns]:
+        raise UserError(
+            f"attention of layer {other[0]} is of a kind that is not supported: it is no softmax over earlier positions"
+        )
     resid, mlp_in, mlp_out = (
         [site[layer][0] for layer in layers] for site in (sites.resid, sites.mlp_in, sites.mlp_out)
     )

@@ -123,6 +123,17 @@ class Graph:
         """Whether a node is a target: a feature or a logit."""
         return id < self.n_features or id >= len(self.nodes) - len(self.probabilities)
 
+    # -- through which heads, by the model that it was traced with -----------------------------------------------
+
+    def heads(self, model: Any, edge: Any) -> Any:
+        """Through which heads an edge (target, source) went; of a list of edges, a list: `ReplacementModel.heads`."""
+        several = len(edge) == 0 or not isinstance(edge[0], int)
+        return model.heads(self, edge) if several else model.heads(self, [edge])[0]
+
+    def top_heads(self, model: Any, count: int = 10, edges: int = 500) -> Any:
+        """The heads that the strongest edges went through: `ReplacementModel.top_heads`."""
+        return model.top_heads(self, count, edges)
+
     # -- influence and scores -----------------------------------------------------------------------------------
 
     @property
