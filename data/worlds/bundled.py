@@ -10,7 +10,6 @@ looks finished.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,45 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from ..cache import cache_root
-from ..errors import Progress, UserError
+from ..errors import Progress
 
 
 def settings_hash(settings: Any, **more: Any) -> str:
     """Twelve characters that change with any setting, and with whatever else the result depends on."""
     text = json.dumps(asdict(settings) | more, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def build_once(name: str, build: Callable[[Path], None]) -> Path:
-    """The cached folder `name`, built first when it is not there; processes that want it at once wait."""
-    folder = cache_root() / name
-    if folder.exists():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{name}.lock")):
-            if folder.exists():
-                return folder
-            aside = folder.with_name(f"{name}.partial")
-            shutil.rmtree(aside, ignore_errors=True)  # left behind by a build that was killed
-            aside.mkdir()
-            try:
-                build(aside)
-                aside.rename(folder)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-    except (PermissionError, NotADirectoryError) as error:
-        raise UserError(
-            f"the cache folder {folder.parent} cannot be written to ({error.strerror}); "
-            "set CROSSLACE_CACHE to one that can"
-        ) from error
-    return folder
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..cache import build_once
 from ..errors import Progress, UserError, check_choice, check_range, silent
-from .bundled import LlamaShape, TrainingBatch, build_once, fit, is_held_out, save_model, settings_hash, small_llama
+from .bundled import LlamaShape, TrainingBatch, fit, is_held_out, save_model, settings_hash, small_llama
 
 RECIPE = 1
 """Part of the cache key: raise it when a change to the code changes the model."""

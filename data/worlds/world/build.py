@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from ...cache import build_once
 from ...errors import Progress, silent
-from ..bundled import TrainingBatch, build_once, fit, save_model, settings_hash, small_llama
+from ..bundled import TrainingBatch, fit, save_model, settings_hash, small_llama
 from .questions import Question, all_questions, states_of
 from .sizes import SIZES, WorldSettings, WorldSize, as_dict
 from .tokenizer import build_tokenizer
