@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .circuit.model import ReplacementModel
     from .circuit.replacement import Intervention
     from .data.store import ActivationStore
-    from .train.transcoder.transcoder import Transcoder
+    from .train.transcoder import Transcoder
 
 __version__ = "0.1.0"
 __all__ = ["ActivationStore", "Graph", "Intervention", "ReplacementModel", "Transcoder"]

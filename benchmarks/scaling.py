@@ -33,7 +33,7 @@ from crosslace.train.parallel.mesh import MeshCollectives, ParallelSettings, loc
 from crosslace.train.planning.plan import MachineSettings, Shape, make_plan
 from crosslace.train.run.optimizers import Optimizers
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
-from crosslace.train.sparse.sparse_pass import sparse_pass
+from crosslace.train.sparse.workspace import Workspace
 from crosslace.train.step import StepParts, objective_of, train_step
 from crosslace.train.trainer import Trainer
 from crosslace.train.transcoder.partition import new_part
@@ -54,9 +54,9 @@ MEMORY = {
     ),
 }
 NAMES = {
-    "reconstructions": "sum",
-    "actives": "gather_parts",
-    "active_gradients": "sum_parts",
+    "reconstructions": "all_reduce_features",
+    "actives": "all_gather_features",
+    "active_gradients": "reduce_scatter_features",
     "thresholds": "top_threshold",
     "token_thresholds": "row_threshold",
     "gradients": "reduce_gradients",
@@ -67,8 +67,8 @@ NAMES = {
 def step_parts(shape: Shape, transcoder: TranscoderSettings, trainer: TrainerSettings, comm: Collectives) -> StepParts:
     part = new_part(transcoder, shape.d_model, list(range(shape.n_layers)), 0, {}, comm).to(local_device())
     return StepParts(
-        trainer, objective_of(trainer, part), part, Optimizers(part, trainer), RunningState(part, trainer), Counters(),
-        None, None, comm, sparse_pass,
+        trainer, objective_of(trainer, part), part, Optimizers(part, trainer), RunningState(part, trainer),
+        Counters(use_sparse=True), None, None, comm, Workspace(),
     )  # fmt: skip
 
 

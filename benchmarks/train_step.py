@@ -7,7 +7,6 @@ same losses and the same optimizer. Each measurement runs in a process of its ow
 `*_peak` is the highest memory during a step beyond parameters and optimizer state, gradients included; `gradients`
 is what they take where they are formed (the dense step forms all of them, the sparse one next to none).
 
-`--compile` compares the dense step plain and under torch.compile (`trainer.compile`) instead, first step apart.
 
 On a GPU, `python -m benchmarks.train_step --json` takes the shapes of GPT-2 small and of a wider model in bf16.
 """
@@ -28,13 +27,11 @@ from typing import Any
 
 import torch
 from crosslace.train.loss.objective import Objective, StepInputs, dense_pass, step_loss
-from crosslace.train.parallel.collectives import gradient_norms
-from crosslace.train.run.compiled import CompileClock, compiled_pass
-from crosslace.train.run.optimizers import Optimizers
+from crosslace.train.run.optimizers import Optimizers, total_and_layer_norms
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.sparse import cpu as native
+from crosslace.train.sparse.forward import sparse_pass
 from crosslace.train.sparse.row_gradients import RowGradients
-from crosslace.train.sparse.sparse_pass import sparse_pass
 from crosslace.train.sparse.workspace import Workspace
 from crosslace.train.transcoder.transcoder import Transcoder
 from torch import Tensor
@@ -71,7 +68,6 @@ class Case:
     aux: bool
     repeats: int
     profile: bool = False
-    compiled: bool = False
 
 
 def build(case: Case) -> tuple[Transcoder, Tensor, Tensor, StepInputs, Objective]:
@@ -112,11 +108,7 @@ def measure(case: Case, sparse: bool) -> dict[str, Any]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else resident()
-    forward = functools.partial(sparse_pass, workspace=Workspace()) if sparse else dense_pass
-    compiling = CompileClock()
-    if case.compiled:
-        forward = compiled_pass()
-        compiling.start()
+    workspace = Workspace()
     parts: dict[str, list[float]] = {"forward": [], "backward": [], "clip and Adam": []}
     found: Any = None
     profile = cProfile.Profile()
@@ -132,14 +124,15 @@ def measure(case: Case, sparse: bool) -> dict[str, Any]:
         start = clock()
         rows = RowGradients(optimizers.by_rows)
         with torch.autocast(case.device.split(":")[0], torch.bfloat16, enabled=case.precision == "bf16"):
-            found = step_loss(transcoder, x, y, inputs._replace(rows=rows), objective, forward=forward)
+            chosen = functools.partial(sparse_pass, workspace=workspace, unformed=rows) if sparse else dense_pass
+            found = step_loss(transcoder, x, y, inputs, objective, forward=chosen)
         forwards = clock()
         found.loss.backward()
         backwards = clock()
         formed = [(name, p.grad) for name, p in transcoder.named_parameters() if p.grad is not None]
         names = {id(p): name for name, p in transcoder.named_parameters()}
         unformed = [(names[id(p)], norms) for p, norms in rows.settled()]
-        norm = gradient_norms([*formed, *unformed], [], transcoder.n_layers)[0]
+        norm = total_and_layer_norms([*formed, *unformed], [], transcoder.n_layers)[0]
         optimizers.step(norm.clamp_min(1.0), (~norm.isfinite()).float(), rows)
         optimizers.zero_grad()
         for name, seconds in zip(parts, (forwards - start, backwards - forwards, clock() - backwards), strict=True):
@@ -151,7 +144,6 @@ def measure(case: Case, sparse: bool) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "first_s": totals[0],
-        "compile_s": compiling.seconds,
         "seconds": min(totals[1:]),
         "median": statistics.median(totals[1:]),
         "parts": {name: round(min(values[1:]), 4) for name, values in parts.items()},
@@ -220,21 +212,6 @@ def compare(case: Case) -> dict[str, Any]:
     return line
 
 
-def compare_compiled(name: str, case: Case, json_wanted: bool) -> str:
-    """The dense step without and with torch.compile: medians of the steps after the first, and the first."""
-    plain, compiled = _in_process(case, False), _in_process(replace(case, compiled=True), False)
-    if plain is None or compiled is None:
-        raise SystemExit(f"{case} does not fit into this device's memory")
-    line = {
-        "shape": name, "transcoder": case.transcoder, "activation": case.activation, "device": case.device,
-        "dtype": case.precision, "plain_s": round(plain["median"], 4), "compiled_s": round(compiled["median"], 4),
-        "ratio": round(plain["median"] / compiled["median"], 3), "plain_first_s": round(plain["first_s"], 3),
-        "compiled_first_s": round(compiled["first_s"], 3), "compile_s": round(compiled["compile_s"], 3),
-        "loss_difference": abs(plain["loss"] - compiled["loss"]) / abs(plain["loss"]),
-    }  # fmt: skip
-    return json.dumps(line) if json_wanted else "; ".join(f"{key} {value}" for key, value in line.items())
-
-
 def summary(name: str, line: dict[str, Any]) -> str:
     """The same for a reader."""
     dense = "does not fit"
@@ -258,7 +235,6 @@ def main() -> None:
     parser.add_argument("--aux", action="store_true", help="topk kinds: with the auxiliary loss (5%% dead)")
     parser.add_argument("--k", help="comma-separated; other k than the shape's (to find where dense wins)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="the dense step plain and compiled, and nothing else")
     parser.add_argument("--profile", action="store_true", help="where the sparse step's time goes, and nothing else")
     options = parser.parse_args()
     if not options.json:
@@ -273,9 +249,6 @@ def main() -> None:
             for activation in options.activation.split(","):
                 aux = options.aux and activation != "jumprelu"
                 case = Case(transcoder, activation, shape, options.device, precision, aux, options.repeats)
-                if options.compile:
-                    print(compare_compiled(name, case, options.json), flush=True)
-                    continue
                 if options.profile:
                     measure(replace(case, profile=True), sparse=True)
                     continue

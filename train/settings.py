@@ -4,9 +4,12 @@ import math
 from dataclasses import dataclass
 
 from ..data.errors import SettingsError, check_choice, check_range
-from .loss.schedules import DECAYS, RAMPS
-from .transcoder.activations import ACTIVATIONS
 
+ACTIVATIONS = ("relu", "jumprelu", "topk", "batchtopk")
+TOPK = ("topk", "batchtopk")
+"""The activations that keep k features, and need no penalty."""
+
+DECAYS = ("linear", "cosine", "constant")
 SPARSITIES = ("auto", "tanh", "l1", "l0", "target")
 OPTIMIZERS = ("adam", "adamw", "muon")
 PRECISIONS = ("float32", "bf16", "fp16")
@@ -137,9 +140,6 @@ class TrainerSettings:
     sparse: str = "auto"
     """The step that never touches a zero: on, off, or auto by the measured density."""
 
-    compile: bool = False
-    """Compile the dense step with torch.compile."""
-
     optimizer: str = "adam"
     """adam, adamw, or muon (encoders and skips by Muon, the rest by AdamW)."""
 
@@ -190,11 +190,8 @@ class TrainerSettings:
     lam_per_layer: list[float] | None = None
     """The same, one number a layer."""
 
-    lam_schedule: str = "linear"
-    """linear: from 0 to lam over lam_share of the run; constant: lam from the start."""
-
     lam_share: float = 1.0
-    """Share of the run over which lam rises."""
+    """Share of the run over which lam rises from 0; 0 keeps it at its value from the start."""
 
     tanh_c: float = 4.0
     """c in tanh(c n_i a_i)."""
@@ -247,9 +244,6 @@ class TrainerSettings:
     prefetch: int = 2
     """Batches read ahead."""
 
-    max_bad_steps: int = 5
-    """Non-finite losses or gradients in a row after which training stops."""
-
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch", 1), ("accumulate", 1), ("log_every", 1), ("keep_checkpoints", 1)):
             check_range(f"trainer.{name}", getattr(self, name), low=low)
@@ -264,7 +258,7 @@ class TrainerSettings:
             check_range(f"trainer.{name}", getattr(self, name), low=0)
         for name in ("lr_warmup", "lr_decay", "k_share", "lam_share", "resample_until"):
             check_range(f"trainer.{name}", getattr(self, name), low=0, high=1)
-        for name in ("dead_after", "eval_tokens", "calibrate_tokens", "max_bad_steps", "prefetch"):
+        for name in ("dead_after", "eval_tokens", "calibrate_tokens", "prefetch"):
             check_range(f"trainer.{name}", getattr(self, name), low=1)
         check_range("trainer.seed", self.seed, low=-(2**63), high=2**63 - 1)
         for name in ("lr", "lr_scale", "lam", "tanh_c", "target_l0", "target_l0_per_layer", "k_first", "aux_k"):
@@ -282,7 +276,6 @@ class TrainerSettings:
         check_choice("trainer.sparse", self.sparse, ("auto", "on", "off"))
         check_choice("trainer.sparsity", self.sparsity, SPARSITIES)
         check_choice("trainer.lr_schedule", self.lr_schedule, DECAYS)
-        check_choice("trainer.lam_schedule", self.lam_schedule, RAMPS)
         check_choice("trainer.preactivation_over", self.preactivation_over, ("dead", "all"))
         check_choice("trainer.init_decoder", self.init_decoder, ("zero", "uniform"))
         if self.lr_warmup + self.lr_decay > 1:

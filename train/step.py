@@ -1,42 +1,25 @@
-"""One optimizer step: schedules, choice over the whole batch, forward and backward, clip, update. No host read."""
+"""One optimizer step. The host reads nothing back from the device.
+
+x, y [B, L, D]   this rank's rows, normalised, in `accumulate` pieces
+1. schedules     k, lam, which features are dead                          loss/schedules, loss/state
+2. the batch     of several pieces: thresholds, L0 over all of them       collect_batch_statistics
+3. each piece    loss and gradients, dense [B, F] or by entries [N]       loss/objective, sparse/forward
+4. all ranks     gradients averaged over data ranks, one norm over all    parallel/collectives
+5. update        clipped, left out where anything is not finite           run/optimizers, sparse/row_gradients
+6. averages      densities, L0, the penalty that follows it               loss/state
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .loss.objective import Objective, Pass, StepInputs, StepLoss, choose, step_loss
-from .loss.schedules import annealed_k, default_lr, learning_rate, ramp
-from .loss.state import Counters, RunningState
-from .parallel.collectives import Collectives, gradient_norms
-from .parallel.exchange import decoder_norms
-from .run.optimizers import Optimizers
-from .settings import TrainerSettings
-from .sparse.row_gradients import RowGradients
-from .transcoder.activations import candidates
-from .transcoder.partition import cut_dim
-from .transcoder.transcoder import Transcoder
-
-TOPK = ("topk", "batchtopk")
-
-
-class StepParts(NamedTuple):
-    """Everything that a step works on."""
-
-    settings: TrainerSettings
-    objective: Objective
-    transcoder: Transcoder
-    optimizers: Optimizers
-    state: RunningState
-    counters: Counters
-    target_l0: Tensor | None
-    """[L]: what L0 is steered to, or k, on the device."""
-    targets: list[float] | None
-    """The same, on the host."""
-    comm: Collectives
-    forward: Callable[..., Pass]
-    """The pass that `sparse` asks for; `dense_pass` where the counters say so."""
+from .loss import Objective, Pass, StepInputs, StepLoss, annealed_k, choose, dense_pass, ramp, scheduled_lr, step_loss
+from .run import StepParts, total_and_layer_norms
+from .settings import TOPK, TrainerSettings
+from .sparse import RowGradients, sparse_pass
+from .transcoder import Transcoder, candidates, cut_dim, decoder_norms
 
 
 def objective_of(settings: TrainerSettings, transcoder: Transcoder) -> Objective:
@@ -57,11 +40,6 @@ def steered(parts: StepParts) -> bool:
     return parts.target_l0 is not None and parts.objective.sparsity in ("tanh", "l1", "l0")
 
 
-def scheduled_lr(settings: TrainerSettings, features: int, step: int) -> float:
-    peak = settings.lr or settings.lr_scale * default_lr(features)
-    return learning_rate(step, settings.steps, peak, settings.lr_warmup, settings.lr_decay, settings.lr_schedule)
-
-
 def step_inputs(parts: StepParts) -> StepInputs:
     """What schedules and state say for this step."""
     settings, transcoder, step = parts.settings, parts.transcoder, parts.counters.step
@@ -69,7 +47,7 @@ def step_inputs(parts: StepParts) -> StepInputs:
     sizes = [size * parts.comm.feature_ranks for size in transcoder.features]
     firsts = [settings.first_k(target, size) for target, size in zip(targets, sizes, strict=True)]
     k = [annealed_k(step, settings.steps, *pair, settings.k_share) for pair in zip(targets, firsts, strict=True)]
-    rising = ramp(step, settings.steps, 1.0, settings.lam_share, settings.lam_schedule)
+    rising = ramp(step, settings.steps, 1.0, settings.lam_share)
     # A steered coefficient is the controller's: a ramp would work against it.
     if parts.target_l0 is not None and steered(parts):
         lam = parts.state.steered_lam(parts.target_l0)
@@ -79,13 +57,20 @@ def step_inputs(parts: StepParts) -> StepInputs:
     return StepInputs(k, lam, settings.lam_preactivation, dead, parts.target_l0, use_aux=parts.counters.use_aux)
 
 
+def chosen_pass(parts: StepParts, unformed: RowGradients | None = None) -> Callable[..., Pass]:
+    """The dense pass, or the one on active entries: whichever the last look at the densities chose."""
+    if parts.counters.use_sparse:
+        return partial(sparse_pass, workspace=parts.workspace, unformed=unformed)
+    return dense_pass
+
+
 def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
     """x and y: this rank's rows, normalised, [B, L, D]."""
     settings, transcoder, comm = parts.settings, parts.transcoder, parts.comm
     pieces = list(zip(x.chunk(settings.accumulate), y.chunk(settings.accumulate), strict=True))
     inputs = step_inputs(parts)
     if len(pieces) > 1:
-        inputs = survey(parts, [x_B for x_B, _ in pieces], inputs)
+        inputs = collect_batch_statistics(parts, [x_B for x_B, _ in pieces], inputs)
 
     # Decoder norms once a step: the pass itself takes them, or for several pieces leaves that collect their gradient.
     norms, leaves = [], None
@@ -102,8 +87,8 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
     seen = []
     for x_B, y_B in pieces:
         with autocast(settings, x.device):
-            given = inputs._replace(norms=leaves, rows=rows)
-            loss = step_loss(transcoder, x_B, y_B, given, parts.objective, comm, parts.forward)
+            given = inputs._replace(norms=leaves)
+            loss = step_loss(transcoder, x_B, y_B, given, parts.objective, comm, chosen_pass(parts, rows))
         torch.autograd.backward(loss.loss * (scale / len(pieces)))
         seen.append(loss._replace(loss=loss.loss.detach()))
     if leaves is not None:
@@ -117,7 +102,7 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
     comm.reduce_gradients([grad for _, grad in named])
     cut = [(name, grad) for name, grad in named if cut_dim(name, comm) is not None]
     shared = [(name, grad) for name, grad in named if cut_dim(name, comm) is None]
-    norms_1L = gradient_norms([*cut, *unformed], shared, transcoder.n_layers, comm) / scale
+    norms_1L = total_and_layer_norms([*cut, *unformed], shared, transcoder.n_layers, comm) / scale
     norm = norms_1L[0]
     whole = mean_of(seen)
     bad = comm.max_all((~(norm.isfinite() & whole.loss.isfinite())).float())
@@ -134,7 +119,7 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
 
 
 @torch.no_grad()
-def survey(parts: StepParts, x_pieces: list[Tensor], inputs: StepInputs) -> StepInputs:
+def collect_batch_statistics(parts: StepParts, x_pieces: list[Tensor], inputs: StepInputs) -> StepInputs:
     """What a step of several pieces must know of its whole batch beforehand: batchtopk's thresholds, the L0."""
     transcoder, comm, settings = parts.transcoder, parts.comm, parts.transcoder.settings
     whole_k = settings.activation == "batchtopk"
@@ -155,7 +140,7 @@ def survey(parts: StepParts, x_pieces: list[Tensor], inputs: StepInputs) -> Step
         else:
             l0 += torch.stack([(h[l] > transcoder.theta(l)).sum() for l in layers]) / rows
     if not whole_k:
-        return inputs._replace(l0_around=comm.mean_data(comm.sum_shards(l0)))
+        return inputs._replace(l0_around=comm.mean_data(comm.all_reduce_features(l0)))
     # One token's worth of rows: the pools stand in for the batch, and k for the count over it.
     pooled = [torch.cat(pool)[None] for pool in pools]
     thresholds = choose(transcoder, pooled, [k * rows for k in inputs.k], comm)

@@ -1,7 +1,12 @@
 """The training run, top to bottom: prepare, go on where a checkpoint stands, step, log, evaluate, save, export.
 
-train/step.py        one optimizer step        train/loss/state.py       running averages and counters
-train/run/evaluation.py  held-out figures          train/run/checkpoint.py  exact resume
+prepare      check everything; scales from the store's statistics; weights and biases   run/checks, transcoder, start
+go on        weights, moments, averages, counters of the newest checkpoint              run/checkpoint
+each step    rows [B, L, D] of this data rank, normalised so that E|x|^2 = D            data/store, transcoder
+             one optimizer step                                                         step, loss, sparse, parallel
+now and then the densities are looked at; dead features start again                     run/resampling
+             a metric line; held-out figures; a checkpoint                              run/records, run/evaluation
+the end      thresholds are calibrated, the scales folded into the weights, one folder  run/calibration, transcoder
 """
 
 import dataclasses
@@ -16,35 +21,37 @@ from torch import Tensor
 
 from ..data.errors import Progress, UserError, out_of_room, silent
 from ..data.store import ActivationStore, Batch
-from .loss.objective import Pass, StepInputs, dense_pass
-from .loss.state import Counters, RunningState
-from .parallel.collectives import SINGLE, Collectives
-from .parallel.exchange import own_slice
-from .parallel.mesh import local_device
-from .run.checkpoint import Checkpoints
-from .run.checks import check_run, check_same_run, named_device, store_identity
-from .run.compiled import compiled_pass
-from .run.evaluation import Evaluation, HeldOut, evaluate
-from .run.interruption import StopRequest
-from .run.optimizers import Optimizers
-from .run.records import Records, training_values
-from .run.resampling import resample
-from .run.trackers import Sink
-from .settings import TrainerSettings, TranscoderSettings
-from .sparse.sparse_pass import sparse_pass, use_sparse
-from .sparse.workspace import Workspace
-from .start.initialisation import initialise, rows_for
-from .start.neurons import Neurons
-from .start.warmstart import start_from, start_from_neurons
-from .step import TOPK, StepParts, autocast, objective_of, step_inputs, train_step
-from .transcoder.export import save_whole
-from .transcoder.normalisation import Normalisation, normalisation_of
-from .transcoder.partition import new_part, part_of
-from .transcoder.transcoder import Transcoder
+from .loss import Counters, RunningState, StepInputs
+from .parallel import SINGLE, Collectives, local_device
+from .run import (
+    Checkpoints,
+    Evaluation,
+    HeldOut,
+    Optimizers,
+    Records,
+    StepParts,
+    StopRequest,
+    Tracker,
+    check_run,
+    check_same_run,
+    evaluate,
+    named_device,
+    resample,
+    store_identity,
+    training_values,
+)
+from .settings import TOPK, TrainerSettings, TranscoderSettings
+from .sparse import Workspace, use_sparse
+from .start import Neurons, initialise, rows_for, start_from, start_from_neurons
+from .step import autocast, objective_of, step_inputs, train_step
+from .transcoder import Normalisation, Transcoder, new_part, normalisation_of, own_slice, part_of, save_whole
 
 # Steps between looks at the densities, which decide whether the sparse step and the auxiliary loss are worth it.
 LOOK_EVERY = 25
 _LOOK_ROWS = 256
+
+# Non-finite losses or gradients in a row after which training stops.
+MOST_BAD_STEPS = 5
 
 
 class TrainResult(NamedTuple):
@@ -60,7 +67,7 @@ class TrainResult(NamedTuple):
     by_person: bool = False
     """Interrupted by Ctrl-C, not by a cluster that takes its machine back."""
     speed: Mapping[str, float] = MappingProxyType({})
-    """This process's first_step_seconds, tokens_per_second after it, and compile_seconds where it compiled."""
+    """This process's first_step_seconds, and tokens_per_second after it."""
 
 
 class Trainer:
@@ -76,7 +83,7 @@ class Trainer:
         *,
         comm: Collectives = SINGLE,
         device: torch.device | str | None = None,
-        sinks: Sequence[Sink] = (),
+        trackers: Sequence[Tracker] = (),
         progress: Progress = silent,
         init: Transcoder | None = None,
         neurons: Iterable[Neurons] | None = None,
@@ -87,7 +94,7 @@ class Trainer:
             settings = dataclasses.replace(settings, k_share=0.0)
         self.settings, self.transcoder_settings, self.comm = settings, transcoder_settings, comm
         self.device = torch.device(device) if device is not None else pick_device(settings)
-        self.folder, self.progress, self.sinks = Path(run_dir), progress, list(sinks)
+        self.folder, self.progress, self.trackers = Path(run_dir), progress, list(trackers)
         self.layers = list(transcoder_settings.layers or store.layers)
         check_run(settings, transcoder_settings, store, held_out, self.layers, self.device, comm)
 
@@ -107,7 +114,6 @@ class Trainer:
         self.normalisation = self.normalisation.to(self.device)
         self.held_out = HeldOut(held, self.normalisation, self.read, self.layers, comm)
         target = None if self.targets is None else torch.tensor(self.targets, device=self.device)
-        self.workspace = Workspace()
         self.parts = StepParts(
             settings=settings,
             objective=objective_of(settings, transcoder),
@@ -118,17 +124,13 @@ class Trainer:
             target_l0=target,
             targets=self.targets,
             comm=comm,
-            forward=self._forward,
+            workspace=Workspace(),
         )
 
         # Helpers.
         self.checkpoints = Checkpoints(self.folder / "checkpoints", settings.keep_checkpoints, comm)
         self.records = Records(self.folder / "metrics.jsonl", comm.is_main)
         self.evaluation: Evaluation | None = None
-        self.dense_pass = dense_pass
-        if settings.compile:
-            self.dense_pass = compiled_pass()
-            self.records.compiling.start()
 
     # The run.
 
@@ -147,7 +149,7 @@ class Trainer:
             for batch in loader:
                 x, y = self._normalised(batch)
                 if counters.step % LOOK_EVERY == 0:
-                    self._look(x)
+                    self._refresh_density_flags(x)
                 if settings.resample_every and self._due(settings.resample_every, before_step=True):
                     self._resample(x, y)
                 train_step(parts, x, y)
@@ -174,12 +176,7 @@ class Trainer:
     def _normalised(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.normalisation.x(batch.sites[self.read]), self.normalisation.y(batch.mlp_out)
 
-    def _forward(self, *arguments: Any) -> Pass:
-        if self.parts.counters.use_sparse:
-            return sparse_pass(*arguments, workspace=self.workspace)
-        return self.dense_pass(*arguments)
-
-    def _look(self, x: Tensor) -> None:
+    def _refresh_density_flags(self, x: Tensor) -> None:
         """Decide, from a reading that is the same after a resume, which step to take and whether anything is dead."""
         parts, transcoder = self.parts, self.parts.transcoder
         listed = 0.0
@@ -192,7 +189,7 @@ class Trainer:
                 h = transcoder.preactivations(x[:_LOOK_ROWS])
                 counts = torch.stack([(h_BF > transcoder.theta(l) - window).sum() for l, h_BF in enumerate(h)])
                 entries = sum(h_BF.numel() for h_BF in h) * self.comm.feature_ranks * self.comm.data_ranks
-                listed = float(self.comm.sum_data(self.comm.sum_shards(counts.sum().float()))) / entries
+                listed = float(self.comm.all_reduce_data(self.comm.all_reduce_features(counts.sum().float()))) / entries
             dead = torch.stack([dead_F.any() for dead_F in parts.state.dead(parts.counters.step)]).any()
             parts.counters.use_aux = bool(self.comm.max_all(dead.float()) > 0)
         parts.counters.use_sparse = use_sparse(self.settings.sparse, listed, self.device)
@@ -260,9 +257,9 @@ class Trainer:
             torch.set_rng_state(tensors["random/cpu"])
             for name, value in saved["counters"].items():
                 setattr(self.parts.counters, name, float("inf") if value is None else value)
-            states = saved["sinks"]
-        for sink in self.sinks if self.comm.is_main else []:
-            sink.resume(states.get(type(sink).__name__, {}))
+            states = saved.get("trackers", {})
+        for tracker in self.trackers if self.comm.is_main else []:
+            tracker.resume(states.get(type(tracker).__name__, {}))
         return found is not None
 
     def _description(self) -> dict[str, Any]:
@@ -277,8 +274,8 @@ class Trainer:
         counters = dataclasses.asdict(self.parts.counters)
         if counters["best_score"] == float("inf"):
             counters["best_score"] = None
-        sinks = {type(sink).__name__: sink.state() for sink in self.sinks} if self.comm.is_main else {}
-        state = {"counters": counters, "sinks": sinks, **self._description()}
+        trackers = {type(t).__name__: t.state() for t in self.trackers} if self.comm.is_main else {}
+        state = {"counters": counters, "trackers": trackers, **self._description()}
         self.checkpoints.save(self.parts.counters.step, self._tensors(), state)
 
     # What is looked at on the way.
@@ -286,7 +283,7 @@ class Trainer:
     def _log(self, stall_seconds: float) -> None:
         parts = self.parts
         values, histograms = training_values(parts, stall_seconds, self.records)
-        if values["bad_steps_in_row"] >= self.settings.max_bad_steps:
+        if values["bad_steps_in_row"] >= MOST_BAD_STEPS:
             cure = "; bf16 has float32's range" if self.settings.precision == "fp16" else ""
             raise UserError(
                 f"training stopped at step {parts.counters.step}: loss or gradient was not finite for "
@@ -297,8 +294,8 @@ class Trainer:
 
     def _emit(self, values: dict[str, float], histograms: dict[str, Tensor]) -> None:
         self.records.write(self.parts.counters.step, values)
-        for sink in self.sinks if self.comm.is_main else []:
-            sink.log(self.parts.counters.step, values, histograms)
+        for tracker in self.trackers if self.comm.is_main else []:
+            tracker.log(self.parts.counters.step, values, histograms)
 
     def _evaluate(self, tokens: int) -> Evaluation:
         parts, counters = self.parts, self.parts.counters
@@ -313,13 +310,13 @@ class Trainer:
             values |= {f"held_out/{name}/{layer}": value for name, value in figures.items()}
         if self.evaluation.thresholds is not None:
             own = torch.stack([theta.mean() for theta in self.evaluation.thresholds])
-            means = (self.comm.sum_shards(own) / self.comm.feature_ranks).tolist()
+            means = (self.comm.all_reduce_features(own) / self.comm.feature_ranks).tolist()
             values |= {f"held_out/theta/{layer}": mean for layer, mean in zip(self.layers, means, strict=True)}
         histograms = {f"held_out/density/{l}": d.cpu() for l, d in zip(self.layers, self.evaluation.densities)}
         self._emit(values | {"held_out/tokens": report["tokens"]}, histograms)
         score = self._score(report)
         if score < counters.best_score:
-            counters.best_score, counters.best_step = score, counters.step
+            counters.best_score = score
             self._export("best", self.evaluation)
         return self.evaluation
 
@@ -338,7 +335,7 @@ class Trainer:
         """The transcoder on raw activations, thresholds included, as one ordinary folder."""
         # A scaled copy of the weights takes the gradients' place.
         self.parts.optimizers.zero_grad()
-        self.workspace = Workspace()
+        self.parts.workspace.clear()
         scales: Normalisation = self.normalisation
         chooses = self.transcoder_settings.activation == "topk"
         thresholds = None if chooses else evaluation.thresholds
@@ -372,8 +369,8 @@ class Trainer:
 
     def _close(self, report: dict[str, Any]) -> None:
         summary = {f"held_out/{name}": value for name, value in report.get("overall", {}).items()}
-        for sink in self.sinks if self.comm.is_main else []:
-            sink.close(summary | self.records.speed)
+        for tracker in self.trackers if self.comm.is_main else []:
+            tracker.close(summary | self.records.speed)
         self.records.close()
 
 

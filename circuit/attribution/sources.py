@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...data.models import LanguageModel
-from ...train.transcoder.transcoder import Transcoder
+from ...train.transcoder import Transcoder
 from ..graph import Nodes
 from .linear import Recording, fold_reading
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...data.errors import UserError
 from ...data.models import LanguageModel
-from ...train.transcoder.transcoder import Transcoder
+from ...train.transcoder import Transcoder
 from .backward import Directions
 from .linear import Recording, fold_reading
 from .sources import ActiveFeatures, reading

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...data.errors import Progress, UserError, check_range, silent
 from ...data.models import LanguageModel
-from ...train.transcoder.transcoder import Transcoder
+from ...train.transcoder import Transcoder
 from ..replacement import LocalModel
 from .dashboards import DashboardWriter, Record
 from .examples import Keeper, LayerExamples

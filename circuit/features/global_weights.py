@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...data.errors import Progress, UserError, check_choice, check_range, silent
 from ...data.models import LanguageModel
-from ...train.transcoder.transcoder import Transcoder
+from ...train.transcoder import Transcoder
 
 SIDES = ("inputs", "outputs")
 

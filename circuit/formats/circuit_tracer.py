@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...data.errors import UserError
-from ...train.transcoder.transcoder import Transcoder
+from ...train.transcoder import Transcoder
 from .folders import LayerWeights, WeightsFile, assemble, exportable, new_folder, stored
 
 PLT, CLT = "transcoder_set", "cross_layer_transcoder"

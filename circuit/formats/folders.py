@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...data.errors import UserError
 from ...train.settings import TranscoderSettings
-from ...train.transcoder.transcoder import Transcoder
+from ...train.transcoder import Transcoder
 
 LEAST_THETA = 1e-30
 """A threshold of zero is a ReLU: this stands for it, because thresholds are kept as logarithms."""

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ...data.errors import UserError
-from ...train.transcoder.transcoder import Transcoder
+from ...train.transcoder import Transcoder
 from .circuit_tracer import model_of
 from .folders import LayerWeights, WeightsFile, assemble, exportable, new_folder, stored
 

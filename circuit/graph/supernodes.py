@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...data.errors import check_range
-from ...train.transcoder.transcoder import Transcoder
+from ...train.transcoder import Transcoder
 from .graph import Graph
 from .paths import shares
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.models import LanguageModel
-from ...train.transcoder.transcoder import Transcoder
+from ...train.transcoder import Transcoder
 from .behaviour import Condition, TextBatch
 
 RIDGE = 1e-4

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ...data.errors import Progress, SettingsError, UserError, check_range, silent
 from ...data.models import LanguageModel
-from ...train.parallel.collectives import SINGLE, Collectives
-from ...train.run.metrics import ReconstructionMetrics
-from ...train.transcoder.transcoder import Transcoder
+from ...train.parallel import SINGLE, Collectives
+from ...train.run import ReconstructionMetrics
+from ...train.transcoder import Transcoder
 from ..attribution import trace
 from ..model import ReplacementModel
 from ..replacement import TranscoderOutput
@@ -149,7 +149,7 @@ def evaluate(
         observe = partial(reconstruction.observe_controls, l0, fresh)
         extra = measure_behaviour(rm.lm, text.batches, controls, rm.masked_positions, text.sequences, progress, observe)
         sums_CSK = torch.cat([sums_CSK, extra[1:]])
-    sums = dict(zip(["clean", *(c.name for c in [*names.before, *controls])], comm.sum_data(sums_CSK)))
+    sums = dict(zip(["clean", *(c.name for c in [*names.before, *controls])], comm.all_reduce_data(sums_CSK)))
     result: dict[str, Any] = {
         "definitions": DEFINITIONS,
         "tokens": found["tokens"],
@@ -312,7 +312,7 @@ def graph_part(
         progress("graphs", number + 1, len(chosen.prompts))
     result: dict[str, Any] = {
         "graph": score_graphs(
-            graphs, chosen, rm.lm.n_layers, settings.node_thresholds, settings.node, settings.edge, comm.sum_data
+            graphs, chosen, rm.lm.n_layers, settings.node_thresholds, settings.node, settings.edge, comm.all_reduce_data
         )
     }
     if settings.pairs:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...data.errors import Progress, silent
-from ...train.parallel.collectives import SINGLE, Collectives
+from ...train.parallel import SINGLE, Collectives
 from ..graph import Graph
 from ..model import ReplacementModel
 from ..replacement import Intervention
@@ -153,8 +153,8 @@ def each_ranks(own: Tensor, comm: Collectives) -> list[Tensor]:
     lengths = torch.zeros(comm.data_ranks, dtype=torch.int64)
     padded[comm.data_rank, :, : own.shape[1]] = own
     lengths[comm.data_rank] = own.shape[1]
-    together = comm.sum_data(padded)
-    return [part[:, :n] for part, n in zip(together, comm.sum_data(lengths).tolist(), strict=True)]
+    together = comm.all_reduce_data(padded)
+    return [part[:, :n] for part, n in zip(together, comm.all_reduce_data(lengths).tolist(), strict=True)]
 
 
 def _one_prompt(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...train.transcoder.transcoder import Transcoder
+from ...train.transcoder import Transcoder
 
 DENSITY_EDGES = [10.0**power for power in range(-6, 1)]
 """Bins of the density histogram: never, then by powers of ten."""

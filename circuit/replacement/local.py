@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from ...data.errors import UserError
 from ...data.models import Captured, LanguageModel, ModelSettings, SinkRule, load_model
-from ...train.transcoder.transcoder import Transcoder
+from ...train.transcoder import Transcoder
 from .memory import memory_named
 from .requests import Prompt
 from .substitute import TranscoderOutput, add_written, own_part

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...data.errors import SettingsError, UserError
-from ...train.transcoder.transcoder import Transcoder
+from ...train.transcoder import Transcoder
 
 Mode = Literal["free", "constrained", "direct"]
 MODES = ("free", "constrained", "direct")

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from ...train.transcoder.transcoder import Transcoder
+from ...train.transcoder import Transcoder
 
 
 class TranscoderOutput:

@@ -98,7 +98,7 @@ def _patience(error: BaseException | None) -> float:
     """Seconds before a process speaks up: of several that fail, one should, and torchrun ends the others with it."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0.0
-    from ...train.parallel.mesh import FirstFailure, PeerLost
+    from ...train.parallel import FirstFailure, PeerLost
 
     if isinstance(error, PeerLost):
         return 10.0

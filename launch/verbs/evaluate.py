@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...circuit.judge import EvalSettings, EvalText, PromptSet, TextBatch
     from ...circuit.model import ReplacementModel
     from ...data.text import Corpus, TokenSequence
-    from ...train.parallel.collectives import Collectives
+    from ...train.parallel import Collectives
 
 SHOWN = ("nmse", "l0", "dead", "top1", "kl", "ce_recovered")
 """The figures that stand for a run."""
@@ -23,7 +23,7 @@ SHOWN = ("nmse", "l0", "dead", "top1", "kl", "ce_recovered")
 
 def run(job: Job) -> Closing:
     """Evaluate a run: on several processes, each measures its share of the text and of the prompts."""
-    from ...train.parallel.mesh import ParallelSettings, processes
+    from ...train.parallel import ParallelSettings, processes
 
     folder = Path(job.top.run)
     runs.writable(folder)
@@ -55,7 +55,7 @@ def evaluated(
     import torch
 
     from ...circuit.judge import evaluate
-    from ...train.parallel.collectives import SINGLE
+    from ...train.parallel import SINGLE
 
     comm = comm or SINGLE
     began = time.monotonic()

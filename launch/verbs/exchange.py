@@ -22,7 +22,7 @@ def write_out(job: Job) -> Closing:
     runs.writable(out)
     if top.to == "neuronpedia":
         return _write_graphs(source, out)
-    from ...train.transcoder.transcoder import Transcoder
+    from ...train.transcoder import Transcoder
 
     transcoder = Transcoder.load(runs.transcoder_folder(source))
     if top.to == "saelens":

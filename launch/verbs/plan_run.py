@@ -10,7 +10,7 @@ from ..terminal import Closing, table
 from ..workspace import Job
 
 if TYPE_CHECKING:
-    from ...train.planning.plan import Plan, Shape
+    from ...train.planning import Plan, Shape
 
 SHAPES = {
     "openai-community/gpt2": (12, 768),
@@ -25,7 +25,7 @@ SHAPES = {
 
 def run(job: Job) -> Closing:
     """Count, print, and say what would fit if this does not."""
-    from ...train.planning.plan import make_plan, what_fits
+    from ...train.planning import make_plan, what_fits
 
     shape = shape_of(job)
     settings = shape, job.section("transcoder"), job.section("trainer"), job.section("parallel"), job.section("machine")
@@ -50,7 +50,7 @@ def run(job: Job) -> Closing:
 def shape_of(job: Job) -> "Shape":
     """Layers, width and rows: the store's where there is one, else the model's and what store.tokens asks for."""
     from ...data.store import DTYPES
-    from ...train.planning.plan import Shape
+    from ...train.planning import Shape
 
     chosen = job.section("transcoder").layers
     store, path = job.section("store"), job.config.values["store"]["path"]

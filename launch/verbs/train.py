@@ -14,8 +14,8 @@ from ..workspace import Job, open_model, open_stores, runs, tracking
 
 if TYPE_CHECKING:
     from ...data.store import ActivationStore
-    from ...train.parallel.mesh import ParallelSettings
-    from ...train.start.neurons import Neurons
+    from ...train.parallel import ParallelSettings
+    from ...train.start import Neurons
     from ...train.trainer import TrainResult
 
 SAVED = ("init", "model", "dataset", "world", "stdlib", "store", "transcoder", "trainer", "parallel", "wandb")
@@ -84,7 +84,7 @@ def terminable() -> Iterator[None]:
 
 def fit(job: Job, folder: Path) -> "TrainResult | None":
     """Train in `folder` with the job's settings; None where that was done before."""
-    from ...train.parallel.mesh import processes
+    from ...train.parallel import processes
     from ...train.trainer import pick_device, train
 
     settings = run_settings(job)
@@ -103,7 +103,7 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
                 folder,
                 comm=comm,
                 device=device,
-                sinks=tracking.sinks(job.section("wandb"), folder, settings) if comm.is_main else [],
+                trackers=tracking.trackers(job.section("wandb"), folder, settings) if comm.is_main else [],
                 progress=job.progress,
                 meta=masked(store),
                 **beginning(job, store),
@@ -116,7 +116,7 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
 
 def mesh_for(job: Job, store: "ActivationStore", device: str) -> "ParallelSettings":
     """The processes, and what they exchange."""
-    from ...train.planning.plan import Shape, decided
+    from ...train.planning import Shape, decided
 
     transcoder = job.section("transcoder")
     layers = transcoder.layers or store.layers
@@ -127,7 +127,7 @@ def mesh_for(job: Job, store: "ActivationStore", device: str) -> "ParallelSettin
 
 def beginning(job: Job, store: "ActivationStore") -> dict[str, Any]:
     """What a training begins with, as keywords of the trainer: the MLPs' neurons, or a transcoder of the same model."""
-    from ...train.transcoder.transcoder import Transcoder
+    from ...train.transcoder import Transcoder
 
     init = job.config.values.get("init", "auto")
     if init == "random":
@@ -146,7 +146,7 @@ def beginning(job: Job, store: "ActivationStore") -> dict[str, Any]:
 def neurons(job: Job, store: "ActivationStore", wanted: bool) -> "Iterator[Neurons]":
     """The language model's own, which is opened only when the first is asked for: a run that goes on needs none.
     None at all where its MLPs are no lists of neurons, unless they are `wanted`: then it is refused."""
-    from ...train.start.neurons import has_neurons, model_neurons
+    from ...train.start import has_neurons, model_neurons
 
     shape = job.section("transcoder")
     try:

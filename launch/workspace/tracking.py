@@ -32,8 +32,8 @@ class WandbSettings:
         check_choice("wandb.mode", self.mode, MODES)
 
 
-class WandbSink:
-    """Passes metrics on to Weights & Biases; a resumed run goes on as the same one (see `train.sinks.Sink`)."""
+class WandbTracker:
+    """Passes metrics on to Weights & Biases; a resumed run goes on as the same one (see `train.run.Tracker`)."""
 
     def __init__(self, settings: WandbSettings, folder: Path, config: dict[str, Any]) -> None:
         self.settings, self.folder, self.config = settings, folder, config
@@ -79,6 +79,6 @@ class WandbSink:
         self.run.finish()
 
 
-def sinks(settings: WandbSettings, folder: Path, config: dict[str, Any]) -> list[WandbSink]:
+def trackers(settings: WandbSettings, folder: Path, config: dict[str, Any]) -> list[WandbTracker]:
     """The trackers that the settings ask for."""
-    return [] if settings.mode == "disabled" else [WandbSink(settings, folder, config)]
+    return [] if settings.mode == "disabled" else [WandbTracker(settings, folder, config)]

@@ -97,21 +97,27 @@ def process_environment(pid: int) -> dict[str, str]:
     return dict(pair.decode().split("=", 1) for pair in pairs if b"=" in pair)
 
 
-def test_two_machines_find_each_other_through_c10d(store: Path, one: Path, tmp_path: Path) -> None:
-    """Two torchrun agents, as on two machines, with one rendezvous on loopback; features are shared between them."""
+def test_two_machines_find_each_other_and_start_again_together(store: Path, one: Path, tmp_path: Path) -> None:
+    """Two torchrun agents, as on two machines, with one rendezvous on loopback; features are shared between them. One
+    of the processes is killed: its agent and the other one start anew, though only the first counts a restart."""
     # The rendezvous' store lives here: in one of the agents, it would go when that one is done, and trip the other.
     meeting = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     folder = tmp_path / "two"
     command = [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=crosslace",
                f"--rdzv-endpoint=127.0.0.1:{meeting.port}", "--rdzv-conf=is_host=0", "--local-addr=127.0.0.1",
-               "-m", "crosslace.launch", "train", f"store={store}", f"run={folder}", "parallel.features=2",
-               *TRAIN]  # fmt: skip
+               "--max-restarts=1", "-m", "crosslace.launch", "train", f"store={store}", f"run={folder}",
+               "parallel.features=2", *TRAIN]  # fmt: skip
+    env = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     agents = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
         for _ in range(2)
     ]
+    while not list(folder.glob("checkpoints/step-*")) and agents[0].poll() is None:
+        time.sleep(0.05)
+    os.kill(children(agents[0].pid)[0], signal.SIGKILL)
     outputs = [agent.communicate(timeout=150)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)[-5000:]
+    assert "exitcode: -9" in outputs[0] or "SIGKILL" in outputs[0], outputs[0][-3000:]
     assert sum("crosslace eval run=" in out for out in outputs) == 1, "only the first process speaks"
     same_transcoder(folder, one)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from crosslace.data.errors import SettingsError
-from crosslace.launch.workspace.tracking import WandbSettings, WandbSink, sinks
+from crosslace.launch.workspace.tracking import WandbSettings, WandbTracker, trackers
 
 BLOCK, HEADER = (
     32768,
@@ -63,13 +63,13 @@ def values(items: Any) -> dict[str, Any]:
 
 def follow(folder: Path, state: dict[str, Any], steps: range) -> dict[str, Any]:
     """One process's share of a run: opened, logged to, closed."""
-    sink = WandbSink(WandbSettings(), folder, CONFIG)
-    sink.resume(state)
+    tracker = WandbTracker(WandbSettings(), folder, CONFIG)
+    tracker.resume(state)
     for step in steps:
         drawn = {"density/0": torch.rand(100), "theta/0": torch.rand(100)}
-        sink.log(step, {"nmse": 1 / step, "l0/0": 16.0}, drawn if step % 2 else {})
-    kept = json.loads(json.dumps(sink.state()))
-    sink.close({"held_out/nmse": 0.25})
+        tracker.log(step, {"nmse": 1 / step, "l0/0": 16.0}, drawn if step % 2 else {})
+    kept = json.loads(json.dumps(tracker.state()))
+    tracker.close({"held_out/nmse": 0.25})
     return kept
 
 
@@ -107,6 +107,6 @@ def test_an_offline_run_is_read_back_and_goes_on_as_itself(tmp_path: Path, monke
 
 
 def test_disabled_there_is_nothing_to_listen_and_other_modes_are_refused(tmp_path: Path) -> None:
-    assert sinks(WandbSettings(mode="disabled"), tmp_path, {}) == []
+    assert trackers(WandbSettings(mode="disabled"), tmp_path, {}) == []
     with pytest.raises(SettingsError, match=r"wandb\.mode=off"):
         WandbSettings(mode="off")

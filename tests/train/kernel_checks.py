@@ -13,7 +13,8 @@ from crosslace.train.loss.state import Counters, RunningState
 from crosslace.train.parallel.collectives import SINGLE
 from crosslace.train.run.optimizers import Optimizers
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
-from crosslace.train.sparse.entries import Entries, gather_sum, make_entries
+from crosslace.train.sparse.forward import sparse_pass
+from crosslace.train.sparse.products import Entries, gather_sum, make_entries
 from crosslace.train.sparse.row_gradients import (
     RowGradient,
     RowGradients,
@@ -21,9 +22,8 @@ from crosslace.train.sparse.row_gradients import (
     adam_rows,
     decode_backward,
     form,
-    gradient_norms,
+    row_gradient_norms,
 )
-from crosslace.train.sparse.sparse_pass import sparse_pass
 from crosslace.train.sparse.workspace import Workspace
 from crosslace.train.step import StepParts, objective_of, train_step
 from crosslace.train.transcoder.transcoder import Transcoder
@@ -133,7 +133,7 @@ def test_adam_by_rows_needs_no_gradient(columns, dtype, scaled, outer):
     steps, divisor = torch.zeros(1, device=DEVICE), torch.tensor(2.0, device=DEVICE)
     for bad in (0.0, 0.0, 1.0, 0.0):
         rows = make_rows(entries, columns, dtype, scaled, outer)._replace(weight=weight)
-        assert_near(gradient_norms(rows), dense_gradient(entries, rows).norm(dim=1), tolerance)
+        assert_near(row_gradient_norms(rows), dense_gradient(entries, rows).norm(dim=1), tolerance)
         numbers = adam_numbers(adam.param_groups[0], steps, divisor, torch.tensor(bad, device=DEVICE))
         if not bad:
             reference.grad = (dense_gradient(entries, rows) / 2).to(dtype)
@@ -193,9 +193,10 @@ def test_under_autocast_error_rows_are_halved():
     gradients = []
     for halved in (False, True):
         rows = RowGradients(transcoder.W_dec)
-        inputs = StepInputs([3.0] * L, torch.zeros(L, device=DEVICE), 0.0, dead, rows=rows)
+        inputs = StepInputs([3.0] * L, torch.zeros(L, device=DEVICE), 0.0, dead)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=halved):
-            loss = step_loss(transcoder, x, y, inputs, objective, forward=sparse_pass).loss
+            forward = functools.partial(sparse_pass, unformed=rows)
+            loss = step_loss(transcoder, x, y, inputs, objective, forward=forward).loss
         loss.backward()
         assert all(given.source.dtype == (torch.bfloat16 if halved else torch.float32) for _, given in rows.items())
         gradients.append([form(given, torch.empty_like(given.weight)) for _, given in rows.items()])
@@ -203,22 +204,23 @@ def test_under_autocast_error_rows_are_halved():
         assert 0 < float((rounded - exact).norm()) <= 2e-2 * float(exact.norm())
 
 
-def make_parts(activation: str, forward) -> StepParts:
+def make_parts(activation: str, sparse: bool) -> StepParts:
     settings = TrainerSettings(steps=10, batch=10, lr=1e-2, optimizer="adamw", weight_decay=0.1, dead_after=10)
     transcoder = Transcoder(
         TranscoderSettings(features=16, activation=activation, k=3, bandwidth=0.2), 8, 2, device=DEVICE
     )
     return StepParts(
         settings, objective_of(settings, transcoder), transcoder, Optimizers(transcoder, settings),
-        RunningState(transcoder, settings), Counters(use_aux=True), None, None, SINGLE, forward,
+        RunningState(transcoder, settings), 
+        Counters(use_aux=True, use_sparse=sparse), None, None, SINGLE, Workspace(),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("activation", ["jumprelu", "topk", "batchtopk"])
 def test_training_equals_the_dense_step_and_reads_nothing_back(activation):
     """Whole steps, the update by rows included; on a device, with an error for whatever makes the host wait."""
-    dense = make_parts(activation, dense_pass)
-    sparse = make_parts(activation, functools.partial(sparse_pass, workspace=Workspace()))
+    dense = make_parts(activation, sparse=False)
+    sparse = make_parts(activation, sparse=True)
     generator = torch.Generator().manual_seed(0)
     for step in range(2):
         x, y = (torch.randn(10, 2, 8, generator=generator).to(DEVICE) for _ in range(2))

@@ -42,7 +42,7 @@ def run(store: str, folder: str, trainer: dict, transcoder: dict, stop: int | No
         ActivationStore.open(store, split="held_out"),
         folder,
         device="cpu",
-        sinks=[StopAt(stop)],
+        trackers=[StopAt(stop)],
         **options,
     )
 

@@ -7,7 +7,7 @@ line per case from the first rank; a failed comparison ends the process with its
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -15,17 +15,17 @@ import torch
 from crosslace.train.loss.objective import dense_pass, step_loss
 from crosslace.train.loss.state import Counters, RunningState
 from crosslace.train.parallel.collectives import SINGLE, Collectives
-from crosslace.train.parallel.exchange import all_slices
 from crosslace.train.parallel.mesh import ParallelSettings, processes
 from crosslace.train.run.metrics import ReconstructionMetrics
 from crosslace.train.run.optimizers import Optimizers
 from crosslace.train.run.resampling import resample
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.sparse import active_set as select
-from crosslace.train.sparse import sparse_pass as sparse
-from crosslace.train.sparse.sparse_pass import sparse_pass
-from crosslace.train.step import StepParts, objective_of, step_inputs, train_step
-from crosslace.train.transcoder.partition import cut_dim, new_part, part_of, whole_of
+from crosslace.train.sparse import forward as sparse
+from crosslace.train.sparse.workspace import Workspace
+from crosslace.train.step import StepParts, chosen_pass, objective_of, step_inputs, train_step
+from crosslace.train.transcoder.partition import cut_dim, new_part, part_of
+from crosslace.train.transcoder.slices import all_slices
 from crosslace.train.transcoder.transcoder import Transcoder
 
 STEPS, TOKENS, LAYERS, WIDTH, FEATURES = 20, 16, 3, 8, 12
@@ -43,7 +43,7 @@ class Case:
     """Lists of fixed length with empty places, as on an accelerator."""
 
 
-PENALTIES = {"lam": 0.05, "lam_schedule": "constant", "lam_preactivation": 0.01, "preactivation_over": "all"}
+PENALTIES = {"lam": 0.05, "lam_share": 0.0, "lam_preactivation": 0.01, "preactivation_over": "all"}
 CASES = [
     Case("clt batchtopk", {"activation": "batchtopk", "k": 3}),
     Case("clt batchtopk over all layers, aux, accumulated",
@@ -74,12 +74,26 @@ def parts_for(case: Case, comm: Collectives) -> StepParts:
     transcoder = part_of(whole, comm)
     targets = settings.per_layer("target_l0", LAYERS)
     target = None if targets is None else torch.tensor(targets)
-    counters, state = Counters(use_aux=True), RunningState(transcoder, settings)
-    forward = sparse_pass if case.sparse else dense_pass
+    counters, state = Counters(use_aux=True, use_sparse=case.sparse), RunningState(transcoder, settings)
     return StepParts(
         settings, objective_of(settings, transcoder), transcoder, Optimizers(transcoder, settings), state, counters,
-        target, targets, comm, forward,
+        target, targets, comm, Workspace(),
     )  # fmt: skip
+
+
+@torch.no_grad()
+def whole_of(part: Transcoder, comm: Collectives) -> Transcoder:
+    """The whole transcoder, gathered on every rank."""
+    if comm.feature_ranks == 1:
+        return part
+    settings = replace(part.settings, features_per_layer=[size * comm.feature_ranks for size in part.features])
+    whole = Transcoder(
+        settings, part.d_model, part.layers, seed=None, device=part.device, dtype=part.dtype, meta=part.meta
+    )
+    for name, parameter in whole.named_parameters():
+        source, dim = part.get_parameter(name).detach(), cut_dim(name, comm)
+        parameter.copy_(source if dim is None else comm.cat_features(source, dim))
+    return whole
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +121,7 @@ def compare_gradients(case: Case, sharded: StepParts, whole: StepParts, comm: Co
     seen = {}
     for parts, rows in ((sharded, (rows_of(x, comm, 1), rows_of(y, comm, 1))), (whole, (x, y))):
         inputs = step_inputs(parts)
-        result = step_loss(parts.transcoder, *rows, inputs, parts.objective, parts.comm, parts.forward)
+        result = step_loss(parts.transcoder, *rows, inputs, parts.objective, parts.comm, chosen_pass(parts))
         result.loss.backward()
         parts.comm.reduce_gradients([p.grad for p in parts.transcoder.parameters() if p.grad is not None])
         seen[parts is whole] = result
@@ -120,7 +134,7 @@ def compare_gradients(case: Case, sharded: StepParts, whole: StepParts, comm: Co
             gradient = sharded.transcoder.get_parameter(name).grad
             assert gradient is not None
             dim = cut_dim(name, comm)
-            gathered = gradient if dim is None else comm.gather_features(gradient, dim)
+            gathered = gradient if dim is None else comm.cat_features(gradient, dim)
             agree(f"{case.name}: gradient of {name}", gathered, parameter.grad)
     for parts in (sharded, whole):
         parts.optimizers.zero_grad()
@@ -143,7 +157,7 @@ def compare_training(case: Case, sharded: StepParts, whole: StepParts, comm: Col
     for name, value in expected.items():
         agree(f"{case.name}: mean {name}", mine[name], value, 1e-6)  # running averages are float32
     for l, density in enumerate(whole.state.density):
-        agree(f"{case.name}: density", comm.gather_features(sharded.state.density[l]), density, 1e-6)
+        agree(f"{case.name}: density", comm.cat_features(sharded.state.density[l]), density, 1e-6)
     compare_metrics(case, sharded, whole, comm)
 
 

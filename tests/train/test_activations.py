@@ -1,11 +1,11 @@
 import pytest
 import torch
 from crosslace.train.transcoder.activations import (
-    above,
     batchtopk_threshold,
+    heaviside,
     jumprelu,
+    keep_reaching,
     rect,
-    step,
     to_sparse,
     topk_threshold,
 )
@@ -30,7 +30,7 @@ def test_gradients_away_from_the_kinks_are_the_true_ones(reaches_h):
     theta = thetas()
     h = away_from_kinks(theta.detach())
     assert gradcheck(lambda h, t: jumprelu(h, t, EPS, reaches_h), (h, theta))
-    assert gradcheck(lambda h, t: step(h, t, EPS, reaches_h), (h, theta))
+    assert gradcheck(lambda h, t: heaviside(h, t, EPS, reaches_h), (h, theta))
 
 
 @pytest.mark.parametrize("reaches_h", [False, True])
@@ -48,7 +48,7 @@ def test_gradients_at_the_kinks_are_the_estimators(reaches_h):
             want_h[b, i] = upstream[b, i] * (h[b, i] > theta[i]) + (through if reaches_h else 0)
     assert torch.allclose(grad_h, want_h) and torch.allclose(grad_theta, want_theta)
 
-    grads = torch.autograd.grad((step(h, theta, EPS, reaches_h) * upstream).sum(), (h, theta), allow_unused=True)
+    grads = torch.autograd.grad((heaviside(h, theta, EPS, reaches_h) * upstream).sum(), (h, theta), allow_unused=True)
     window = rect((h - theta) / EPS) * upstream / EPS
     assert torch.allclose(grads[1], -window.sum(0))
     assert grads[0] is None if not reaches_h else torch.allclose(grads[0], window)
@@ -64,11 +64,11 @@ def test_lists_of_entries_get_the_same_gradient():
 
 def test_topk_and_batchtopk_choose_the_largest_positive_entries():
     h = torch.tensor([[3.0, 1.0, 2.0, -1.0], [0.5, -2.0, -3.0, -4.0]])
-    assert torch.equal(above(h, topk_threshold(h, 2)), torch.tensor([[3.0, 0, 2, 0], [0.5, 0, 0, 0]]))
-    assert torch.equal(above(h, batchtopk_threshold([h], 3)), torch.tensor([[3.0, 1, 2, 0], [0, 0, 0, 0]]))
-    assert torch.equal(above(h, batchtopk_threshold([h], 7)), h.relu())
+    assert torch.equal(keep_reaching(h, topk_threshold(h, 2)), torch.tensor([[3.0, 0, 2, 0], [0.5, 0, 0, 0]]))
+    assert torch.equal(keep_reaching(h, batchtopk_threshold([h], 3)), torch.tensor([[3.0, 1, 2, 0], [0, 0, 0, 0]]))
+    assert torch.equal(keep_reaching(h, batchtopk_threshold([h], 7)), h.relu())
     assert batchtopk_threshold([h, h + 10], 2) == 12.0
-    assert torch.equal(above(h, topk_threshold(h, 9)), h.relu())
+    assert torch.equal(keep_reaching(h, topk_threshold(h, 9)), h.relu())
 
 
 def test_sparse_acts_of_silence_are_empty():

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from crosslace.train.sparse import cpu as native
-from crosslace.train.sparse.entries import backend
+from crosslace.train.sparse.products import backend
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from crosslace.train.loss.state import RunningState
 from crosslace.train.parallel.collectives import SINGLE
 from crosslace.train.run.calibration import calibrated_thresholds
 from crosslace.train.run.optimizers import Optimizers
-from crosslace.train.run.resampling import deal, resample
+from crosslace.train.run.resampling import assign_tokens, resample
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.start.initialisation import initialise, quantile_bias
 from crosslace.train.start.neurons import Neurons
@@ -31,11 +31,11 @@ def test_learning_rate_rises_holds_and_falls_to_zero():
     assert learning_rate(90, 100, 1.0, 0.1, 0.2, "cosine") == pytest.approx(0.5)
     assert learning_rate(99, 100, 1.0, 0.1, 0.2, "constant") == 1.0
     with pytest.raises(SettingsError, match="lr_schedule"):
-        learning_rate(0, 1, 1.0, 0.0, 0.0, "square")
+        TrainerSettings(lr_schedule="square")
 
 
 def test_ramps():
-    assert ramp(99, 100, 2.0) == 2.0 and ramp(49, 100, 2.0) == 1.0 and ramp(0, 100, 2.0, shape="constant") == 2.0
+    assert ramp(99, 100, 2.0) == 2.0 and ramp(49, 100, 2.0) == 1.0 and ramp(0, 100, 2.0, share=0.0) == 2.0
     assert ramp(10, 100, 2.0, share=0.0) == 2.0
     assert annealed_k(0, 100, 10, 50.0, 0.5) == 50 and annealed_k(25, 100, 10, 50.0, 0.5) == 30
     assert annealed_k(50, 100, 10, 50.0, 0.5) == 10 == annealed_k(0, 100, 10, 50.0, 0.0)
@@ -252,7 +252,7 @@ def test_resampled_features_fire_again_and_start_fresh(activation, options):
 def test_dead_features_get_tokens_of_their_own_and_the_worst_ones_first():
     error, dead = torch.full((20,), 1e-6), torch.rand(50, generator=torch.Generator().manual_seed(0)) < 0.4
     error[[3, 11, 17]] = 1.0
-    tokens = deal(normal(20, D), error, dead, seed=7)[dead]
+    tokens = assign_tokens(normal(20, D), error, dead, seed=7)[dead]
     assert set(tokens[:3].tolist()) == {3, 11, 17}
     assert tokens[:20].unique().numel() == min(20, len(tokens))
     assert tokens.max() < 20
@@ -262,5 +262,5 @@ def test_tokens_that_are_alike_are_dealt_once():
     x, error, dead = normal(20, D), torch.ones(20), torch.ones(8, dtype=torch.bool)
     x[5:15] = x[5]
     for seed in range(20):
-        tokens = deal(x, error, dead, seed)
+        tokens = assign_tokens(x, error, dead, seed)
         assert torch.unique(x[tokens], dim=0).shape[0] == 8

@@ -1,7 +1,5 @@
 """Gradients that are not formed: the same norm, the same update, and no memory for them."""
 
-import functools
-
 import pytest
 import torch
 from crosslace.train import step
@@ -11,16 +9,16 @@ from crosslace.train.parallel.collectives import SINGLE
 from crosslace.train.run.optimizers import Optimizers
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.sparse import cpu as native
-from crosslace.train.sparse.entries import make_entries
+from crosslace.train.sparse.forward import sparse_pass
+from crosslace.train.sparse.products import make_entries
 from crosslace.train.sparse.row_gradients import (
     RowGradient,
     RowGradients,
     adam_numbers,
     adam_rows,
     form,
-    gradient_norms,
+    row_gradient_norms,
 )
-from crosslace.train.sparse.sparse_pass import sparse_pass
 from crosslace.train.sparse.workspace import Workspace
 from crosslace.train.step import StepParts, objective_of, train_step
 from crosslace.train.transcoder.transcoder import Transcoder
@@ -47,7 +45,8 @@ def make_parts(activation: str, forward, trainer: dict | None = None, dtype=torc
             b_enc[:6] = -0.4
     return StepParts(
         settings, objective_of(settings, transcoder), transcoder, Optimizers(transcoder, settings),
-        RunningState(transcoder, settings), Counters(use_aux=True), None, None, SINGLE, forward,
+        RunningState(transcoder, settings),
+        Counters(use_aux=True, use_sparse=forward is not dense_pass), None, None, SINGLE, Workspace(),
     )  # fmt: skip
 
 
@@ -64,7 +63,7 @@ def worst(mine: StepParts, other: StepParts) -> float:
     return max(float(((a - b).norm() / b.norm().clamp_min(1e-12)).detach()) for a, b in pairs)
 
 
-PENALTIES = {"lam": 0.1, "lam_preactivation": 0.01, "lam_schedule": "constant", "preactivation_over": "all"}
+PENALTIES = {"lam": 0.1, "lam_preactivation": 0.01, "lam_share": 0.0, "preactivation_over": "all"}
 KINDS = [
     ("relu", PENALTIES, {}),
     ("jumprelu", PENALTIES | {"optimizer": "adamw", "weight_decay": 0.1}, {"bandwidth": 0.3}),
@@ -81,7 +80,7 @@ CASES = [(*kind, dtype) for kind in KINDS for dtype in (torch.float64, torch.flo
 @pytest.mark.parametrize(("activation", "trainer", "options", "dtype"), CASES)
 def test_training_equals_the_dense_steps(activation, trainer, options, dtype, kernels):
     dense = make_parts(activation, dense_pass, trainer, dtype, **options)
-    sparse = make_parts(activation, functools.partial(sparse_pass, workspace=Workspace()), trainer, dtype, **options)
+    sparse = make_parts(activation, sparse_pass, trainer, dtype, **options)
     for number in range(4):
         for parts in (dense, sparse):
             train_step(parts, *batch(number, dtype))
@@ -145,7 +144,7 @@ def test_a_second_gradient_is_added():
         parts.optimizers.zero_grad()
         for _ in range(2):
             loss = step.step_loss(
-                parts.transcoder, x, y, inputs._replace(rows=held), parts.objective, SINGLE, sparse_pass
+                parts.transcoder, x, y, inputs, parts.objective, SINGLE, step.chosen_pass(parts, held)
             ).loss
             (loss + parts.transcoder.decoder_norms(0).sum()).backward()
         unformed = [norms for _, norms in held.settled()]
@@ -180,7 +179,7 @@ def test_adam_by_rows_is_torch_s_own(dtype, kernels):
         assert given.scale is not None and given.left is not None and given.right is not None
         gradient = dense.T @ source + given.scale[:, None] * weight + torch.outer(given.left, given.right)
         torch.testing.assert_close(form(given, torch.empty_like(weight)), gradient)
-        torch.testing.assert_close(gradient_norms(given), gradient.norm(dim=1))
+        torch.testing.assert_close(row_gradient_norms(given), gradient.norm(dim=1))
         reference.grad = gradient / 4
         adam.step()
         numbers = adam_numbers(

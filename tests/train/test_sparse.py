@@ -8,7 +8,7 @@ from crosslace.train.loss.objective import Objective, Pass, StepInputs, dense_pa
 from crosslace.train.parallel.collectives import SINGLE
 from crosslace.train.settings import TranscoderSettings
 from crosslace.train.sparse import cpu as native
-from crosslace.train.sparse.sparse_pass import SPARSE_BELOW, sparse_pass, use_sparse
+from crosslace.train.sparse.forward import SPARSE_BELOW, sparse_pass, use_sparse
 from crosslace.train.sparse.workspace import Room, Workspace
 from crosslace.train.transcoder.transcoder import Transcoder
 from torch import Tensor
@@ -172,7 +172,7 @@ def test_thresholds_and_norms_from_outside():
 def as_on_an_accelerator(monkeypatch):
     """The lists of an accelerator, whose lengths are known beforehand, and no host read in sight; on the CPU."""
     monkeypatch.setenv("CROSSLACE_KERNELS", "torch")
-    for module in ("active_set", "sparse_pass"):
+    for module in ("active_set", "forward"):
         monkeypatch.setattr(f"crosslace.train.sparse.{module}.read_freely", lambda tensor: False)
 
 

@@ -13,8 +13,8 @@ from crosslace.train.loss.state import Counters, RunningState
 from crosslace.train.parallel.collectives import SINGLE
 from crosslace.train.run.optimizers import Optimizers
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
+from crosslace.train.sparse.forward import sparse_pass
 from crosslace.train.sparse.row_gradients import RowGradient, form
-from crosslace.train.sparse.sparse_pass import sparse_pass
 from crosslace.train.sparse.workspace import Workspace
 from crosslace.train.step import StepParts, objective_of, train_step
 from crosslace.train.transcoder.transcoder import Transcoder
@@ -36,11 +36,11 @@ def make_parts(
         transcoder=transcoder,
         optimizers=Optimizers(transcoder, settings),
         state=RunningState(transcoder, settings),
-        counters=Counters(use_aux=True),
+        counters=Counters(use_aux=True, use_sparse=forward is sparse_pass),
         target_l0=None if targets is None else torch.tensor(targets),
         targets=targets,
         comm=SINGLE,
-        forward=forward,
+        workspace=Workspace(),
     )
     with torch.no_grad():
         for l in range(L):  # some features are dead from the start
@@ -164,7 +164,7 @@ def test_the_divisor_reaches_every_optimizer():
 
 
 def test_decoder_norms_get_gradient_through_the_penalty():
-    parts = make_parts("relu", {"sparsity": "tanh", "lam": 1.0, "lam_schedule": "constant", "lam_preactivation": 0.0})
+    parts = make_parts("relu", {"sparsity": "tanh", "lam": 1.0, "lam_share": 0.0, "lam_preactivation": 0.0})
     x, _ = data()
     y = parts.transcoder(x).detach()
     parts.optimizers.step = lambda divisor, bad, rows=None: None
@@ -234,9 +234,9 @@ class Reads(TorchDispatchMode):
 def test_a_step_on_an_accelerator_reads_nothing_back(activation, trainer, options, accumulate, monkeypatch):
     """With the branches that an accelerator takes, and plain operations in place of its kernels."""
     monkeypatch.setenv("CROSSLACE_KERNELS", "torch")
-    for module in ("active_set", "sparse_pass"):
+    for module in ("active_set", "forward"):
         monkeypatch.setattr(f"crosslace.train.sparse.{module}.read_freely", lambda tensor: False)
-    monkeypatch.setattr("crosslace.train.sparse.row_gradients.RowGradient.chunks", whole_chunk)
+    monkeypatch.setattr("crosslace.train.sparse.row_gradients.chunks", whole_chunk)
     forward = functools.partial(sparse_pass, workspace=Workspace())
     parts = make_parts(activation, {**trainer, "accumulate": accumulate}, forward, **options)
     reference = make_parts(activation, {**trainer, "accumulate": accumulate}, dense_pass, **options)

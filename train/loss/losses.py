@@ -8,7 +8,7 @@ that matter [N] against [N]: each function is elementwise until its sum, and tak
 import torch
 from torch import Tensor
 
-from ..transcoder.activations import step
+from ..transcoder import heaviside
 
 
 def reconstruction(y_hat: Tensor, y: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def l1_penalty(a: Tensor, n: Tensor, tokens: int) -> Tensor:
 
 def l0_penalty(h: Tensor, theta: Tensor, bandwidth: float, ste_reaches_h: bool, tokens: int) -> Tensor:
     """sum_i 1[h_i > theta_i], with the step's straight-through estimator."""
-    return step(h, theta, bandwidth, ste_reaches_h).sum() / tokens
+    return heaviside(h, theta, bandwidth, ste_reaches_h).sum() / tokens
 
 
 def quadratic_target(l0: Tensor, target: Tensor, around: Tensor | None = None) -> Tensor:

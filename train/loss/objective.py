@@ -2,10 +2,10 @@
 
     1. pre-activations     h_l = x_l W_enc_l^T + b_enc_l               one product a layer
     2. active set          a_l = act(h_l)                              who fires
-    3. decode              y^  = sum of what sources write + b_dec over all feature ranks (parallel/exchange.py)
+    3. decode              y^  = sum of what sources write + b_dec over all feature ranks (transcoder/slices.py)
     4. losses              train/loss/losses.py, over the entries of 2
 
-`dense_pass` does 1 to 3 on [B, F] tensors and is the reference; `sparse/sparse_pass.py` offers the same on the
+`dense_pass` does 1 to 3 on [B, F] tensors and is the reference; `sparse/forward.py` offers the same on the
 active entries alone. Step 4 is written once, for both.
 """
 
@@ -16,11 +16,18 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..parallel.collectives import SINGLE, Collectives
-from ..parallel.exchange import add_written, all_slices, decoder_norms, over_slices, own_slice, share_dense
-from ..sparse.row_gradients import RowGradients
-from ..transcoder.activations import above
-from ..transcoder.transcoder import Transcoder
+from ..parallel import SINGLE, Collectives
+from ..settings import TOPK
+from ..transcoder import (
+    Transcoder,
+    add_written,
+    all_slices,
+    decoder_norms,
+    keep_reaching,
+    over_slices,
+    own_slice,
+    share_dense,
+)
 from . import losses
 
 
@@ -62,8 +69,6 @@ class StepInputs(NamedTuple):
     """[L]: the whole batch's L0, where this is a part of it."""
     use_aux: bool = True
     """Whether any feature was dead when last looked at."""
-    rows: RowGradients | None = None
-    """Where the sparse step leaves gradients unformed; None forms them all."""
 
 
 class StepLoss(NamedTuple):
@@ -88,8 +93,6 @@ class LayerActs(Protocol):
     def h(self) -> Tensor: ...
     @property
     def acts(self) -> Tensor: ...
-    @property
-    def valid(self) -> Tensor | None: ...
     def gather(self, per_feature: Tensor) -> Tensor: ...
     def counts(self) -> Tensor: ...
 
@@ -99,7 +102,6 @@ class DenseActs(NamedTuple):
 
     h: Tensor
     acts: Tensor
-    valid: Tensor | None = None
 
     def gather(self, per_feature: Tensor) -> Tensor:
         return per_feature
@@ -122,7 +124,7 @@ class Pass(NamedTuple):
 
 def choose(transcoder: Transcoder, h: list[Tensor], k: Sequence[float], comm: Collectives) -> list[Tensor] | None:
     """The thresholds of topk kinds for these tokens; None for the others."""
-    if transcoder.settings.activation not in ("topk", "batchtopk"):
+    if transcoder.settings.activation not in TOPK:
         return None
     if transcoder.settings.activation == "batchtopk" and transcoder.settings.k_scope == "all":
         return transcoder.select(h, comm, sum(k) / len(k))
@@ -130,12 +132,11 @@ def choose(transcoder: Transcoder, h: list[Tensor], k: Sequence[float], comm: Co
 
 
 def dense_pass(
-    transcoder: Transcoder, x: Tensor, inputs: StepInputs, objective: Objective, comm: Collectives = SINGLE,
-    chosen_by: Callable[..., list[Tensor] | None] = choose,
-) -> Pass:  # fmt: skip
+    transcoder: Transcoder, x: Tensor, inputs: StepInputs, objective: Objective, comm: Collectives = SINGLE
+) -> Pass:
     """Stages 1 to 3 with every entry in memory."""
     h = transcoder.preactivations(x)
-    acts = transcoder.activate(h, inputs.thresholds or chosen_by(transcoder, h, inputs.k, comm), comm)
+    acts = transcoder.activate(h, inputs.thresholds or choose(transcoder, h, inputs.k, comm), comm)
     y_hat = decode_own(transcoder, acts, x, comm)
     y_aux = None
     if objective.aux_weight and inputs.use_aux:
@@ -164,7 +165,7 @@ def step_loss(
     tokens = x.shape[0]
     done = forward(transcoder, x, inputs, objective, comm)
     fired = [layer.counts() for layer in done.layers]
-    l0 = comm.sum_shards(torch.stack([counts.sum() for counts in fired]).to(x.dtype)) / tokens
+    l0 = comm.all_reduce_features(torch.stack([counts.sum() for counts in fired]).to(x.dtype)) / tokens
     own_y = own_slice(y, comm)
     terms = {"reconstruction": over_slices(losses.reconstruction(done.y_hat, own_y), comm)}
     with torch.autocast(x.device.type, enabled=False):
@@ -175,9 +176,9 @@ def step_loss(
                 done.preactivation(l, transcoder.theta(l), n, dead if objective.preactivation_over_dead else None)
                 for l, (n, dead) in enumerate(zip(done.norms or [], inputs.dead, strict=True))
             ]
-            terms["preactivation"] = inputs.lam_preactivation * comm.sum(torch.stack(parts))
+            terms["preactivation"] = inputs.lam_preactivation * comm.all_reduce_features(torch.stack(parts))
         if done.y_aux is not None:
-            any_dead = comm.sum_shards(torch.stack([dead.any() for dead in inputs.dead]).any().to(x.dtype)) > 0
+            any_dead = comm.all_reduce_features(torch.stack([dead.any() for dead in inputs.dead]).any().to(x.dtype)) > 0
             auxiliary = over_slices(losses.auxiliary(done.y_aux, done.y_hat, own_y), comm)
             terms["auxiliary"] = objective.aux_weight * any_dead * auxiliary
     loss = torch.stack(list(terms.values())).sum()
@@ -192,17 +193,15 @@ def _sparsity(
     settings, parts = transcoder.settings, []
     for l, layer in enumerate(done.layers):
         if objective.sparsity in ("l0", "target"):
-            # An entry that a list holds as padding counts for nothing: its h is sent far below every window.
-            h = layer.h if layer.valid is None else layer.h.masked_fill(~layer.valid, -1e9)
             theta = layer.gather(transcoder.theta(l))
-            parts.append(losses.l0_penalty(h, theta, settings.bandwidth, settings.ste_reaches_h, tokens))
+            parts.append(losses.l0_penalty(layer.h, theta, settings.bandwidth, settings.ste_reaches_h, tokens))
         elif done.norms is not None:
             n = layer.gather(done.norms[l])
             if objective.sparsity == "tanh":
                 parts.append(losses.tanh_penalty(layer.acts, n, objective.tanh_c, tokens))
             else:
                 parts.append(losses.l1_penalty(layer.acts, n, tokens))
-    penalty = comm.sum(torch.stack(parts))
+    penalty = comm.all_reduce_features(torch.stack(parts))
     if objective.sparsity != "target":
         return penalty
     assert inputs.target_l0 is not None
@@ -229,4 +228,4 @@ def _written(transcoder: Transcoder, acts: Iterable[Tensor], dtype: torch.dtype,
 def _aux_acts(h_BF: Tensor, dead_F: Tensor, aux_k: int, comm: Collectives) -> Tensor:
     """The aux_k strongest dead features of each token."""
     silent_BF = h_BF.masked_fill(~dead_F, 0.0)
-    return above(silent_BF, comm.row_threshold(silent_BF.detach(), aux_k))
+    return keep_reaching(silent_BF, comm.row_threshold(silent_BF.detach(), aux_k))

@@ -2,15 +2,11 @@
 
 import math
 
-from ...data.errors import check_choice
-
-DECAYS = ("linear", "cosine", "constant")
-RAMPS = ("linear", "constant")
+from ..settings import TrainerSettings
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: float, shape: str = "linear") -> float:
     """Linear warm-up over the first `warmup` share of the run, `peak`, then to zero over the last `decay` share."""
-    check_choice("trainer.lr_schedule", shape, DECAYS)
     rising, falling = round(warmup * steps), round(decay * steps)
     if step < rising:
         return peak * (step + 1) / rising
@@ -22,11 +18,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: floa
     return peak * 0.5 * (1 - math.cos(math.pi * left))
 
 
-def ramp(step: int, steps: int, final: float, share: float = 1.0, shape: str = "linear") -> float:
+def ramp(step: int, steps: int, final: float, share: float = 1.0) -> float:
     """From 0 to `final` over the first `share` of the run, then `final`: the penalty's coefficient."""
-    check_choice("trainer.lam_schedule", shape, RAMPS)
     rising = share * steps
-    if shape == "constant" or rising <= 0:
+    if rising <= 0:
         return final
     return final * min(1.0, (step + 1) / rising)
 
@@ -42,3 +37,9 @@ def annealed_k(step: int, steps: int, k: float, first: float, share: float) -> f
 def default_lr(features: int) -> float:
     """2e-4 * sqrt(2^14 / F): a starting point that published runs agree on."""
     return 2e-4 * (2**14 / features) ** 0.5
+
+
+def scheduled_lr(settings: TrainerSettings, features: int, step: int) -> float:
+    """The learning rate of a step, in a transcoder of so many features a layer."""
+    peak = settings.lr or settings.lr_scale * default_lr(features)
+    return learning_rate(step, settings.steps, peak, settings.lr_warmup, settings.lr_decay, settings.lr_schedule)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..parallel.collectives import Collectives
+from ..parallel import Collectives
 from ..settings import TrainerSettings
-from ..transcoder.transcoder import Transcoder
+from ..transcoder import Transcoder
 from .objective import StepLoss
 
 # How the penalty follows L0: log lam moves by gain * log(L0 / target) a step, and _DAMPING * log(L0 / target) is added
@@ -38,7 +38,6 @@ class Counters:
     use_aux: bool = False
     """Whether any feature was dead when last looked at."""
     best_score: float = math.inf
-    best_step: int = -1
     seconds: float = 0.0
     """Training time before this process."""
 

@@ -1,1 +1,11 @@
-"""Many processes as one: collectives, the mesh, what ranks exchange."""
+"""Many processes as one: the mesh, and what its ranks ask of each other."""
+
+from .collectives import SINGLE as SINGLE
+from .collectives import Collectives as Collectives
+from .mesh import BUCKET_BYTES as BUCKET_BYTES
+from .mesh import EXCHANGES as EXCHANGES
+from .mesh import FirstFailure as FirstFailure
+from .mesh import ParallelSettings as ParallelSettings
+from .mesh import PeerLost as PeerLost
+from .mesh import local_device as local_device
+from .mesh import processes as processes

@@ -5,10 +5,9 @@ process, and `mesh.py` builds the distributed ones. Two axes: *feature* ranks ho
 layer and see the same tokens; *data* ranks hold the same features and see different tokens.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -27,20 +26,16 @@ class Collectives(Protocol):
         """Whether this rank writes logs and shared files."""
         ...
 
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum over feature shards; backward is the identity, since every shard computes the same loss from it."""
+    def all_reduce_features(self, x: Tensor) -> Tensor:
+        """Sum over feature shards. Backward is the identity, since every shard computes the same loss from the sum."""
         ...
 
-    def sum_shards(self, x: Tensor) -> Tensor:
-        """Sum over feature shards, without gradient (norms, counts)."""
+    def all_reduce_data(self, x: Tensor) -> Tensor:
+        """Sum over data ranks, without gradient (counts)."""
         ...
 
     def mean_data(self, x: Tensor) -> Tensor:
         """Mean over data ranks, without gradient."""
-        ...
-
-    def sum_data(self, x: Tensor) -> Tensor:
-        """Sum over data ranks, without gradient (counts)."""
         ...
 
     def max_all(self, x: Tensor) -> Tensor:
@@ -62,15 +57,15 @@ class Collectives(Protocol):
         """Each row's k-th largest over feature shards: [B, 1]. Fewer than k: the smallest."""
         ...
 
-    def gather_features(self, x: Tensor, dim: int = 0) -> Tensor:
+    def cat_features(self, x: Tensor, dim: int = 0) -> Tensor:
         """Concatenate the shards' `x` along its feature dimension (rare: export, resampling), without gradient."""
         ...
 
-    def gather_parts(self, x: Tensor) -> Tensor:
+    def all_gather_features(self, x: Tensor) -> Tensor:
         """[m, ...]: every feature rank's `x`, all of one shape, without gradient."""
         ...
 
-    def sum_parts(self, x: Tensor) -> Tensor:
+    def reduce_scatter_features(self, x: Tensor) -> Tensor:
         """[m, ...] -> [...]: of the sum over feature ranks, the entry of this one, without gradient."""
         ...
 
@@ -94,16 +89,13 @@ class SingleProcess:
     data_ranks = feature_ranks = slices = 1
     is_main = True
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce_features(self, x: Tensor) -> Tensor:
         return x
 
-    def sum_shards(self, x: Tensor) -> Tensor:
+    def all_reduce_data(self, x: Tensor) -> Tensor:
         return x
 
     def mean_data(self, x: Tensor) -> Tensor:
-        return x
-
-    def sum_data(self, x: Tensor) -> Tensor:
         return x
 
     def max_all(self, x: Tensor) -> Tensor:
@@ -118,13 +110,13 @@ class SingleProcess:
     def row_threshold(self, h_BF: Tensor, k: int) -> Tensor:
         return h_BF.topk(min(k, h_BF.shape[-1]), dim=-1).values[..., -1:]
 
-    def gather_features(self, x: Tensor, dim: int = 0) -> Tensor:
+    def cat_features(self, x: Tensor, dim: int = 0) -> Tensor:
         return x
 
-    def gather_parts(self, x: Tensor) -> Tensor:
+    def all_gather_features(self, x: Tensor) -> Tensor:
         return x[None]
 
-    def sum_parts(self, x: Tensor) -> Tensor:
+    def reduce_scatter_features(self, x: Tensor) -> Tensor:
         return x[0]
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
@@ -138,28 +130,3 @@ class SingleProcess:
 
 
 SINGLE: Collectives = SingleProcess()
-
-
-Named = Sequence[tuple[str, Tensor]]
-
-
-def gradient_norms(sharded: Named, replicated: Named, layers: int, comm: Collectives = SINGLE) -> Tensor:
-    """[1 + L]: the 2-norm of all gradients together, and of each layer's (names end in its number): each shard's part
-    added up, what every rank holds counted once."""
-    squares = [_square_sums(named, layers) for named in (sharded, replicated)]
-    if squares[0] is not None:
-        squares[0] = comm.sum_shards(squares[0])
-    parts = [part for part in squares if part is not None]
-    return torch.stack(parts).sum(0).sqrt() if parts else torch.zeros(1 + layers)
-
-
-def _square_sums(named: Named, layers: int) -> Tensor | None:
-    if not named:
-        return None
-    norms = torch._foreach_norm([tensor for _, tensor in named])
-    columns: list[list[Tensor]] = [[] for _ in range(layers)]
-    for (name, _), norm in zip(named, norms, strict=True):
-        columns[int(name.rpartition(".")[2])].append(norm)
-    widest, none = max(map(len, columns)), norms[0].new_zeros(())
-    grid = torch.stack([norm for column in columns for norm in column + [none] * (widest - len(column))])
-    return torch.cat([torch.stack(norms).square().sum()[None], grid.view(layers, widest).square().sum(1)])

@@ -5,33 +5,29 @@
                      and of the decoders either its features' rows, or its D/m slice of every feature's (`exchange`)
 
 What flows between processes in a step, for B tokens a data rank:
-    sum             exchange=reconstructions: [B, L, D] over feature ranks, once, forward; nothing backward
-    gather_parts    exchange=actives: the active entries' values and places, forward (train/parallel/exchange.py)
-    sum_parts       exchange=actives: the gradients of those values, backward
-    top_threshold   counts, by which batchtopk's choice is the one of the whole batch (train/parallel/kth_largest.py)
-    row_threshold   the same for each token: topk, and the auxiliary loss
-    reduce_gradients each parameter's gradient over data ranks, in buckets
+    all_reduce_features      exchange=reconstructions: [B, L, D], once, forward; nothing backward
+    all_gather_features      exchange=actives: the active entries' values and places, forward (train/sparse/sharing.py)
+    reduce_scatter_features  exchange=actives: the gradients of those values, backward
+    top_threshold            counts, by which batchtopk's choice is the one of the whole batch (kth_largest.py)
+    row_threshold            the same for each token: topk, and the auxiliary loss
+    reduce_gradients         each parameter's gradient over data ranks, in buckets
 
 The mathematics stands in `collectives.py`; this module alone knows process groups.
 """
 
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
-from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ...data.errors import SettingsError, UserError, check_choice, check_range
 from .collectives import SINGLE, Collectives
@@ -99,6 +95,8 @@ def local_device() -> torch.device:
     """The device of this process: the GPU with its local number where there are several, else what Accelerate finds."""
     if started() > 1 and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    from accelerate import PartialState  # takes a while
+
     return PartialState().device or torch.device("cpu") if started() == 1 else torch.device("cpu")
 
 
@@ -122,7 +120,7 @@ def processes(settings: ParallelSettings, device: torch.device | str = "cpu") ->
         if joined_here:
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
             patience = timedelta(seconds=settings.timeout)
-            dist.init_process_group(backend, timeout=patience, **_meeting(patience))
+            dist.init_process_group(backend, timeout=patience, **_own_store(patience))
         mesh = init_device_mesh(kind, (settings.data, settings.features), mesh_dim_names=("data", "features"))
         yield MeshCollectives(mesh, slices=settings.features if settings.exchange == "actives" else 1)
     except UserError as error:
@@ -136,42 +134,15 @@ def processes(settings: ParallelSettings, device: torch.device | str = "cpu") ->
             dist.destroy_process_group()
 
 
-def _meeting(patience: timedelta) -> dict[str, Any]:
-    """Where the processes find each other: a part of the store of torchrun's agents that only these processes use.
-
-    The agents keep their store when they start processes anew, and what the dead ones wrote there would mislead the
-    living. Without such a store, whatever torch does by itself.
-    """
+def _own_store(patience: timedelta) -> dict[str, Any]:
+    """torchrun's agents keep their store when they start processes anew, and what the dead ones wrote there would
+    mislead the living: each start uses a part of its own. Agents on several machines count starts differently: there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each start a new store (docs/clusters.md)."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
-    rank, ranks = int(os.environ["RANK"]), started()
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=patience)
-    name = _give_name(store, ranks, patience) if rank == 0 else _ask_name(store)
-    return {"store": dist.PrefixStore(f"crosslace/{name}", store), "rank": rank, "world_size": ranks}
-
-
-def _ask_name(store: dist.Store) -> str:
-    """The name that the first process gave to this start of all. Only the living answer a fresh question."""
-    question = uuid4().hex
-    store.set(f"crosslace/question/{store.add('crosslace/questions', 1)}", question)
-    name = store.get(f"crosslace/answer/{question}").decode()
-    store.add(f"crosslace/present/{name}", 1)
-    return name
-
-
-def _give_name(store: dist.Store, ranks: int, patience: timedelta) -> str:
-    """Answer every question, those of the dead too, until all the others are present."""
-    name, answered, begun = uuid4().hex, set(), time.monotonic()
-    while store.add(f"crosslace/present/{name}", 0) < ranks - 1:
-        for number in set(range(1, store.add("crosslace/questions", 0) + 1)) - answered:
-            if store.check([f"crosslace/question/{number}"]):
-                store.set(f"crosslace/answer/{store.get(f'crosslace/question/{number}').decode()}", name)
-                answered.add(number)
-        if time.monotonic() - begun > patience.total_seconds():
-            raise UserError(f"not all {ranks} processes came within {patience.total_seconds():.0f} s; start them again")
-        time.sleep(0.01)
-    return name
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=patience)
+    prefix = f"crosslace/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    return {"store": dist.PrefixStore(prefix, store), "rank": int(os.environ["RANK"]), "world_size": started()}
 
 
 def _first_to_fail() -> bool:
@@ -230,22 +201,21 @@ class MeshCollectives:
         dist.all_reduce(total, op=op, group=group)
         return total.to(x.device)
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce_features(self, x: Tensor) -> Tensor:
         if self.feature_ranks == 1:
             return x
-        self._count("sum", x)
+        if not x.requires_grad:
+            return self._reduced("all_reduce_features", x, self._features)
+        self._count("all_reduce_features", x)
         result = _SumForward.apply(x, self._features)
         assert isinstance(result, Tensor)
         return result
 
-    def sum_shards(self, x: Tensor) -> Tensor:
-        return x.detach() if self.feature_ranks == 1 else self._reduced("sum_shards", x, self._features)
-
-    def sum_data(self, x: Tensor) -> Tensor:
-        return x.detach() if self.data_ranks == 1 else self._reduced("sum_data", x, self._data)
+    def all_reduce_data(self, x: Tensor) -> Tensor:
+        return x.detach() if self.data_ranks == 1 else self._reduced("all_reduce_data", x, self._data)
 
     def mean_data(self, x: Tensor) -> Tensor:
-        return x.detach() if self.data_ranks == 1 else self.sum_data(x) / self.data_ranks
+        return x.detach() if self.data_ranks == 1 else self.all_reduce_data(x) / self.data_ranks
 
     def max_all(self, x: Tensor) -> Tensor:
         return self._reduced("max_all", x, None, dist.ReduceOp.MAX)
@@ -284,26 +254,28 @@ class MeshCollectives:
         dist.all_gather(list(gathered), own, group=group)
         return gathered.to(x.device)
 
-    def gather_features(self, x: Tensor, dim: int = 0) -> Tensor:
+    def cat_features(self, x: Tensor, dim: int = 0) -> Tensor:
         if self.feature_ranks == 1:
             return x
-        return torch.cat(list(self._gathered("gather_features", x, self._features, self.feature_ranks)), dim)
+        return torch.cat(list(self._gathered("cat_features", x, self._features, self.feature_ranks)), dim)
 
-    def gather_parts(self, x: Tensor) -> Tensor:
+    def all_gather_features(self, x: Tensor) -> Tensor:
         if self.feature_ranks == 1:
             return x.detach()[None]
-        return self._gathered("gather_parts", x, self._features, self.feature_ranks)
+        return self._gathered("all_gather_features", x, self._features, self.feature_ranks)
 
-    def sum_parts(self, x: Tensor) -> Tensor:
+    def reduce_scatter_features(self, x: Tensor) -> Tensor:
         if self.feature_ranks == 1:
             return x.detach()[0]
         parts = x.detach().to(self.device).contiguous()
-        self._count("sum_parts", parts)
+        self._count("reduce_scatter_features", parts)
         own = torch.empty_like(parts[0])
         dist.reduce_scatter(own, list(parts), group=self._features)
         return own.to(x.device)
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
+        from torch.distributed.tensor import DTensor, Replicate, Shard  # takes longer than all else here
+
         placements = [Replicate(), Shard(dim)]
         return DTensor.from_local(x.detach(), self.mesh, placements, run_check=False)
 

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 from ...data.errors import check_choice, check_range
 from ...data.units import parse_bytes
-from ..parallel.mesh import BUCKET_BYTES, EXCHANGES, ParallelSettings
-from ..settings import TrainerSettings, TranscoderSettings
+from ..parallel import BUCKET_BYTES, EXCHANGES, ParallelSettings
+from ..settings import TOPK, TrainerSettings, TranscoderSettings
+from ..sparse import use_sparse
 from .traffic import FLOAT, Work, actives_are_fewer, all_flows, moved
 
 NORMED = ("tanh", "l1")
@@ -218,7 +219,7 @@ def work_of(
     """A step of one rank, in numbers."""
     L, D, sizes = shape.n_layers, shape.d_model, transcoder.sizes(shape.n_layers)
     active = _active(transcoder, trainer, L)[1]
-    topk_kind = transcoder.activation in ("topk", "batchtopk")
+    topk_kind = transcoder.activation in TOPK
     return Work(
         sizes=sizes,
         d_model=D,
@@ -277,7 +278,7 @@ def _first_rows(shape: Shape, sizes: list[int], active: float) -> _FirstRows:
 def _active(transcoder: TranscoderSettings, trainer: TrainerSettings, n_layers: int) -> tuple[float, float]:
     """Active features a token and layer: in the end, and at most (topk kinds begin with more)."""
     target = max(trainer.per_layer("target_l0", n_layers) or [float(transcoder.k)])
-    if transcoder.activation not in ("topk", "batchtopk"):
+    if transcoder.activation not in TOPK:
         return target, target
     return target, max(target, trainer.first_k(target, max(transcoder.sizes(n_layers))))
 
@@ -286,9 +287,7 @@ def _is_sparse(
     transcoder: TranscoderSettings, trainer: TrainerSettings, active: float, layers: int, features: int, device: str
 ) -> bool:
     """jumprelu and relu begin with many entries near their thresholds: `auto` takes the dense step there."""
-    from ..sparse.sparse_pass import use_sparse
-
-    auto = transcoder.activation in ("topk", "batchtopk") and use_sparse("auto", active * layers / features, device)
+    auto = transcoder.activation in TOPK and use_sparse("auto", active * layers / features, device)
     return auto if trainer.sparse == "auto" else trainer.sparse == "on"
 
 

@@ -10,7 +10,7 @@ rank when the collective goes round a ring of m, which is what takes time:
 
 from typing import NamedTuple
 
-from ..parallel.mesh import ParallelSettings
+from ..parallel import ParallelSettings
 
 FLOAT = COUNT = 4
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..parallel.collectives import SINGLE, Collectives
-from ..transcoder.activations import candidates
-from ..transcoder.transcoder import Transcoder
+from ..parallel import SINGLE, Collectives
+from ..settings import TOPK
+from ..transcoder import Transcoder, candidates
 
 # A threshold stands this share below the entry that it was found at, or rounding would say whether that one is active.
 # Of a small one the share is that of the pre-activations, which are about one: theirs is the rounding.
@@ -27,7 +27,7 @@ def calibrated_thresholds(
     """
     own = [transcoder.theta(l) for l in range(transcoder.n_layers)]
     relative = transcoder.settings.activation == "jumprelu"
-    topk_kind = transcoder.settings.activation in ("topk", "batchtopk")
+    topk_kind = transcoder.settings.activation in TOPK
     together = transcoder.settings.activation == "batchtopk" and transcoder.settings.k_scope == "all"
     groups = [list(range(transcoder.n_layers))] if together else [[l] for l in range(transcoder.n_layers)]
     counts = [max(1, round(sum(target[l] for l in group) * rows)) for group in groups]

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ...data.errors import UserError
-from ..parallel.collectives import SINGLE, Collectives
-from ..transcoder.partition import cut_dim
+from ..parallel import SINGLE, Collectives
+from ..transcoder import cut_dim
 
 STATE_FILE = "state.json"
 FORMAT_VERSION = 1

@@ -7,8 +7,8 @@ import torch
 
 from ...data.errors import SettingsError, UserError
 from ...data.store import ActivationStore
-from ..parallel.collectives import Collectives
-from ..settings import HARMLESS, TrainerSettings, TranscoderSettings
+from ..parallel import Collectives
+from ..settings import HARMLESS, TOPK, TrainerSettings, TranscoderSettings
 
 
 def check_run(
@@ -72,7 +72,7 @@ def check_sparsity(settings: TrainerSettings, transcoder: TranscoderSettings, n_
     """How many features may be active, against how many there are and what the activation can do."""
     sizes = transcoder.sizes(n_layers)
     targets = settings.per_layer("target_l0", n_layers)
-    topk_kind = transcoder.activation in ("topk", "batchtopk")
+    topk_kind = transcoder.activation in TOPK
     ks = [float(k) if topk_kind else 0.0 for k in transcoder.ks(n_layers)]
     for size, wanted in zip(sizes, targets or ks, strict=True):
         if wanted > size:

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from ...data.store import ActivationStore
-from ..loss.objective import decode_whole
-from ..parallel.collectives import SINGLE, Collectives
-from ..transcoder.normalisation import Normalisation
-from ..transcoder.transcoder import Transcoder
+from ..loss import decode_whole
+from ..parallel import SINGLE, Collectives
+from ..transcoder import Normalisation, Transcoder
 from .calibration import calibrated_thresholds
 from .metrics import ReconstructionMetrics
 

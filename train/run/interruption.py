@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..parallel.collectives import SINGLE, Collectives
+from ..parallel import SINGLE, Collectives
 
 # With several processes all must agree on the step: asking costs a collective, so it is not done at each.
 _ASK_EVERY = 10

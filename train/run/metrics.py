@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..parallel.collectives import SINGLE, Collectives
-from ..transcoder.activations import SparseActs
+from ..parallel import SINGLE, Collectives
+from ..transcoder import SparseActs
 
 DENSE_ABOVE = 0.1
 
@@ -53,23 +53,23 @@ class ReconstructionMetrics:
 
     def densities(self) -> list[Tensor]:
         """Per layer [F]: the share of tokens on which each feature fired (this rank's features, all ranks' tokens)."""
-        return [self.comm.sum_data(fired_F) / self.comm.sum_data(self.tokens) for fired_F in self.fired]
+        return [self.comm.all_reduce_data(fired_F) / self.comm.all_reduce_data(self.tokens) for fired_F in self.fired]
 
     def compute(self) -> dict[str, Any]:
         """{"overall": {...}, "layers": [{...}], "tokens": n}."""
         comm = self.comm
-        tokens = comm.sum_data(self.tokens)
-        error, power = comm.sum_data(self.error), comm.sum_data(self.power)
-        variance = power - comm.sum_data(self.y_sum).square().sum(1) / tokens
+        tokens = comm.all_reduce_data(self.tokens)
+        error, power = comm.all_reduce_data(self.error), comm.all_reduce_data(self.power)
+        variance = power - comm.all_reduce_data(self.y_sum).square().sum(1) / tokens
         densities = self.densities()
-        sizes = comm.sum_shards(tokens.new_tensor([float(d.numel()) for d in densities]))
-        dead = comm.sum_shards(torch.stack([(d == 0).sum() for d in densities]).to(error.dtype))
-        dense = comm.sum_shards(torch.stack([(d > DENSE_ABOVE).sum() for d in densities]).to(error.dtype))
-        l0 = comm.sum_shards(torch.stack([d.sum() for d in densities]))
+        sizes = comm.all_reduce_features(tokens.new_tensor([float(d.numel()) for d in densities]))
+        dead = comm.all_reduce_features(torch.stack([(d == 0).sum() for d in densities]).to(error.dtype))
+        dense = comm.all_reduce_features(torch.stack([(d > DENSE_ABOVE).sum() for d in densities]).to(error.dtype))
+        l0 = comm.all_reduce_features(torch.stack([d.sum() for d in densities]))
         columns = {
             "nmse": error / power,
             "fvu": error / variance,
-            "cosine": comm.sum_data(self.cosine) / tokens,
+            "cosine": comm.all_reduce_data(self.cosine) / tokens,
             "l0": l0,
             "dead": dead / sizes,
             "dense": dense / sizes,

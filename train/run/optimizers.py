@@ -5,16 +5,18 @@ device: that is clipping and the non-finite guard in the same pass, with nothing
 same for gradients that are not formed.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..parallel.collectives import SINGLE, Collectives
+from ..parallel import SINGLE, Collectives
 from ..settings import TrainerSettings
-from ..sparse.row_gradients import RowGradients, adam_numbers, adam_rows
-from ..transcoder.transcoder import Transcoder
+from ..sparse import RowGradients, adam_numbers, adam_rows
+from ..transcoder import Transcoder
 
 # The second moment of features that start again, against the others': their steps are some six times as large at first.
-_RENEWED = 0.03
+_RESET_SECOND = 0.03
 
 MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 
@@ -99,7 +101,7 @@ class Optimizers:
             if isinstance(value, Tensor)
         }
 
-    def renew(self, name: str, rows: Tensor, comm: Collectives = SINGLE, whole: bool = False) -> None:
+    def reset_moments(self, name: str, rows: Tensor, comm: Collectives = SINGLE, whole: bool = False) -> None:
         """Begin the moments of some rows anew (features that were resampled): the first at zero; the second at a share
         of the other rows' mean, over all shards unless this rank holds the `whole` tensor's rows.
 
@@ -117,5 +119,30 @@ class Optimizers:
                 others[rows] = 0
                 total, count = torch.tensordot(others, scale, 1), others.sum()
                 if not whole:
-                    total, count = comm.sum_shards(total), comm.sum_shards(count)
-                scale[rows] = _RENEWED * total / count.clamp_min(1)
+                    total, count = comm.all_reduce_features(total), comm.all_reduce_features(count)
+                scale[rows] = _RESET_SECOND * total / count.clamp_min(1)
+
+
+Named = Sequence[tuple[str, Tensor]]
+
+
+def total_and_layer_norms(sharded: Named, replicated: Named, layers: int, comm: Collectives = SINGLE) -> Tensor:
+    """[1 + L]: the 2-norm of all gradients together, and of each layer's (names end in its number): each shard's part
+    added up, what every rank holds counted once."""
+    squares = [_square_sums(named, layers) for named in (sharded, replicated)]
+    if squares[0] is not None:
+        squares[0] = comm.all_reduce_features(squares[0])
+    parts = [part for part in squares if part is not None]
+    return torch.stack(parts).sum(0).sqrt() if parts else torch.zeros(1 + layers)
+
+
+def _square_sums(named: Named, layers: int) -> Tensor | None:
+    if not named:
+        return None
+    norms = torch._foreach_norm([tensor for _, tensor in named])
+    columns: list[list[Tensor]] = [[] for _ in range(layers)]
+    for (name, _), norm in zip(named, norms, strict=True):
+        columns[int(name.rpartition(".")[2])].append(norm)
+    widest, none = max(map(len, columns)), norms[0].new_zeros(())
+    grid = torch.stack([norm for column in columns for norm in column + [none] * (widest - len(column))])
+    return torch.cat([torch.stack(norms).square().sum()[None], grid.view(layers, widest).square().sum(1)])

@@ -11,10 +11,10 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from ..parallel.exchange import decoder_norms
-from ..step import StepParts, scheduled_lr
-from .compiled import CompileClock
+from ..loss import scheduled_lr
+from ..transcoder import decoder_norms
 from .metrics import DENSE_ABOVE
+from .parts import StepParts
 
 # Above this many features a histogram is drawn from a sample.
 _HISTOGRAM = 16_384
@@ -31,8 +31,6 @@ class Records:
         self.last_step = 0
         self.note = ""
         """The last line in short, for the progress bar."""
-        self.compiling = CompileClock()
-        self.compiled = 0.0
         self.speed: dict[str, float] = {}
         self._rated_steps, self._rated_seconds = 0, 0.0
 
@@ -49,23 +47,21 @@ class Records:
         self._file = self.path.open("a")
 
     def set_apart(self, step: int, stall_seconds: float, device: torch.device) -> None:
-        """After this process's first step, which compiles, builds kernels and touches its memory for the first time:
+        """After this process's first step, which builds kernels and touches its memory for the first time:
         its seconds, without the wait for data, are a figure of their own, and no part of tokens/s."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         now = time.perf_counter()
         self.speed["first_step_seconds"] = now - self.clock - stall_seconds
-        self.clock, self.stalled, self.last_step, self.compiled = now, stall_seconds, step, self.compiling.seconds
+        self.clock, self.stalled, self.last_step = now, stall_seconds, step
 
     def rates(self, step: int, stall_seconds: float, batch: int) -> dict[str, float]:
-        """Of the steps since the last line, but for the first one and for what was spent compiling."""
-        now, compiled = time.perf_counter(), self.compiling.seconds
-        steps, seconds = step - self.last_step, max(now - self.clock - (compiled - self.compiled), 1e-9)
+        """Of the steps since the last line, but for the first one."""
+        now = time.perf_counter()
+        steps, seconds = step - self.last_step, max(now - self.clock, 1e-9)
         stall = (stall_seconds - self.stalled) / seconds
-        self.clock, self.stalled, self.last_step, self.compiled = now, stall_seconds, step, compiled
+        self.clock, self.stalled, self.last_step = now, stall_seconds, step
         self._rated_steps, self._rated_seconds = self._rated_steps + steps, self._rated_seconds + seconds
-        if compiled:
-            self.speed["compile_seconds"] = compiled
         if self._rated_steps:
             self.speed["tokens_per_second"] = self._rated_steps * batch / self._rated_seconds
         known = {name: value for name, value in self.speed.items() if name != "tokens_per_second"}
@@ -108,7 +104,7 @@ def training_values(
     sizes = torch.tensor([float(size * comm.feature_ranks) for size in transcoder.features])
 
     def share(masks: list[Tensor]) -> Tensor:
-        return comm.sum_shards(torch.stack([mask.sum() for mask in masks]).float()).cpu() / sizes
+        return comm.all_reduce_features(torch.stack([mask.sum() for mask in masks]).float()).cpu() / sizes
 
     columns["nmse"] = means["reconstruction"] / means["power"].clamp_min(1e-30)
     columns["l0"] = means["l0"]
@@ -116,10 +112,10 @@ def training_values(
     columns["dead"] = share(state.dead(counters.step))
     columns["dense"] = share([density > DENSE_ABOVE for density in densities])
     norms = decoder_norms(transcoder, comm)
-    columns["decoder_norm"] = comm.sum_shards(torch.stack([norm.sum() for norm in norms])).cpu() / sizes
+    columns["decoder_norm"] = comm.all_reduce_features(torch.stack([norm.sum() for norm in norms])).cpu() / sizes
     if len(transcoder.log_theta):
         thetas = [transcoder.theta(l) for l in range(transcoder.n_layers)]
-        columns["theta"] = comm.sum_shards(torch.stack([theta.sum() for theta in thetas])).cpu() / sizes
+        columns["theta"] = comm.all_reduce_features(torch.stack([theta.sum() for theta in thetas])).cpu() / sizes
 
     values = {
         "tokens": float(counters.step * parts.settings.batch),

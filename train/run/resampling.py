@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..loss.objective import StepInputs, choose, decode_whole
-from ..loss.state import RunningState
-from ..parallel.collectives import Collectives
-from ..start.initialisation import quantile_bias
-from ..transcoder.transcoder import Transcoder
+from ..loss import RunningState, StepInputs, choose, decode_whole
+from ..parallel import Collectives
+from ..start import quantile_bias
+from ..transcoder import Transcoder
 from .optimizers import Optimizers
 
 # Against the usual feature: the norm of a new encoder, and how often it fires. Rarely, so that the tokens it takes from
@@ -37,13 +36,14 @@ def resample(
         dead = inputs.dead[l].nonzero()[:, 0]
         alive = ~inputs.dead[l]
         norms = torch.stack([transcoder.W_enc[l][alive].norm(dim=1).sum(), alive.sum().to(x.dtype)])
-        total, count = comm.sum_shards(norms)
+        total, count = comm.all_reduce_features(norms)
         if float(count) == size * comm.feature_ranks:
             continue
         x_BD, usual_rate = whole_batch(x[:, l], comm), inputs.k[l] / (size * comm.feature_ranks)
         usual_norm = total / count if float(count) else x.new_tensor(1.0)
-        all_dead = comm.gather_features(inputs.dead[l])
-        rows = deal(x_BD, error_BL[:, l].square(), all_dead, hash((seed, l)))[comm.feature_rank * size :][:size][dead]
+        all_dead = comm.cat_features(inputs.dead[l])
+        everyones = assign_tokens(x_BD, error_BL[:, l].square(), all_dead, hash((seed, l)))
+        rows = everyones[comm.feature_rank * size :][:size][dead]
         towards = torch.nn.functional.normalize(x_BD[rows], dim=1)
         transcoder.W_enc[l][dead] = towards * usual_norm * _ENCODER_SHARE
         # What the activation compares with: its own threshold, or the one that it chose among these tokens.
@@ -53,13 +53,13 @@ def resample(
         transcoder.b_enc[l][dead] = quantile_bias(margin, transcoder.theta(l)[dead], usual_rate * _RATE_SHARE)
         state.density[l][dead] = usual_rate
         for name in (f"W_enc.{l}", f"b_enc.{l}", f"log_theta.{l}"):
-            optimizers.renew(name, dead, comm)
+            optimizers.reset_moments(name, dead, comm)
         written = dead if comm.slices == 1 else all_dead.nonzero()[:, 0]
         transcoder.W_dec[l][written] = 0
-        optimizers.renew(f"W_dec.{l}", written, comm, whole=comm.slices > 1)
+        optimizers.reset_moments(f"W_dec.{l}", written, comm, whole=comm.slices > 1)
 
 
-def deal(x_BD: Tensor, weight_B: Tensor, dead_F: Tensor, seed: int) -> Tensor:
+def assign_tokens(x_BD: Tensor, weight_B: Tensor, dead_F: Tensor, seed: int) -> Tensor:
     """[F]: to each dead feature a token of its own, drawn by weight, as long as there are enough (others get any): two
     features with one encoder would stay the same feature for good. Tokens with equal rows count as one."""
     generator = torch.Generator().manual_seed(seed & 0x7FFFFFFF)
@@ -77,4 +77,4 @@ def whole_batch(x: Tensor, comm: Collectives) -> Tensor:
         return x
     slots = x.new_zeros(comm.data_ranks, *x.shape)
     slots[comm.data_rank] = x
-    return comm.sum_data(slots).flatten(0, 1)
+    return comm.all_reduce_data(slots).flatten(0, 1)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 
-class Sink(Protocol):
+class Tracker(Protocol):
     """A listener to one training run, on the main process."""
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -17,7 +17,7 @@ class Sink(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """What the sink needs to go on after a resume, as JSON."""
+        """What the tracker needs to go on after a resume, as JSON."""
         ...
 
     def close(self, summary: dict[str, float]) -> None:

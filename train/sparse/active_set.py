@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..parallel.collectives import Collectives
-from .entries import entries_above
+from ..parallel import Collectives
+from .products import entries_above
 
 ABSENT = -1e30
 
@@ -60,7 +60,7 @@ def is_absent(h: Tensor) -> Tensor:
     return h < ABSENT / 2
 
 
-def at_least(threshold: Tensor | float, like: Tensor) -> Tensor:
+def just_below(threshold: Tensor | float, like: Tensor) -> Tensor:
     """The threshold tau' with h > tau' exactly where h >= tau and h > 0."""
     tau = torch.as_tensor(threshold, dtype=like.dtype, device=like.device)
     return torch.nextafter(tau, torch.full_like(tau, -torch.inf)).clamp_min(0)
@@ -89,7 +89,7 @@ def choose_active(h_BF: Tensor, rule: Rule, theta_F: Tensor | None, capacity: in
 def choose_topk(h_BF: Tensor, k: int, comm: Collectives) -> Chosen:
     """Each token's k largest over all feature shards, where positive."""
     if read_freely(h_BF):
-        return choose_above(h_BF, at_least(comm.row_threshold(h_BF, k), h_BF))
+        return choose_above(h_BF, just_below(comm.row_threshold(h_BF, k), h_BF))
     values_BK, features_BK = h_BF.topk(min(k, h_BF.shape[1]), dim=1)
     tau_B1 = values_BK[:, -1:] if comm.feature_ranks == 1 else comm.row_threshold(h_BF, k)
     values = values_BK.masked_fill((values_BK < tau_B1) | (values_BK <= 0), ABSENT).flatten()
@@ -98,7 +98,7 @@ def choose_topk(h_BF: Tensor, k: int, comm: Collectives) -> Chosen:
 
 
 def choose_largest(h_BF: Tensor, count: int) -> Chosen:
-    """The `count` largest positive entries and ties of the last one; on a CPU perhaps some more, for `keep_above`."""
+    """The `count` largest positive entries, ties of the last one too; on a CPU perhaps more, for `keep_reaching`."""
     count = min(count, h_BF.numel())
     if read_freely(h_BF):
         found = choose_above(h_BF, _lower_bound(h_BF, count))
@@ -128,7 +128,7 @@ def largest_values(chosen: Chosen, count: int, numel: int) -> Tensor:
     return torch.cat([chosen.h, chosen.h.new_full((count - len(chosen.h),), ABSENT)])
 
 
-def keep_above(chosen: Chosen, tau: Tensor) -> Chosen:
+def keep_reaching(chosen: Chosen, tau: Tensor) -> Chosen:
     """Only the entries that reach tau; on an accelerator the others stay as empty places."""
     kept = (chosen.h >= tau) & (chosen.h > 0)
     if read_freely(chosen.h):

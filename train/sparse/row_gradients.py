@@ -5,70 +5,44 @@ as the matrix, is given by the lists and by the rows that they point to, as larg
 takes two walks over it, each of which forms a row (on a CPU a block in the first-level cache, on a GPU a block in
 registers, with plain PyTorch a chunk of rows), uses it and drops it:
 
-    gradient_norms   for the global norm, by which every gradient is clipped
-    adam_rows        Adam or AdamW on the row
+    row_gradient_norms   for the global norm, by which every gradient is clipped
+    adam_rows            Adam or AdamW on the row
 
 Where the gradient is needed whole (it is summed over micro-batches or data ranks, or Muon takes it), `form` writes it.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cpu as native
-from .entries import Entries, backend, gather_dot, gather_sum
+from .entries import Entries, RowGradient
+from .products import backend, gather_dot, gather_sum
 
 # Numbers in a chunk of rows, with plain PyTorch.
 _CHUNK = 1 << 21
 
 
-class RowGradient(NamedTuple):
-    """gradient[f] = sum over f's list of values[j] * source[index[j]] + scale[f] * weight[f] + left[f] * right."""
+def _native(rows: RowGradient) -> bool:
+    return backend(rows.weight) == "native" and rows.source.dtype == rows.values.dtype == rows.weight.dtype
 
-    source: Tensor
-    """[R, C]: perhaps columns of something wider."""
-    index: Tensor
-    """[N]: all lists, one after the other."""
-    pointer: Tensor
-    """[F + 1]: feature f owns items pointer[f] .. pointer[f + 1]."""
-    values: Tensor
-    """[N]"""
-    weight: Tensor
-    """[F, C]: the matrix itself."""
-    scale: Tensor | None = None
-    """[F]: the gradient of the rows' norms over the norms."""
-    left: Tensor | None = None
-    """[F]: with `right`, what all tokens of a feature have in common."""
-    right: Tensor | None = None
-    """[C]"""
 
-    @property
-    def native(self) -> bool:
-        return backend(self.weight) == "native" and self.source.dtype == self.values.dtype == self.weight.dtype
-
-    def arguments(self) -> tuple[Any, ...]:
-        """As the C++ kernels take it."""
-        return (
-            self.source, self.source.stride(0), self.index, self.pointer, self.values, self.scale, self.left,
-            self.right, self.weight, self.weight.shape[1],
+def chunks(rows: RowGradient) -> Iterator[tuple[slice, Tensor]]:
+    """The gradient some rows at a time, in one buffer: what the kernels are held against."""
+    size = max(1, _CHUNK // max(1, rows.weight.shape[1]))
+    buffer = torch.empty_like(rows.weight[:size])
+    for first in range(0, len(rows.weight), size):
+        these = slice(first, min(first + size, len(rows.weight)))
+        begin, end = int(rows.pointer[these.start]), int(rows.pointer[these.stop])
+        part = rows._replace(
+            index=rows.index[begin:end], values=rows.values[begin:end], weight=rows.weight[these],
+            pointer=rows.pointer[these.start : these.stop + 1] - begin,
+            scale=None if rows.scale is None else rows.scale[these],
+            left=None if rows.left is None else rows.left[these],
         )  # fmt: skip
-
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The gradient some rows at a time, in one buffer: what the kernels are held against."""
-        size = max(1, _CHUNK // max(1, self.weight.shape[1]))
-        buffer = torch.empty_like(self.weight[:size])
-        for first in range(0, len(self.weight), size):
-            rows = slice(first, min(first + size, len(self.weight)))
-            begin, end = int(self.pointer[rows.start]), int(self.pointer[rows.stop])
-            part = self._replace(
-                index=self.index[begin:end], values=self.values[begin:end], weight=self.weight[rows],
-                pointer=self.pointer[rows.start : rows.stop + 1] - begin,
-                scale=None if self.scale is None else self.scale[rows],
-                left=None if self.left is None else self.left[rows],
-            )  # fmt: skip
-            yield rows, form(part, buffer[: rows.stop - rows.start])
+        yield these, form(part, buffer[: these.stop - these.start])
 
 
 def form(rows: RowGradient, out: Tensor, add: bool = False) -> Tensor:
@@ -81,17 +55,17 @@ def form(rows: RowGradient, out: Tensor, add: bool = False) -> Tensor:
     return out
 
 
-def gradient_norms(rows: RowGradient) -> Tensor:
+def row_gradient_norms(rows: RowGradient) -> Tensor:
     """[F]: the 2-norm of each row's gradient."""
-    if rows.native:
+    if _native(rows):
         norms = torch.empty_like(rows.weight[:, 0])
         native.call("gradient_norms", *rows.arguments(), len(norms), norms)
         return norms
     if backend(rows.weight) == "triton":
         from . import triton_kernels as kernels  # optional: Triton comes with PyTorch's CUDA builds
 
-        return kernels.gradient_norms(rows)
-    return torch.cat([torch.linalg.vector_norm(part, dim=1) for _, part in rows.chunks()])
+        return kernels.row_gradient_norms(rows)
+    return torch.cat([torch.linalg.vector_norm(part, dim=1) for _, part in chunks(rows)])
 
 
 def decode_backward(
@@ -103,7 +77,7 @@ def decode_backward(
     kept, and its rows' norms [F] are returned beside.
     """
     kind = backend(rows.weight)
-    if rows.native:
+    if _native(rows):
         grad_values = torch.empty_like(rows.values)
         norms = torch.empty_like(rows.weight[:, 0]) if out is None else None
         shape = len(rows.weight), grad_values, out, add, norms
@@ -113,7 +87,7 @@ def decode_backward(
         from . import triton_kernels as kernels
 
         return kernels.decode_backward(rows, entries.order, out, add)
-    norms = gradient_norms(rows) if out is None else None
+    norms = row_gradient_norms(rows) if out is None else None
     if out is not None:
         form(rows, out, add)
     return gather_dot(rows.source, rows.weight, entries.rows, entries.features), norms
@@ -135,7 +109,7 @@ def adam_numbers(group: dict[str, Any], steps: Tensor, divisor: Tensor, bad: Ten
 
 def adam_rows(rows: RowGradient, first: Tensor, second: Tensor, numbers: Tensor) -> None:
     """Adam or AdamW on `rows.weight` and its moments [F, C] in place; nothing happens where `bad` is 1."""
-    if rows.native:
+    if _native(rows):
         shape = len(rows.weight), rows.weight, first, second
         native.call("adam_rows", *rows.arguments(), *shape, numbers.to(rows.weight.dtype).contiguous())
     elif backend(rows.weight) == "triton":
@@ -144,7 +118,7 @@ def adam_rows(rows: RowGradient, first: Tensor, second: Tensor, numbers: Tensor)
         kernels.adam_rows(rows, first, second, numbers.to(rows.weight.dtype).contiguous())
     else:
         keep, rate1, beta2, rate2, size, root, eps, factor, bad = numbers.to(rows.weight.dtype).unbind()
-        for place, part in rows.chunks():
+        for place, part in chunks(rows):
             gradient = part * factor
             m, v, w = first[place], second[place], rows.weight[place]
             new_m = m + rate1 * (gradient - m)

@@ -7,21 +7,20 @@ second axis of the grid; sums are kept in float32 (float64 for float64), whateve
     gather_sum        y_r = sum a_j W_dec_f(j)     decode
     decode_backward   d a_j and d W_dec_f together: a program holds one chunk of W_dec_f, walks f's entries once, and
                       leaves a partial dot product per entry and chunk; the chunks are added up afterwards
-    gradient_norms    d W_f in registers, its squares kept
+    row_gradient_norms  d W_f in registers, its squares kept
     adam_rows         d W_f in registers once more, and Adam on that chunk: no gradient is ever in memory
 
 Offsets that can pass 2^31 (rows times columns, chunks times entries) are 64-bit; columns within a row are 32-bit.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .row_gradients import RowGradient
+from .entries import RowGradient
 
 # Columns a program holds: enough for wide loads, few enough that its blocks (a row, its gradient, two moments) stay in
 # registers: 4 to 8 numbers of each for every thread.
@@ -157,14 +156,14 @@ def _launch(kernel: Any, like: Tensor, *arguments: Tensor | int, **flags: bool) 
     kernel[(n_rows, chunks)](*arguments, columns, **flags, SUM=sums, BLOCK=block, num_warps=warps)
 
 
-def _described(rows: "RowGradient") -> tuple[Tensor | int, ...]:
+def _described(rows: RowGradient) -> tuple[Tensor | int, ...]:
     """A RowGradient as the kernels take it; terms that it lacks are never loaded."""
     scale, left, right = (rows.weight if term is None else term for term in (rows.scale, rows.left, rows.right))
     source = rows.source, rows.source.stride(0)
     return *source, rows.index, rows.pointer, rows.values, scale, left, right, rows.weight
 
 
-def _terms(rows: "RowGradient") -> dict[str, bool]:
+def _terms(rows: RowGradient) -> dict[str, bool]:
     return {"SCALED": rows.scale is not None, "OUTER": rows.left is not None}
 
 
@@ -173,7 +172,7 @@ def gather_sum(rows: Tensor, index: Tensor, pointer: Tensor, weights: Tensor, ou
     _launch(_gather_sum, out, rows, rows.stride(0), index, pointer, weights, out, out.stride(0), ADD=add)
 
 
-def decode_backward(rows: "RowGradient", order: Tensor, out: Tensor | None, add: bool) -> tuple[Tensor, Tensor | None]:
+def decode_backward(rows: RowGradient, order: Tensor, out: Tensor | None, add: bool) -> tuple[Tensor, Tensor | None]:
     """d values [N], by token, and d weight into `out` (or added there), or else the norms of its rows."""
     n_features, columns = rows.weight.shape
     chunks, dtype, entries = _blocks(columns)[1], _sum_type(rows.weight), rows.values.numel()
@@ -186,7 +185,7 @@ def decode_backward(rows: "RowGradient", order: Tensor, out: Tensor | None, add:
     return partial.sum(0), squares.sum(0).sqrt() if out is None else None
 
 
-def gradient_norms(rows: "RowGradient") -> Tensor:
+def row_gradient_norms(rows: RowGradient) -> Tensor:
     """[F]: the 2-norm of each row's gradient."""
     n_features, columns = rows.weight.shape
     squares = rows.values.new_empty(_blocks(columns)[1], n_features, dtype=_sum_type(rows.weight))
@@ -194,6 +193,6 @@ def gradient_norms(rows: "RowGradient") -> Tensor:
     return squares.sum(0).sqrt()
 
 
-def adam_rows(rows: "RowGradient", first: Tensor, second: Tensor, numbers: Tensor) -> None:
+def adam_rows(rows: RowGradient, first: Tensor, second: Tensor, numbers: Tensor) -> None:
     """Adam on `rows.weight` and its moments, in place; `numbers` as `rows.adam_numbers` says."""
     _launch(_adam_rows, rows.weight, *_described(rows), first, second, numbers, **_terms(rows))

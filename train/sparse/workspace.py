@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .entries import Entries
-from .row_gradients import RowGradient, RowGradients, decode_backward, form, gradient_norms
+from .entries import Entries, RowGradient
+from .row_gradients import RowGradients, decode_backward, form, row_gradient_norms
 
 # Lists have lengths of a multiple of this.
 _ROUND = 4096
@@ -76,6 +76,12 @@ class Workspace:
         self._scratch: Tensor | None = None
         self.room = Room()
 
+    def clear(self) -> None:
+        """Give the memory back; the next step takes it anew."""
+        self._gradients.clear()
+        self._lent.clear()
+        self._scratch, self.room = None, Room()
+
     def gradient(self, parameter: Tensor) -> tuple[Tensor, bool]:
         """Where a gradient is to be written, and whether it is to be added to what is there."""
         if not parameter.is_leaf:
@@ -113,7 +119,7 @@ class Memory(NamedTuple):
     def gradient(self, parameter: Tensor, rows: RowGradient) -> Tensor | None:
         """What backward returns for a matrix whose gradient `rows` describes."""
         if self.unformed is not None and self.unformed.take(parameter):
-            self.unformed.put(parameter, rows, gradient_norms(rows))
+            self.unformed.put(parameter, rows, row_gradient_norms(rows))
             return None
         out, add = self._place(parameter)
         form(rows, out.flatten(1), add)

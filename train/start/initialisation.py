@@ -1,9 +1,14 @@
-"""Where training starts: b_dec at the target's mean, and b_enc such that features fire at a chosen rate at first."""
+"""Where training starts: b_dec at the target's mean, and b_enc such that features fire at a chosen rate at first.
+
+weights      drawn at random (Transcoder.reset_parameters)
+x [N, L, D]  some thousands of normalised rows  ->  h [N, F] a layer  ->  b_enc [F] by its quantile   this file
+then over it, if asked: the MLPs' neurons (neurons.py measures them), or a finished transcoder        warmstart.py
+"""
 
 import torch
 from torch import Tensor
 
-from ..transcoder.transcoder import Transcoder
+from ..transcoder import Transcoder
 
 
 @torch.no_grad()

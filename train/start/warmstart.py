@@ -5,10 +5,8 @@ from collections.abc import Iterable
 import torch
 
 from ...data.errors import UserError
-from ..parallel.collectives import SINGLE, Collectives
-from ..parallel.exchange import own_slice
-from ..transcoder.normalisation import Normalisation
-from ..transcoder.transcoder import Transcoder
+from ..parallel import SINGLE, Collectives
+from ..transcoder import Normalisation, Transcoder, own_slice
 from .neurons import Neurons
 
 

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..parallel.collectives import SINGLE, Collectives
-
-ACTIVATIONS = ("relu", "jumprelu", "topk", "batchtopk")
+from ..parallel import SINGLE, Collectives
 
 
 class SparseActs(NamedTuple):
@@ -62,7 +60,7 @@ class _JumpReLU(torch.autograd.Function):
         return grad_h_BF, -through_step_BF.sum_to_size(theta_F.shape), None, None
 
 
-class _Step(torch.autograd.Function):
+class _Heaviside(torch.autograd.Function):
     """1[h > theta]; d/dtheta = -(1 / eps) rect((h - theta) / eps), and its negative also reaches h on request."""
 
     @staticmethod
@@ -85,14 +83,14 @@ def jumprelu(h_BF: Tensor, theta_F: Tensor, bandwidth: float, ste_reaches_h: boo
     return result
 
 
-def step(h_BF: Tensor, theta_F: Tensor, bandwidth: float, ste_reaches_h: bool = False) -> Tensor:
+def heaviside(h_BF: Tensor, theta_F: Tensor, bandwidth: float, ste_reaches_h: bool = False) -> Tensor:
     """`1[h > theta]` with the straight-through estimator: what the L0 penalties sum."""
-    result = _Step.apply(h_BF, theta_F, bandwidth, ste_reaches_h)
+    result = _Heaviside.apply(h_BF, theta_F, bandwidth, ste_reaches_h)
     assert isinstance(result, Tensor)
     return result
 
 
-def above(h: Tensor, threshold: Tensor) -> Tensor:
+def keep_reaching(h: Tensor, threshold: Tensor) -> Tensor:
     """Keep the positive entries that reach the threshold, gradient through the kept ones alone."""
     return h * ((h >= threshold) & (h > 0))
 

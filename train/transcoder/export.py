@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parallel.collectives import Collectives
+from ..parallel import Collectives
 from ..settings import TranscoderSettings
 from .partition import cut_dim
 from .stored_rows import DTYPES
@@ -70,7 +70,7 @@ def _stretches(own: Tensor, dim: int | None, comm: Collectives) -> Iterator[tupl
     else:
         row = own[0].nbytes * comm.feature_ranks
         for turn, rows in enumerate(own.split(rows_at_once := max(1, _WRITTEN_AT_ONCE // row))):
-            together = comm.gather_features(rows, dim)
+            together = comm.cat_features(rows, dim)
             if turn % comm.feature_ranks == comm.feature_rank:
                 yield turn * rows_at_once * row, together
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...data.errors import SettingsError
-from ..parallel.collectives import Collectives
+from ..parallel import Collectives
 from ..settings import TranscoderSettings
 from .transcoder import Transcoder
 
@@ -69,18 +69,3 @@ def part_of(whole: Transcoder, comm: Collectives) -> Transcoder:
             source = source.narrow(dim, comm.feature_rank * parameter.shape[dim], parameter.shape[dim])
         parameter.copy_(source)
     return part
-
-
-@torch.no_grad()
-def whole_of(part: Transcoder, comm: Collectives) -> Transcoder:
-    """The whole transcoder, gathered on every rank."""
-    if comm.feature_ranks == 1:
-        return part
-    settings = replace(part.settings, features_per_layer=[size * comm.feature_ranks for size in part.features])
-    whole = Transcoder(
-        settings, part.d_model, part.layers, seed=None, device=part.device, dtype=part.dtype, meta=part.meta
-    )
-    for name, parameter in whole.named_parameters():
-        source, dim = part.get_parameter(name).detach(), cut_dim(name, comm)
-        parameter.copy_(source if dim is None else comm.gather_features(source, dim))
-    return whole

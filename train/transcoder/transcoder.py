@@ -8,7 +8,7 @@
 transcoder covers (`layers`), and reach counts along that list.
 
 The stages are separate so that a step can fuse them: `preactivations` (one product per layer), `activate` (the active
-set), `decode`. `train/loss/objective.py` composes them densely; `sparse/sparse_pass.py` without touching a zero.
+set), `decode`. `loss/objective.py` composes them densely; `sparse/forward.py` without touching a zero.
 """
 
 import json
@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...data.errors import UserError
-from ..parallel.collectives import SINGLE, Collectives
-from ..settings import TranscoderSettings
-from .activations import SparseActs, above, batchtopk_threshold, jumprelu, to_sparse, topk_threshold
+from ..parallel import SINGLE, Collectives
+from ..settings import TOPK, TranscoderSettings
+from .activations import SparseActs, batchtopk_threshold, jumprelu, keep_reaching, to_sparse, topk_threshold
 from .stored_rows import StoredRows, read_weights
 
 FORMAT_VERSION = 1
@@ -56,7 +56,7 @@ class Transcoder(nn.Module):
     ) -> None:
         """`layers`: the model layers to cover (or how many, from 0). Weights are drawn from `seed`, or
         left at zero where it is None. `slices` > 1: a part of a transcoder whose decoders are cut along their width;
-        it writes D / slices of all parts' features (train/parallel/exchange.py)."""
+        it writes D / slices of all parts' features (slices.py)."""
         super().__init__()
         self.settings = settings
         self.layers = list(range(layers)) if isinstance(layers, int) else list(layers)
@@ -157,12 +157,13 @@ class Transcoder(nn.Module):
     ) -> list[Tensor]:
         """h_l [B, F] -> a_l [B, F]. `thresholds` ([], [F] or [B, 1] a layer) take the place of the activation's own;
         what a threshold cannot do, a shift does: relu has none, and below zero there is nothing left to let in."""
-        if self.settings.activation in ("topk", "batchtopk"):
+        if self.settings.activation in TOPK:
             chosen = self.select(h, comm) if thresholds is None else thresholds
-            return [above(h_BF, tau) for h_BF, tau in zip(h, chosen, strict=True)]
+            return [keep_reaching(h_BF, tau) for h_BF, tau in zip(h, chosen, strict=True)]
         if thresholds is not None:
             pairs = [(h_BF - self._shift(tau), tau) for h_BF, tau in zip(h, thresholds, strict=True)]
-            return [h_BF.relu() if self.settings.activation == "relu" else above(h_BF, tau) for h_BF, tau in pairs]
+            relu = self.settings.activation == "relu"
+            return [h_BF.relu() if relu else keep_reaching(h_BF, tau) for h_BF, tau in pairs]
         if self.settings.activation == "relu":
             return [h_BF.relu() for h_BF in h]
         return [
@@ -200,7 +201,7 @@ class Transcoder(nn.Module):
         return (
             h.relu()
             if self.settings.activation == "relu"
-            else above(h, topk_threshold(h, self.settings.ks(self.n_layers)[l]))
+            else keep_reaching(h, topk_threshold(h, self.settings.ks(self.n_layers)[l]))
         )
 
     def decode_from(self, l: int, acts: Tensor | SparseActs) -> Tensor:
@@ -255,7 +256,7 @@ class Transcoder(nn.Module):
         settings = replace(self.settings, theta_init=max(self.settings.theta_init, 1e-6))
         if self.settings.activation == "batchtopk" and thresholds is None:
             raise ValueError("batchtopk chooses among the tokens of a batch: give calibrated thresholds")
-        if self.settings.activation in ("topk", "batchtopk") and thresholds is not None:
+        if self.settings.activation in TOPK and thresholds is not None:
             settings = replace(settings, activation="jumprelu")
         other = Transcoder(
             settings, self.d_model, self.layers, seed=None, device=self.device, dtype=self.dtype, meta=self.meta,

@@ -26,27 +26,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..loss.objective import Objective, Pass, StepInputs
-from ..parallel.collectives import SINGLE, Collectives
-from ..parallel.exchange import add_written, share_entries, whole_norms
-from ..transcoder.activations import jumprelu
-from ..transcoder.transcoder import Transcoder
+from ..loss import Objective, Pass, StepInputs
+from ..parallel import SINGLE, Collectives
+from ..transcoder import Transcoder, add_written, jumprelu, whole_norms
 from .active_set import (
     Chosen,
     Rule,
-    at_least,
     choose_above,
     choose_active,
     choose_dead,
     choose_largest,
     choose_topk,
     is_absent,
-    keep_above,
+    just_below,
+    keep_reaching,
     largest_values,
     read_freely,
 )
-from .entries import Entries, backend, gather_sum, make_entries, row_norms
-from .row_gradients import RowGradient
+from .entries import Entries, RowGradient
+from .products import backend, gather_sum, make_entries, row_norms
+from .row_gradients import RowGradients
+from .sharing import share_entries
 from .workspace import Memory, Workspace
 
 # Share of entries listed up to which the sparse step is taken. On a CPU the two take equally long at 0.3 to 0.36 on one
@@ -149,7 +149,7 @@ def _error_type(weight: Tensor) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class SparseActs:
+class ListedActs:
     """The entries of one layer that matter, as a flat list; the interface of `objective.LayerActs`."""
 
     tokens: Tensor
@@ -166,8 +166,6 @@ class SparseActs:
     """B, F"""
     found: Tensor | int
     """Entries there were: more than N if the capacity did not suffice."""
-    valid: Tensor | None = None
-    """Nothing to mask: `h` says it (see ABSENT)."""
 
     def gather(self, per_feature: Tensor) -> Tensor:
         """[F] -> [N]: each entry's own."""
@@ -183,7 +181,7 @@ class SparseActs:
         return self.acts.new_zeros(self.shape).index_put((self.tokens, self.features), self.acts, accumulate=True)
 
 
-def preactivation_penalty(layer: SparseActs, theta: Tensor, n: Tensor, over: Tensor | None = None) -> Tensor:
+def listed_preactivation_penalty(layer: ListedActs, theta: Tensor, n: Tensor, over: Tensor | None = None) -> Tensor:
     """losses.preactivation_penalty without B x F terms: sum_i n_i (B theta_i - sum_b h_bi + sum_b relu(h - theta))."""
     assert layer.h_sum is not None
     weight = n if over is None else n * over
@@ -209,7 +207,7 @@ def _choose(
     if rule.activation in ("relu", "jumprelu"):
         return choose_active(h_BF, rule, theta, capacity)
     if threshold is not None:
-        return choose_above(h_BF, at_least(threshold, h_BF), capacity)
+        return choose_above(h_BF, just_below(threshold, h_BF), capacity)
     if rule.activation == "topk":
         return choose_topk(h_BF, round(k), comm)
     count = max(1, round(k * h_BF.shape[0] * comm.data_ranks))
@@ -217,7 +215,7 @@ def _choose(
     if rule.k_scope == "all":
         return largest
     values = largest_values(largest, count, h_BF.numel())
-    return keep_above(largest, comm.top_threshold(values, count).clamp_min(0))
+    return keep_reaching(largest, comm.top_threshold(values, count).clamp_min(0))
 
 
 def sparse_pass(
@@ -227,8 +225,12 @@ def sparse_pass(
     objective: Objective,
     comm: Collectives = SINGLE,
     workspace: Workspace | None = None,
+    unformed: RowGradients | None = None,
 ) -> Pass:
-    """Stages 1 to 3 on active entries: `objective.dense_pass` to rounding, values and gradients."""
+    """Stages 1 to 3 on active entries: `objective.dense_pass` to rounding, values and gradients.
+
+    Gradients that `unformed` asks for are left there, as lists.
+    """
     settings, tokens = transcoder.settings, x.shape[0]
     if x.requires_grad:
         raise ValueError("the sparse step gives no gradient with respect to x: take the dense one")
@@ -258,14 +260,14 @@ def sparse_pass(
         sizes = [tokens * n for n in transcoder.features]
         values = [largest_values(chosen, count, n) for chosen, n in zip(main, sizes, strict=True)]
         tau = comm.top_threshold(torch.cat(values), count).clamp_min(0)
-        main = [keep_above(chosen, tau) for chosen in main]
+        main = [keep_reaching(chosen, tau) for chosen in main]
 
     if room is not None:
         room.note([chosen.found for chosen in main])
 
     # 3. The lists become leaves of autograd, the decoders write what the entries hold.
     n_rows = 2 * tokens if want_aux else tokens
-    memory = Memory(workspace, inputs.rows)
+    memory = Memory(workspace, unformed)
     layers, lists, written, empty = [], [], [], []
     for l, chosen in enumerate(main):
         rows, features, h = chosen.tokens, chosen.features, chosen.h
@@ -280,7 +282,7 @@ def sparse_pass(
         n = len(chosen.h)
         acts = _activate(h[:n], rule, transcoder, l, chosen.features)
         shape = (tokens, transcoder.features[l])
-        layers.append(SparseActs(chosen.tokens, chosen.features, h[:n], acts, h_sum, shape, chosen.found))
+        layers.append(ListedActs(chosen.tokens, chosen.features, h[:n], acts, h_sum, shape, chosen.found))
         lists.append(entries)
         empty.append(absent)
         written.append(torch.cat([acts, h[n:].relu()]) if want_aux else acts)
@@ -288,19 +290,19 @@ def sparse_pass(
     lists, written = share_entries(lists, written, empty, comm)
     y, *norms = _Decode.apply(lists, n_rows, want_norms, memory, *written, *transcoder.W_dec)  # type: ignore[misc]
     y = add_written(y.to(x.dtype), comm)
-    y_hat = y[:tokens] + _whole(main, torch.stack(list(transcoder.b_dec)))
+    y_hat = y[:tokens] + _nan_if_short(main, torch.stack(list(transcoder.b_dec)))
     if len(transcoder.W_skip):
         y_hat = y_hat + transcoder.skip(x).to(x.dtype)
 
     norms = whole_norms(norms, comm) if want_norms else inputs.norms
 
     def preactivation(l: int, theta: Tensor, n: Tensor, over: Tensor | None) -> Tensor:
-        return preactivation_penalty(layers[l], theta, n, over)
+        return listed_preactivation_penalty(layers[l], theta, n, over)
 
     return Pass(y_hat, y[tokens:] if want_aux else None, layers, norms, preactivation)
 
 
-def _whole(chosen: Sequence[Chosen], b_dec: Tensor) -> Tensor:
+def _nan_if_short(chosen: Sequence[Chosen], b_dec: Tensor) -> Tensor:
     """b_dec [L, D], or NaN where a list was too short for its layer: a wrong step must not count."""
     if not any(isinstance(layer.found, Tensor) for layer in chosen):
         return b_dec
@@ -313,8 +315,3 @@ def _activate(h: Tensor, rule: Rule, transcoder: Transcoder, l: int, features: T
     if rule.activation != "jumprelu":
         return h.relu()
     return jumprelu(h, transcoder.theta(l)[features], rule.bandwidth, rule.ste_reaches_h)
-
-
-def density(layers: Sequence[SparseActs]) -> float:
-    """The share of entries that the lists hold: what `use_sparse` judges by. Reads nothing back on the CPU."""
-    return sum(len(layer.h) for layer in layers) / sum(layer.shape[0] * layer.shape[1] for layer in layers)
