@@ -3,10 +3,13 @@
 A concept is a boolean per token ("the state is Texas here"); a feature detects it as well as its firing agrees with
 it, in F1. Two readings are scored and the better one counts: over all tokens, and over the last token of each prompt
 alone, because a model may work a concept out only where it needs it.
+
+Every second prompt is held out: the others choose a feature's concept and reading, and the F1 that is told is that of
+the held-out ones. (The best of F features x C concepts x 2 readings is high by chance on the prompts that chose it.)
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,16 +57,20 @@ class ConceptCounter:
 
 
 def label_by_concepts(
-    scores: Sequence[ConceptScores], layers: Sequence[int], concepts: Sequence[str], least_f1: float = 0.5
+    scores: Sequence[ConceptScores],
+    held_out: Sequence[ConceptScores],
+    layers: Sequence[int],
+    concepts: Sequence[str],
+    least_f1: float = 0.5,
 ) -> Labels:
     """Name each feature after the concept it detects best, where it does so with at least `least_f1`."""
     labels = Labels()
-    for layer, layer_scores in zip(layers, scores, strict=True):
-        best, which = layer_scores.f1.max(dim=1)
+    for layer, chosen_by, told in zip(layers, scores, held_out, strict=True):
+        best, which = chosen_by.f1.max(dim=1)
         for feature in torch.nonzero(best >= least_f1).flatten().tolist():
-            f1 = float(best[feature])
-            text = f"{concepts[int(which[feature])]} (F1 {f1:.2f})"
-            labels.set(layer, feature, Label(text, "truth", round(f1, 4)))
+            concept = int(which[feature])
+            f1 = round(float(told.f1[feature, concept]), 4)
+            labels.set(layer, feature, Label(concepts[concept], "truth", f1))
     return labels
 
 
@@ -71,77 +78,190 @@ def label_by_concepts(
 
 
 class ConceptResult(NamedTuple):
-    """Scores of every covered layer's features, in the better of the two readings."""
+    """Scores of every covered layer's features, in the reading that is better on the prompts that choose."""
 
     concepts: list[str]
     layers: list[int]
     scores: list[ConceptScores]
+    """On the prompts that choose."""
+    held_out: list[ConceptScores]
+    """On the others."""
 
     def labels(self, least_f1: float = 0.5) -> Labels:
-        return label_by_concepts(self.scores, self.layers, self.concepts, least_f1)
+        return label_by_concepts(self.scores, self.held_out, self.layers, self.concepts, least_f1)
 
     def detectors(self, concept: str, least_f1: float = 0.5) -> list[tuple[int, int, float]]:
-        """(layer, feature, F1) of the features that detect a concept, the best first."""
+        """(layer, feature, F1 on held-out prompts) of the features that detect a concept, the best first."""
         if concept not in self.concepts:
             raise UserError(f"concept {concept!r} is not among those that were scored")
         c = self.concepts.index(concept)
         found = [
-            (layer, f, float(scores.f1[f, c]))
-            for layer, scores in zip(self.layers, self.scores, strict=True)
+            (layer, f, float(held.f1[f, c]))
+            for layer, scores, held in zip(self.layers, self.scores, self.held_out, strict=True)
             for f in torch.nonzero(scores.f1[:, c] >= least_f1).flatten().tolist()
         ]
         return sorted(found, key=lambda entry: -entry[2])
 
 
+Prompts = Sequence[tuple[str | Sequence[int], Sequence[Sequence[str]]]]
+"""Prompts, each with the concepts that hold at each of its tokens."""
+
+
+class _Read(NamedTuple):
+    """What one batch of prompts gives."""
+
+    acts: Callable[[int], Tensor]
+    """[S, T, F] of one covered layer."""
+    holds_STC: Tensor
+    readings: tuple[Tensor, Tensor]
+    """[S, T]: all tokens that count, and of them the last ones."""
+    held_out_S: Tensor
+
+
 @torch.no_grad()
-def score_concepts(
+def score_concepts(model: LocalModel, prompts: Prompts, progress: Progress = silent) -> ConceptResult:
+    """Score every feature against every concept, on every second prompt and on the others."""
+    names, transcoder, device = _names(prompts), model.transcoder, model.lm.device
+    counters = [  # [held out?][reading][layer]
+        [[ConceptCounter(F, len(names), device) for F in transcoder.features] for _ in ("all", "last")]
+        for _ in ("choose", "held out")
+    ]
+    for read in _read(model, prompts, names, progress):
+        for l in range(transcoder.n_layers):
+            acts_STF = read.acts(l)
+            for half, by_reading in enumerate(counters):
+                mine_S1 = (read.held_out_S == bool(half))[:, None]
+                for reading, which_ST in zip(by_reading, read.readings, strict=True):
+                    reading[l].update(acts_STF[which_ST & mine_S1], read.holds_STC[which_ST & mine_S1])
+    scores, held_out = [], []
+    for l in range(transcoder.n_layers):
+        (first, second), held = ([reading[l].scores() for reading in half] for half in counters)
+        take = second.f1 > first.f1
+        scores.append(ConceptScores(*(torch.where(take, b, a) for a, b in zip(first, second, strict=True))))
+        held_out.append(ConceptScores(*(torch.where(take, b, a) for a, b in zip(*held, strict=True))))
+    return ConceptResult(names, list(transcoder.layers), scores, held_out)
+
+
+def label_by_prompts(model: LocalModel, prompts: Prompts, least_f1: float = 0.5, progress: Progress = silent) -> Labels:
+    """Labels such as `state: Texas` with their F1, from prompts whose concepts are known."""
+    return score_concepts(model, prompts, progress).labels(least_f1)
+
+
+class ConceptGroup(NamedTuple):
+    """Features that detect a concept together: any of them fires where it holds."""
+
+    concept: str
+    members: list[tuple[int, int]]
+    """(layer, feature), the best first."""
+    f1: float
+    """Of the group, on held-out prompts."""
+    best_alone: float
+    """Of its best member, on the same prompts."""
+
+
+@torch.no_grad()
+def concept_groups(
     model: LocalModel,
-    prompts: Sequence[tuple[str | Sequence[int], Sequence[Sequence[str]]]],
+    prompts: Prompts,
+    result: ConceptResult | None = None,
+    least_f1: float = 0.5,
+    most: int = 8,
     progress: Progress = silent,
-) -> ConceptResult:
-    """Score every feature against every concept. Each prompt comes with the concepts that hold at each token."""
+) -> list[ConceptGroup]:
+    """For every concept the group that detects it best, grown feature by feature while F1 grows on choosing prompts."""
+    result = score_concepts(model, prompts, progress) if result is None else result
+    candidates: dict[int, list[tuple[int, int]]] = {}  # concept -> (layer's place, feature), the best first
+    for c in range(len(result.concepts)):
+        ranked = [
+            (float(value), l, int(f))
+            for l, scores in enumerate(result.scores)
+            for value, f in zip(*scores.f1[:, c].topk(min(most, len(scores.f1))), strict=True)
+        ]
+        candidates[c] = [(l, f) for value, l, f in sorted(ranked, key=lambda entry: -entry[0])[:most] if value > 0]
+    wanted = sorted({place for places in candidates.values() for place in places})
+    column = {place: i for i, place in enumerate(wanted)}
+    fires, holds, last, held = [], [], [], []
+    for read in _read(model, prompts, result.concepts, progress):
+        counted_ST, last_ST = read.readings
+        layers = {l: read.acts(l)[counted_ST] > 0 for l in {l for l, _ in wanted}}
+        fires.append(torch.stack([layers[l][:, f] for l, f in wanted], 1).cpu())
+        holds.append(read.holds_STC[counted_ST].cpu())
+        last.append(last_ST[counted_ST].cpu())
+        held.append(read.held_out_S[:, None].expand_as(counted_ST)[counted_ST].cpu())
+    fires_NM, holds_NC, last_N, held_N = (torch.cat(parts) for parts in (fires, holds, last, held))
+    groups = []
+    for c, places in candidates.items():
+        if not places:
+            continue
+        grown = [
+            _grown([column[place] for place in places], fires_NM, holds_NC[:, c], reading_N, held_N)
+            for reading_N in (torch.ones_like(last_N), last_N)
+        ]
+        members, chosen_by, told, alone = max(grown, key=lambda group: group[1])
+        if chosen_by >= least_f1:
+            named = [(result.layers[wanted[m][0]], wanted[m][1]) for m in members]
+            groups.append(ConceptGroup(result.concepts[c], named, told, alone))
+    return groups
+
+
+def _grown(
+    places: list[int], fires_NM: Tensor, holds_N: Tensor, reading_N: Tensor, held_N: Tensor
+) -> tuple[list[int], float, float, float]:
+    """Members, F1 on choosing tokens, on held-out ones, and of the best member on those."""
+    choose_N, told_N = reading_N & ~held_N, reading_N & held_N
+    fires, holds = fires_NM[choose_N], holds_N[choose_N]
+    members, best = max((_grown_from(start, places, fires, holds) for start in places), key=lambda found: found[1])
+    together_N = fires_NM[:, members].any(1)
+    return members, best, *(_f1(x_N[told_N], holds_N[told_N]) for x_N in (together_N, fires_NM[:, members[0]]))
+
+
+def _grown_from(start: int, places: list[int], fires_NM: Tensor, holds_N: Tensor) -> tuple[list[int], float]:
+    """Add the feature that raises F1 most until none does."""
+    members, together_N = [start], fires_NM[:, start]
+    best = _f1(together_N, holds_N)
+    while len(members) < len(places):
+        others = [(_f1(together_N | fires_NM[:, m], holds_N), m) for m in places if m not in members]
+        value, m = max(others)
+        if value <= best:
+            break
+        members, together_N, best = [*members, m], together_N | fires_NM[:, m], value
+    return members, best
+
+
+def _f1(fires_N: Tensor, holds_N: Tensor) -> float:
+    return 2 * float((fires_N & holds_N).sum()) / max(1.0, float(fires_N.sum() + holds_N.sum()))
+
+
+def _names(prompts: Prompts) -> list[str]:
     names = sorted({name for _, held in prompts for concepts in held for name in concepts})
     if not names:
         raise UserError("there is no concept to label features by")
+    return names
+
+
+def _read(model: LocalModel, prompts: Prompts, names: Sequence[str], progress: Progress) -> Iterator[_Read]:
+    """The prompts in batches; every second one is held out."""
     number = {name: i for i, name in enumerate(names)}
-    transcoder, device = model.transcoder, model.lm.device
-    counters = [[ConceptCounter(F, len(names), device) for F in transcoder.features] for _ in ("all", "last")]
-    done = 0
+    transcoder, device, site, done = model.transcoder, model.lm.device, model.transcoder.settings.read, 0
     for batch in _batches(model, prompts, max(*transcoder.features, len(names))):
         tokens_ST, valid_ST = padded([tokens for tokens, _ in batch], device)
         holds_STC = torch.zeros(*tokens_ST.shape, len(names), dtype=torch.bool)
         for s, (_, held) in enumerate(batch):
             for t, concepts in enumerate(held):
                 holds_STC[s, t, [number[name] for name in concepts]] = True
-        holds_STC = holds_STC.to(device)
-        with model.lm.capture({transcoder.settings.read, *model.sinks.limits}) as sites:
+        with model.lm.capture({site, *model.sinks.limits}) as sites:
             model.lm(tokens_ST)
+        inputs = getattr(sites, site)
         counted_ST = valid_ST & ~model.masked_positions(tokens_ST, sites=sites)
         last_ST = counted_ST & (valid_ST.cumsum(1) == valid_ST.sum(1, keepdim=True))
-        for l, layer in enumerate(transcoder.layers):
-            x = getattr(sites, transcoder.settings.read)[layer].to(transcoder.dtype)
-            acts_STF = transcoder.encode_layer(x, l)
-            for reading, which_ST in zip(counters, (counted_ST, last_ST), strict=True):
-                reading[l].update(acts_STF[which_ST], holds_STC[which_ST])
+
+        def acts(l: int, inputs: Any = inputs) -> Tensor:
+            return transcoder.encode_layer(inputs[transcoder.layers[l]].to(transcoder.dtype), l)
+
+        held_out_S = torch.arange(done, done + len(batch), device=device) % 2 == 1
+        yield _Read(acts, holds_STC.to(device), (counted_ST, last_ST), held_out_S)
         done += len(batch)
         progress("naming features", done, len(prompts))
-    scores = [_better(*(reading[l].scores() for reading in counters)) for l in range(transcoder.n_layers)]
-    return ConceptResult(names, list(transcoder.layers), scores)
-
-
-def label_by_prompts(
-    model: LocalModel,
-    prompts: Sequence[tuple[str | Sequence[int], Sequence[Sequence[str]]]],
-    least_f1: float = 0.5,
-    progress: Progress = silent,
-) -> Labels:
-    """Labels such as `state: Texas (F1 0.97)`, from prompts whose concepts are known."""
-    return score_concepts(model, prompts, progress).labels(least_f1)
-
-
-def _better(first: ConceptScores, second: ConceptScores) -> ConceptScores:
-    take = second.f1 > first.f1
-    return ConceptScores(*(torch.where(take, b, a) for a, b in zip(first, second, strict=True)))
 
 
 def _batches(

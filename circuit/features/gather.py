@@ -12,7 +12,7 @@ bounded by features x examples x window, whatever the length of the text.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,7 +86,9 @@ def build_features(
     if missing := sorted(set(layers) - set(model.transcoder.layers)):
         raise UserError(f"features.layers names {missing}, which the transcoder does not cover")
     texts: list[Tensor] = []
-    examples = gather(model, corpus.sequences(settings.split, settings.tokens), layers, settings, texts, progress)
+    examples = gather_examples(
+        model, corpus.sequences(settings.split, settings.tokens), layers, settings, texts, progress
+    )
     labels = Labels.load(run)
     folder = Path(run) / "features"
     writer = DashboardWriter(folder, model.lm.n_layers)
@@ -115,15 +117,18 @@ def _labelled(records: Iterable[Record], layer: int, labels: Labels, told: Calla
 
 
 @torch.no_grad()
-def gather(
-    model: LocalModel,
+def gather_examples(
+    model: LocalModel | Any,
     sequences: Iterable,
     layers: Sequence[int],
     settings: FeatureSettings,
     texts: list[Tensor],
     progress: Progress = silent,
 ) -> dict[int, LayerExamples]:
-    """What the features of each layer did; `texts` receives the tokens of every sequence that was read."""
+    """What the features of each layer did; `texts` receives the tokens of every sequence that was read.
+
+    `model` may be a model with another dictionary in the transcoder's place.
+    """
     transcoder = model.transcoder
     examples = {
         layer: LayerExamples(

@@ -1,10 +1,12 @@
-"""What a feature is called: by a person, by ground truth, or, failing both, by the tokens it fires on.
+"""What a feature is called: by a person, by ground truth, by a model, or, failing all, by the tokens it fires on.
 
 Labels of a run lie in `features/labels.json`, keyed by `layer/feature`. A label of a stronger source is never
-replaced by one of a weaker: a person's word stands over ground truth, ground truth over a guess from tokens.
+replaced by one of a weaker: a person's word stands over ground truth, ground truth over a model's name, and that
+over a guess from tokens.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +14,8 @@ from typing import Any
 
 from ...data.errors import UserError
 
-FORMAT, VERSION = "crosslace-labels", 1
-SOURCES = ("tokens", "truth", "hand")  # weakest first
+FORMAT, VERSION = "crosslace-labels", 2
+SOURCES = ("tokens", "model", "truth", "hand")  # weakest first
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Label:
     text: str
     source: str = "hand"
     f1: float | None = None
-    """How well the feature detects the concept, where the source is ground truth."""
+    """How well the feature detects the concept on prompts that did not choose it, where the source is ground truth."""
 
 
 class Labels:
@@ -99,7 +101,10 @@ def _label(entry: dict[str, Any]) -> Label:
     f1 = entry.get("f1")
     if entry["source"] not in SOURCES:
         raise ValueError(f"unknown source {entry['source']!r}")
-    return Label(str(entry["text"]), entry["source"], None if f1 is None else float(f1))
+    text = str(entry["text"])
+    if entry["source"] == "truth":
+        text = re.sub(r" \(F1 [\d.]+\)$", "", text)  # version 1 wrote the score into the text
+    return Label(text, entry["source"], None if f1 is None else float(f1))
 
 
 # --- a guess from the dashboard --------------------------------------------------------------------------------
@@ -126,11 +131,6 @@ def _quoted(token: str) -> str:
     return "“" + token.replace("\n", "⏎").strip(" ") + "”" if token.strip() else repr(token)
 
 
-def plain(text: str) -> str:
-    """A label without its score: `state: Texas` of `state: Texas (F1 0.97)`."""
-    return text.partition(" (F1")[0]
-
-
 def name_features(graph, labels: Labels) -> None:
     """Give the graph's features their names, and group features of one name and position into a supernode."""
     graph.label_features({key: label.text for key, label in labels.items()})
@@ -139,6 +139,6 @@ def name_features(graph, labels: Labels) -> None:
         if node.kind == "feature":
             label = labels.label(node.layer, node.index)
             if label is not None and label.source != "tokens":
-                groups.setdefault(plain(label.text), []).append(node.id)
+                groups.setdefault(label.text, []).append(node.id)
     for name, ids in groups.items():
         graph.group(name, ids)

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...circuit.features import Labels, name_features, plain
+from ...circuit.features import Labels, name_features
 from ...data.errors import Progress, silent
 from ..workspace import runs
 
@@ -45,7 +45,7 @@ def city_positions(world: "World", question: "Question") -> list[int]:
 def state_path(graph: "Graph", labels: Labels, positions: Collection[int], target: int) -> StatePath | None:
     """The strongest path from a token at one of the positions to the target through a feature named after a state."""
     states = {
-        node.id: plain(name)
+        node.id: name
         for node in graph.nodes
         if node.kind == "feature" and (name := labels.get(node.layer, node.index) or "").startswith("state: ")
     }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...circuit.features import Labels, label_by_prompts, plain
+from ...circuit.features import Labels, label_by_prompts
 from ...data.errors import Progress, silent
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def state_features(labels: Labels) -> dict[str, list[tuple[int, int]]]:
     """State -> the (layer, feature) pairs that are named after it."""
     found: dict[str, list[tuple[int, int]]] = {}
     for key, label in sorted(labels.items()):
-        kind, _, state = plain(label.text).partition(": ")
+        kind, _, state = label.text.partition(": ")
         if kind == "state" and label.source == "truth":
             found.setdefault(state, []).append(key)
     return found

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosslace.circuit.features.concepts import ConceptCounter, label_by_prompts, score_concepts
+from crosslace.circuit.features.concepts import ConceptCounter, concept_groups, label_by_prompts, score_concepts
 from crosslace.circuit.features.dashboards import DashboardReader, DashboardWriter, feature_number, from_feature_number
 from crosslace.circuit.features.examples import BINS, Histogram
 from crosslace.circuit.features.gather import FeatureSettings, build_features, direct_logits
@@ -193,11 +193,11 @@ def test_feature_numbers_pair_and_part(layer, feature):
 def test_labels_of_a_weaker_source_never_replace_a_stronger(tmp_path):
     labels = Labels()
     labels.set(1, 2, Label("on “Dal”", "tokens"))
-    labels.set(1, 2, Label("state: Texas (F1 0.97)", "truth", 0.97))
+    labels.set(1, 2, Label("state: Texas", "truth", 0.97))
     labels.set(1, 2, Label("on “las”", "tokens"))
     labels.save(tmp_path)
     read = Labels.load(tmp_path)
-    assert read.get(1, 2) == "state: Texas (F1 0.97)" and read.get(0, 0) is None
+    assert read.get(1, 2) == "state: Texas" and read.get(0, 0) is None
     read.set(1, 2, Label("mine"))
     assert read.label(1, 2) == Label("mine", "hand")
     (tmp_path / "features" / "labels.json").write_text('{"format": "other"}')
@@ -246,11 +246,39 @@ def test_a_planted_detector_is_named(model, texts):
     result = score_concepts(model, prompts)
     assert result.detectors("everywhere")[0] == (0, 3, 1.0)
     assert (2, 4, 1.0) in result.detectors("at the end")
-    assert label_by_prompts(model, prompts).get(0, 3) == "everywhere (F1 1.00)"
+    assert label_by_prompts(model, prompts).get(0, 3) == "everywhere"
     with pytest.raises(UserError, match="one list a token"):
         score_concepts(model, [(texts[0], [["x"]] * (len(texts[0]) + 1))])
     with pytest.raises(UserError, match="no concept"):
         score_concepts(model, [])
+
+
+def test_the_f1_that_is_told_is_of_prompts_that_did_not_choose(model, texts):
+    """A concept that a feature detects on every second prompt alone, by the wrong half's accident, is not believed."""
+    prompts = []
+    for number, text in enumerate(texts):
+        fires = model.activations(text)[0][:, 3] > 0
+        holds = fires if number % 2 == 0 else ~fires
+        prompts.append((text, [["lucky"] if bool(held) else [] for held in holds]))
+    result = score_concepts(model, prompts)
+    label = result.labels().label(0, 3)
+    assert float(result.scores[0].f1[3, 0]) == 1.0
+    assert label is not None and label.text == "lucky" and label.f1 == 0.0
+
+
+def test_a_concept_of_two_features_is_found_as_their_group(model, texts):
+    """Two features, each of which fires where the other does not; neither alone is the concept."""
+    fires = [model.activations(text)[0] > 0 for text in texts]
+    halves = [torch.cat(fires[half::2]) for half in (0, 1)]
+    alone = lambda a, b: min(int((half[:, a] & ~half[:, b]).sum()) for half in halves)
+    a, b = max(((a, b) for a in range(F) for b in range(a)), key=lambda pair: min(alone(*pair), alone(*pair[::-1])))
+    assert min(alone(a, b), alone(b, a)) > 0
+    prompts = [
+        (text, [["either"] if bool(x) else [] for x in fires_TF[:, a] | fires_TF[:, b]])
+        for text, fires_TF in zip(texts, fires)
+    ]
+    (group,) = concept_groups(model, prompts, most=40)
+    assert group.f1 == 1.0 > group.best_alone and {(0, a), (0, b)} <= set(group.members)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------
