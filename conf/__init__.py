@@ -31,6 +31,7 @@ SECTIONS = {
     "eval": Section("circuit/judge/evaluation.py", "EvalSettings", "what is measured"),
     "trace": Section("circuit/attribution/tracer.py", "TraceSettings", "the attribution graph"),
     "features": Section("circuit/features/gather.py", "FeatureSettings", "the features' dashboards"),
+    "labels": Section("circuit/labelling/study.py", "LabelSettings", "names for features, and what they are worth"),
     "view": Section("circuit/viewer/server.py", "ViewSettings", "the local page"),
     "wandb": Section("launch/workspace/tracking.py", "WandbSettings", "Weights & Biases"),
     "demo": Section("launch/settings/verb_settings.py", "DemoSettings", "how much the demonstration does"),
@@ -103,8 +104,12 @@ VERBS = {
         "make the dashboards of a transcoder's features",
         "launch.verbs.features",
         "FeaturesSettings",
-        ("features", *SOURCES),
-        ("crosslace features run=runs/clt",),
+        ("features", "labels", *SOURCES),
+        (
+            "crosslace features run=runs/clt",
+            "crosslace features run=runs/clt labels.score=true",
+            "crosslace features run=runs/clt labels.explainer=local labels.model=smollm2 labels.features=20",
+        ),
     ),
     "trace": Verb(
         "trace the circuit behind a prompt's next token",

@@ -212,7 +212,8 @@ def _grown(
     fires, holds = fires_NM[choose_N], holds_N[choose_N]
     members, best = max((_grown_from(start, places, fires, holds) for start in places), key=lambda found: found[1])
     together_N = fires_NM[:, members].any(1)
-    return members, best, *(_f1(x_N[told_N], holds_N[told_N]) for x_N in (together_N, fires_NM[:, members[0]]))
+    told, alone = (_f1(x_N[told_N], holds_N[told_N]) for x_N in (together_N, fires_NM[:, members[0]]))
+    return members, best, told, alone
 
 
 def _grown_from(start: int, places: list[int], fires_NM: Tensor, holds_N: Tensor) -> tuple[list[int], float]:

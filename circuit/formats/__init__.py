@@ -2,6 +2,8 @@
 
 from .circuit_tracer import export_circuit_tracer as export_circuit_tracer
 from .circuit_tracer import import_circuit_tracer as import_circuit_tracer
+from .explanations import read_explanations as read_explanations
+from .explanations import write_explanations as write_explanations
 from .neuronpedia import graph_to_neuronpedia as graph_to_neuronpedia
 from .neuronpedia import slugified as slugified
 from .neuronpedia import write_neuronpedia as write_neuronpedia

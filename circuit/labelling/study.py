@@ -28,7 +28,10 @@ from .scoring import (
     simulate,
 )
 
-Explainer = Callable[[Iterable[Evidence], Mapping[Key, Sequence[str]]], dict[Key, Label]]
+Promotes = Callable[[Key], Sequence[str]]
+"""The tokens that a feature makes likelier."""
+
+Explainer = Callable[[Iterable[Evidence], Promotes], dict[Key, Label]]
 
 
 EXPLAINERS = ("tokens", "local", "endpoint")
@@ -141,15 +144,45 @@ class Study(NamedTuple):
                 found[name] = (random_ - blind) / (ours - blind)
         return found
 
+    def beside_truth(self) -> dict[str, dict[str, float | int]]:
+        """Where truth is known, how each score ranks features beside their F1."""
+        scores: dict[str, dict[Key, float]] = {
+            "simulation": {key: s.correlation for key, s in self.simulations.items()},
+            "detection": {key: s.balanced_accuracy for key, s in self.detections.items()},
+            "fuzzing": {key: s.balanced_accuracy for key, s in self.fuzzings.items()},
+        }
+        found = {name: against_truth(self.labels, by_key) for name, by_key in scores.items()}
+        return {name: truth for name, truth in found.items() if truth is not None}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `features/scores.json`: the table, and every feature's scores."""
+        by_kind = {"simulation": self.simulations, "detection": self.detections, "fuzzing": self.fuzzings}
+        return {
+            "table": [row._asdict() for row in self.table],
+            "share_by_chance": self.share_by_chance(),
+            "beside_truth": self.beside_truth(),
+            "features": {
+                f"{layer}/{feature}": {
+                    "label": label.text,
+                    **{
+                        kind: found[layer, feature]._asdict()
+                        for kind, found in by_kind.items()
+                        if (layer, feature) in found
+                    },
+                }
+                for (layer, feature), label in sorted(self.labels.items())
+            },
+        }
+
 
 def explain_by_tokens(words: Callable[[Sequence[int]], list[str]]) -> Explainer:
     """Names from the tokens that a feature fires on, or promotes: no model is asked."""
 
-    def explain(evidence: Iterable[Evidence], promotes: Mapping[Key, Sequence[str]]) -> dict[Key, Label]:
+    def explain(evidence: Iterable[Evidence], promotes: Promotes) -> dict[Key, Label]:
         found = {}
         for e in evidence:
             examples = [{"tokens": words(w.tokens), "tokens_acts_list": w.acts} for w in e.strongest]
-            record = {"examples_quantiles": [{"examples": examples}], "top_logits": promotes.get(e[:2], ())}
+            record = {"examples_quantiles": [{"examples": examples}], "top_logits": promotes(e[:2])}
             label = label_from_record(record) if examples else None
             if label is not None:
                 found[e[:2]] = label
@@ -167,8 +200,8 @@ def explain_by_judge(
 ) -> Explainer:
     """Names in a judge's words; what is no label leaves the feature without one."""
 
-    def explain(evidence: Iterable[Evidence], promotes: Mapping[Key, Sequence[str]]) -> dict[Key, Label]:
-        asked = [(e[:2], question(e, prompts.explain, words, promotes.get(e[:2], ()))) for e in evidence if e.strongest]
+    def explain(evidence: Iterable[Evidence], promotes: Promotes) -> dict[Key, Label]:
+        asked = [(e[:2], question(e, prompts.explain, words, promotes(e[:2]))) for e in evidence if e.strongest]
         found = {}
         for start in range(0, len(asked), batch):
             part = asked[start : start + batch]
@@ -190,7 +223,7 @@ def study(
     judge: Judge | None = None,
     prompts: Prompts | None = None,
     known: Labels | None = None,
-    promotes: Mapping[Key, Sequence[str]] | None = None,
+    promotes: Promotes = lambda key: (),
     progress: Progress = silent,
 ) -> Study:
     """Label and judge a transcoder's features and the controls; `known` labels (hand, truth) are judged too."""
@@ -200,7 +233,7 @@ def study(
     keys = chosen(ours, layers, settings)
     labels = {key: label for key in keys if known is not None and (label := known.label(*key)) is not None
               and label.source in ("truth", "hand")}  # fmt: skip
-    labels |= explain((e for e in every(ours, keys) if e[:2] not in labels), promotes or {})
+    labels |= explain((e for e in every(ours, keys) if e[:2] not in labels), promotes)
     simulations = simulate(ours, labels, tokens_of, progress)
     detections, fuzzings = judged(ours, labels, words, judge, prompts, settings.seed, progress)
     table = [row("transcoder", labels, simulations, detections, fuzzings)]
@@ -210,7 +243,7 @@ def study(
         table.append(row("labels shuffled", dealt, simulate(ours, dealt, tokens_of, progress), *scores))
         for name, dictionary in controls(view, ours, settings.seed):
             other = collect(View(view.model, dictionary), corpus, layers, reading, progress)
-            named = explain(every(other, chosen(other, layers, settings)), {})
+            named = explain(every(other, chosen(other, layers, settings)), lambda key: ())
             scores = judged(other, named, words, judge, prompts, settings.seed, progress)
             table.append(row(name, named, simulate(other, named, tokens_of, progress), *scores))
     return Study(labels, simulations, detections, fuzzings, table)

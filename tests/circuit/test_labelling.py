@@ -8,7 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from crosslace.circuit.features import Label
+from crosslace.circuit.features import Label, Labels
+from crosslace.circuit.formats import read_explanations, write_explanations
 from crosslace.circuit.labelling import (
     AnswerFile,
     Budget,
@@ -370,3 +371,30 @@ def test_questions_without_answers_count_for_nothing():
     ]
     score = ask(Silent(), questions)[0, 0]
     assert score.balanced_accuracy == 1.0 and score.unanswered == 6 and score.positives + score.negatives == 6
+
+
+# --- explanation records ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["labels.jsonl", "labels.jsonl.gz"])
+def test_explanation_records_go_out_and_come_back(tmp_path, name):
+    labels = Labels(
+        {(1, 3): Label("state: Texas", "truth", 0.9), (0, 2): Label("hers", "hand"), (0, 1): Label("x", "tokens")}
+    )
+    path = write_explanations(labels, tmp_path / name, "some-model", "clt", {(1, 3): {"detection": 0.8}})
+    read = read_explanations(path)
+    assert {key: label.text for key, label in read.items()} == {(1, 3): "state: Texas", (0, 2): "hers"}
+    assert {label.source for _, label in read.items()} == {"model"}
+    if name.endswith("l"):
+        record = [json.loads(line) for line in path.read_text().splitlines()][1]
+        assert (record["layer"], record["index"], record["scores"]) == ("1-clt", "3", {"detection": 0.8, "f1": 0.9})
+
+
+def test_records_that_are_none_are_refused(tmp_path):
+    for number, line in enumerate(("{", '{"layer": "x", "index": 1, "description": "a"}', '{"layer": 1, "index": 1}')):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text('{"layer": "2-a", "index": "7", "description": " fine "}\n' + line)
+        with pytest.raises(UserError, match="line 2"):
+            read_explanations(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_explanations(tmp_path / "none.jsonl")

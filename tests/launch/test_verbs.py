@@ -138,6 +138,19 @@ def test_features_trace_and_labels(clt: Path, crosslace) -> None:
     shutil.rmtree(clt / "features")
     ended = crosslace("features", f"run={clt}", "features.tokens=1000")
     assert ended.code == 0 and "by truth" in ended.out
+    some = (
+        "labels.score=true",
+        "labels.features=4",
+        "labels.tokens=1000",
+        "labels.held_out=1000",
+        "features.tokens=1000",
+    )
+    ended = crosslace("features", f"run={clt}", *some)
+    assert ended.code == 0 and "labels shuffled" in ended.out and "a random dictionary gets" in ended.out
+    scores = json.loads((clt / "features" / "scores.json").read_text())
+    assert [row["name"] for row in scores["table"]] == ["transcoder", "labels shuffled", "random", "neurons"]
+    ended = crosslace("features", f"run={clt}", "labels.judge=endpoint", "labels.model=m")
+    assert ended.code == 2 and "labels.url is empty" in ended.err
     ended = crosslace("trace", f"run={clt}", f"prompt={PROMPT}", "slug=dallas-2")
     assert ended.code == 0
     for said in ("replacement score", "completeness", "left out", "edges miss what the model computed", "Austin' p="):
