@@ -1,6 +1,6 @@
 """The replacement model as a user meets it: graphs, interventions and text of one language model and transcoder."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .attribution import Attention, EdgeHeads, Head, TraceSettings, attention, edge_heads, top_heads, trace
@@ -37,39 +37,37 @@ class ReplacementModel(LocalModel):
         return attention(self, prompt, layer, head, query, *more, **named)
 
     def intervene(
-        self,
-        prompt: Prompt,
-        interventions: Sequence[Intervention],
-        mode: Mode = "free",
-        layers: Collection[int] | None = None,
-        past_range: bool = True,
+        self, prompt: Prompt, interventions: Sequence[Intervention], mode: Mode = "steer", *more: Any, **named: Any
     ) -> InterventionResult:
         """All interventions at once on one prompt. See `replacement.intervene_many`."""
-        return intervene_many(self, prompt, [interventions], mode, layers, past_range)[0]
+        return intervene_many(self, prompt, [interventions], mode, *more, **named)[0]
 
     def intervene_many(
-        self, prompt: Prompt, groups: Sequence[Sequence[Intervention]], *more: Any, **named: Any
+        self, prompt: Prompt, groups: Sequence[Sequence[Intervention]], mode: Mode = "steer", *more: Any, **named: Any
     ) -> list[InterventionResult]:
         """Each group of interventions by itself on one prompt. See `replacement.intervene_many`."""
-        return intervene_many(self, prompt, groups, *more, **named)
+        return intervene_many(self, prompt, groups, mode, *more, **named)
 
     def generate(
         self,
         prompt: Prompt,
         interventions: Sequence[Intervention] = (),
         max_new_tokens: int = 20,
-        mode: Mode = "free",
-        layers: Collection[int] | None = None,
-        past_range: bool = True,
-        temperature: float = 0.0,
-        seed: int = 0,
+        mode: Mode = "steer",
+        *more: Any,
+        **named: Any,
     ) -> Generation:
         """Go on from a prompt under interventions; slices that are open at their end cover new tokens too."""
-        more = max_new_tokens, mode, layers, past_range, temperature, seed
-        return generate_many(self, prompt, [interventions], *more)[0]
+        return generate_many(self, prompt, [interventions], max_new_tokens, mode, *more, **named)[0]
 
     def generate_many(
-        self, prompt: Prompt, groups: Sequence[Sequence[Intervention]], *more: Any, **named: Any
+        self,
+        prompt: Prompt,
+        groups: Sequence[Sequence[Intervention]],
+        max_new_tokens: int = 20,
+        mode: Mode = "steer",
+        *more: Any,
+        **named: Any,
     ) -> list[Generation]:
         """The text under each group of interventions. See `replacement.generate_many`."""
-        return generate_many(self, prompt, groups, *more, **named)
+        return generate_many(self, prompt, groups, max_new_tokens, mode, *more, **named)

@@ -67,6 +67,10 @@ def record(lm: LanguageModel, tokens: Tensor) -> Recording:
     finally:
         for handle in handles:
             handle.remove()
+    for layer, x in enumerate(layer_in):
+        if not bool(x.isfinite().all()):
+            came = "the embedding" if layer == 0 else f"layer {layer - 1}"
+            raise UserError(f"{came} of the model gives numbers that are not finite on this prompt: nothing to trace")
     layers = range(lm.n_layers)
     if other := [layer for layer in layers if layer not in patterns]:
         raise UserError(

@@ -54,7 +54,7 @@ class RowTable:
         self.total = min(most, self.n_features) + self.n_logits
         self.rank = torch.empty_like(run_order)
         self.rank[run_order] = torch.arange(self.n_features, device=self.device)
-        errors = nodes.mask("error").nonzero().squeeze(1)
+        errors = nodes.mask("error", "kept").nonzero().squeeze(1)
         length = int(nodes.position[errors].max()) + 1
         self.error_of = int(errors[0]) + nodes.layer[: self.n_features] * length + nodes.position[: self.n_features]
 

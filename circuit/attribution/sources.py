@@ -67,6 +67,8 @@ class Sources:
     """Per layer of the model."""
     embeddings: Tensor
     """[1 or 2, T, D]: token embeddings, and position embeddings where the model has them."""
+    masked: Tensor
+    """[T] positions that keep the model's own MLP output."""
 
     def nodes(self, recording: Recording) -> Nodes:
         """Every node that is a source, in a graph's order (the logits follow)."""
@@ -77,7 +79,7 @@ class Sources:
         f = self.features
         parts = [
             Nodes.of("feature", f.layer, f.position, f.index, f.activation),
-            Nodes.of("error", *layer_major),
+            Nodes.of("error", *layer_major).turned(self.masked.repeat(L), "kept"),
             Nodes.of("embedding", none - 1, positions, recording.tokens),
         ]
         if len(self.embeddings) > 1:
@@ -133,7 +135,7 @@ def find_sources(
     ]
     embeddings = [lm.embed(recording.tokens), lm.position_embed(T)]
     stacked = torch.stack([vectors.to(dtype) for vectors in embeddings if vectors is not None])
-    return Sources(features, run_order, writers, stacked)
+    return Sources(features, run_order, writers, stacked, masked)
 
 
 def _written(

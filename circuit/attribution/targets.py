@@ -11,6 +11,7 @@ from torch import Tensor
 from ...data.errors import UserError
 from ...data.models import LanguageModel
 from ...train.transcoder import Transcoder
+from ..precision import wide
 from .backward import Directions
 from .linear import Recording, fold_reading
 from .sources import ActiveFeatures, reading
@@ -77,7 +78,7 @@ class Chosen(NamedTuple):
 def likely_tokens(probabilities: Tensor, most: int, mass: float) -> Tensor:
     """The fewest tokens whose probability reaches `mass`, at most `most`."""
     values, tokens = probabilities.topk(min(most, len(probabilities)))
-    return tokens[: int((values.double().cumsum(0) < mass).sum()) + 1]
+    return tokens[: int((wide(values).cumsum(0) < mass).sum()) + 1]
 
 
 def one_token(lm: LanguageModel, text: int | str, probabilities: Tensor) -> int:
@@ -168,6 +169,10 @@ def choose_targets(
         [one.tokens[0] for one in found],
         [one.labels[0] for one in found],
     )
+    places = list(zip(chosen.tokens, chosen.labels, chosen.targets.position.tolist()))
+    twice = next((place for place in places if places.count(place) > 1), None)
+    if twice is not None:
+        raise UserError(f"trace.targets names {twice[1]!r} at position {twice[2]} twice; name each target once")
     if all(token >= 0 for token in chosen.tokens):
         return chosen
     return chosen._replace(probabilities=torch.full_like(chosen.probabilities, 1 / len(found)))

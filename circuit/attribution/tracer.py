@@ -116,7 +116,7 @@ class Tracer:
         if isinstance(wanted, str | int | Tensor | Target):  # one alone
             wanted = [wanted]
         self.wanted = None if wanted is None else [Target.parse(one, len(self.tokens)) for one in wanted]
-        self.dtype = torch.promote_types(self.transcoder.dtype, torch.float32)
+        self.dtype = torch.promote_types(self.lm.dtype, self.transcoder.dtype)
         self.done = 0
         self.batch = 0
         self.largest_violation = self.largest_relative = torch.zeros(())
@@ -132,6 +132,7 @@ class Tracer:
         started = time.perf_counter()
         recording = record(lm, self.tokens)
         masked = self.replacement.masked_positions(self.tokens[None], sites=recording.sites())[0]
+        reasons = {str(at): why for at, why in self.replacement.reasons(self.tokens, masked).items()}
         features = active_features(lm, transcoder, recording, masked, dtype)
         chosen = choose_targets(lm, transcoder, recording, self.wanted, settings.max_logits, settings.logit_mass, dtype)
         sources = find_sources(lm, transcoder, recording, features, masked, dtype)
@@ -173,7 +174,7 @@ class Tracer:
             tokens=self.tokens.tolist(),
             token_strings=lm.token_strings(self.tokens),
             cancelled=cancelled,
-            metadata=self._metadata(n_features, n_features - kept, time.perf_counter() - started),
+            metadata=self._metadata(n_features, n_features - kept, time.perf_counter() - started) | {"kept": reasons},
         )
 
     def _add(
@@ -238,6 +239,7 @@ class Tracer:
                 "left_out_features": left_out,
                 "largest_violation": float(self.largest_violation),
                 "largest_relative_violation": float(self.largest_relative),
+                "dtype": str(self.dtype).removeprefix("torch."),
             },
         }
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...data.errors import Progress, UserError, silent
+from ..precision import wide, widest
 from ..replacement import LocalModel
 from .gather import LARGEST_BATCH, padded
 from .labels import Label, Labels
@@ -35,17 +36,17 @@ class ConceptCounter:
     """Counts, batch by batch, how often each feature fires where each concept holds."""
 
     def __init__(self, features: int, concepts: int, device: torch.device | str = "cpu"):
-        self.hits = torch.zeros(features, concepts, dtype=torch.float64, device=device)
-        self.fires = torch.zeros(features, dtype=torch.float64, device=device)
-        self.holds = torch.zeros(concepts, dtype=torch.float64, device=device)
+        self.hits = torch.zeros(features, concepts, dtype=widest(torch.device(device)), device=device)
+        self.fires = torch.zeros(features, dtype=widest(torch.device(device)), device=device)
+        self.holds = torch.zeros(concepts, dtype=widest(torch.device(device)), device=device)
 
     def update(self, acts_BF: Tensor, holds_BC: Tensor) -> None:
         """Rows are tokens; a feature fires where its activation is above 0."""
         # float32 products of 0 and 1 are exact up to 2^24 tokens a batch; the sums are kept in float64
         fires, holds = (acts_BF > 0).float(), holds_BC.float()
-        self.hits += (fires.T @ holds).double()
-        self.fires += fires.sum(0).double()
-        self.holds += holds.sum(0).double()
+        self.hits += wide(fires.T @ holds)
+        self.fires += wide(fires.sum(0))
+        self.holds += wide(holds.sum(0))
 
     def scores(self) -> ConceptScores:
         fires, holds = self.fires[:, None], self.holds[None]

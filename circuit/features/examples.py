@@ -7,6 +7,8 @@ Suffixes: S sequences, T tokens, F features, K kept examples, W tokens of a wind
 import torch
 from torch import Tensor
 
+from ..precision import wide, widest
+
 BINS = 24
 
 
@@ -73,14 +75,14 @@ class Histogram:
 
     def quantiles(self, shares: list[float]) -> Tensor:
         """[F, len(shares)]: the activations below which these shares of a feature's active values lie, about."""
-        reached = self.counts.cumsum(1).double()
+        reached = wide(self.counts.cumsum(1))
         total = reached[:, -1:]
-        goal = torch.tensor(shares, dtype=torch.float64, device=total.device) * total
+        goal = torch.tensor(shares, dtype=widest(total.device), device=total.device) * total
         place = torch.searchsorted(reached, goal.contiguous()).clamp_max(BINS - 1)
         before = torch.where(place > 0, reached.gather(1, (place - 1).clamp_min(0)), 0.0)
-        inside = (goal - before) / self.counts.double().gather(1, place).clamp_min(1)
-        found = (place + inside.clamp(0, 1)) * self.limit[:, None].double() / BINS
-        low, high = self.least.double()[:, None], self.most.double()[:, None]
+        inside = (goal - before) / wide(self.counts).gather(1, place).clamp_min(1)
+        found = (place + inside.clamp(0, 1)) * wide(self.limit[:, None]) / BINS
+        low, high = wide(self.least)[:, None], wide(self.most)[:, None]
         return torch.where(total > 0, found.clamp(low.clamp_max(3e38), high), 0.0)
 
 
@@ -115,4 +117,4 @@ class LayerExamples:
     @property
     def density(self) -> Tensor:
         """[F] share of counted tokens on which each feature fires."""
-        return self.fired.double() / max(1, self.tokens)
+        return wide(self.fired) / max(1, self.tokens)

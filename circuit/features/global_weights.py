@@ -16,6 +16,7 @@ from torch import Tensor
 from ...data.errors import Progress, UserError, check_choice, check_range, silent
 from ...data.models import LanguageModel
 from ...train.transcoder import Transcoder
+from ..precision import wide, widest
 
 SIDES = ("inputs", "outputs")
 
@@ -100,7 +101,7 @@ def coactivation(
     together = Coactivation(transcoder)
     for batch in store.rows_in_order(settings.batch):
         x_BLD = batch.x.to(transcoder.device, transcoder.dtype)
-        own_B = transcoder.encode_layer(x_BLD[:, here], here)[:, feature].double()
+        own_B = wide(transcoder.encode_layer(x_BLD[:, here], here)[:, feature])
         for l in range(transcoder.n_layers):
             together.update(l, transcoder.encode_layer(x_BLD[:, l], l), own_B)
         together.rows += len(own_B)
@@ -117,17 +118,18 @@ class Coactivation:
 
     def __init__(self, transcoder: Transcoder):
         def zeros() -> list[Tensor]:
-            return [torch.zeros(F, dtype=torch.float64, device=transcoder.device) for F in transcoder.features]
+            device = transcoder.device
+            return [torch.zeros(F, dtype=widest(device), device=device) for F in transcoder.features]
 
         self.sum, self.product, self.fires, self.both = zeros(), zeros(), zeros(), zeros()
         self.own_sum, self.own_fires, self.rows = 0.0, 0.0, 0
 
     def update(self, l: int, acts_BF: Tensor, own_B: Tensor) -> None:
-        acts_BF = acts_BF.double()
+        acts_BF = wide(acts_BF)
         self.sum[l] += acts_BF.sum(0)
         self.product[l] += own_B @ acts_BF
         self.fires[l] += (acts_BF > 0).sum(0)
-        self.both[l] += (own_B > 0).double() @ (acts_BF > 0).double()
+        self.both[l] += wide(own_B > 0) @ wide(acts_BF > 0)
         if l == 0:
             self.own_sum += float(own_B.sum())
             self.own_fires += float((own_B > 0).sum())
@@ -149,7 +151,7 @@ def neighbourhood(
     for side in SIDES:
         neighbours = []
         for other, V_F in virtual_weights(transcoder, layer, feature, side, lm).items():
-            twera_F, share_F = twera(found, transcoder.layers.index(other), V_F.double(), side)
+            twera_F, share_F = twera(found, transcoder.layers.index(other), wide(V_F), side)
             for f in twera_F.abs().topk(min(settings.top, len(twera_F))).indices.tolist():
                 neighbours.append(Neighbour(other, f, float(V_F[f]), float(twera_F[f]), float(share_F[f])))
         neighbours.sort(key=lambda neighbour: -abs(neighbour.twera))

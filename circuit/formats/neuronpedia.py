@@ -1,6 +1,7 @@
 """Neuronpedia graph JSON, both ways: what its site and circuit-tracer's viewer show.
 
-The format has features, reconstruction errors, embeddings and logits. Biases and position embeddings have no form in
+The format has features, reconstruction errors, embeddings and logits. What is left to the model by decree is written as
+errors of its places, with a name that says so. Biases and position embeddings have no form in
 it: they are written as nodes of their own types with `biases=True`, and left out otherwise. Pruning, where asked for,
 happens here, because a node's `influence` is its rank in the graph *before* pruning.
 """
@@ -64,12 +65,12 @@ def graph_to_neuronpedia(
         settings = {"node": node, "edge": 1.0 if edge is None else edge}
         graph = graph.prune(**settings)
     n_layers = _n_layers(graph)
-    drawn = ("feature", "error", "embedding", "logit", *(("bias", "position") if biases else ()))
+    drawn = ("feature", "error", "kept", "embedding", "logit", *(("bias", "position") if biases else ()))
     linked = graph.stored.linked().tolist()
     keys = graph.nodes.keys()
     nodes, ids = [], {}
     for place, found in enumerate(graph.nodes):
-        if found.kind not in drawn or (found.kind in ("error", "bias", "position") and not linked[place]):
+        if found.kind not in drawn or (found.kind in ("error", "kept", "bias", "position") and not linked[place]):
             continue
         entry = _node(graph, found, n_layers, labels)
         entry["influence"] = None if found.kind == "logit" else shares[keys[place]]
@@ -100,7 +101,7 @@ def _model_name(graph: Graph) -> str | None:
 
 
 def _n_layers(graph: Graph) -> int:
-    inner = graph.nodes.mask("feature", "error", "bias")
+    inner = graph.nodes.mask("feature", "error", "kept", "bias")
     return int(graph.nodes.layer[inner].max()) + 1 if bool(inner.any()) else 0
 
 
@@ -140,9 +141,11 @@ def _node(graph: Graph, node: Node, n_layers: int, labels: Labels | None) -> dic
         entry["clerp"] = f'Output "{node.label}" (p={probability:.3f})'
     else:
         # "error_mlp" is no number, so the id cannot be that of a feature
-        name = {"error": "error_mlp", "bias": "bias", "position": "position"}[node.kind]
+        name = {"bias": "bias", "position": "position"}.get(node.kind, "error_mlp")
         entry |= {"node_id": f"{layer}_{name}_{position}", "jsNodeId": f"{layer}_{name}-{position}"}
-        entry["clerp"] = {"error": f"Err: mlp {token}", "bias": "Bias", "position": "Position"}[node.kind]
+        kept = f"Left to the model: mlp {token}"
+        said = {"error": f"Err: mlp {token}", "kept": kept, "bias": "Bias", "position": "Position"}
+        entry["clerp"] = said[node.kind]
         if node.kind == "position":
             entry["layer"] = "E"
     return entry
@@ -187,6 +190,7 @@ def _metadata(
             "n_layers": n_layers,
             "scores": graph.scores(),
             "accounting": _plain(graph.accounting),
+            "kept": {str(position): reason for position, reason in graph.kept.items()},
         },
     }
     if feature_url is None:

@@ -20,6 +20,7 @@ TYPES = {
     "logit": "logit",
     "bias": "bias",
     "position": "position embedding",
+    "kept": "mlp reconstruction error",
 }
 LAYERS_LIMIT, NODES_LIMIT, SLOTS_LIMIT = 1_000, 50_000, 1_000_000
 REQUIRED = {"metadata": dict, "qParams": dict, "nodes": list, "links": list}
@@ -98,6 +99,11 @@ def read_neuronpedia(path: str | Path) -> Graph:
     order = _all_nodes(list(places.values()), tokens, str(path))
     row_of = {place: i for i, place in enumerate(order)}
     nodes, by_place = _table(order, data["nodes"], places)
+    note = data["metadata"].get("crosslace")
+    note = note if isinstance(note, dict) else {}
+    kept = _kept(note, len(strings))
+    left = torch.isin(nodes.position, torch.tensor([int(position) for position in kept], dtype=torch.long))
+    nodes = nodes.turned(left & nodes.mask("error"), "kept")
     logits = [i for i, place in enumerate(order) if place[0] == "logit"]
     n_features = sum(place[0] == "feature" for place in order)
     target_row = {i: i for i in range(n_features)} | {node: n_features + i for i, node in enumerate(logits)}
@@ -121,6 +127,9 @@ def read_neuronpedia(path: str | Path) -> Graph:
             "model": {"name": data["metadata"]["scan"]},
             "imported": data["metadata"],
             "accounting": _accounting(data["metadata"], n_features),
+            "kept": kept,
+            "partial": True,
+            "scores": _scores(note),
         },
         supernodes=_supernodes(data["qParams"], ids),
     )
@@ -176,6 +185,23 @@ def _tokens(places: Any, metadata: dict[str, Any], length: int) -> list[int]:
         if kind == "embedding":
             tokens[position] = index
     return tokens
+
+
+def _kept(note: dict[str, Any], length: int) -> dict[str, str]:
+    """Positions that are left to the model, and why, from our own note."""
+    found = note.get("kept")
+    positions = {str(position): position for position in range(length)}
+    return (
+        {at: why for at, why in found.items() if at in positions and isinstance(why, str)}
+        if isinstance(found, dict)
+        else {}
+    )
+
+
+def _scores(note: dict[str, Any]) -> dict[str, float] | None:
+    """The whole graph's scores from our own note, where there is one; a file holds only part of a graph."""
+    found = note.get("scores")
+    return found if isinstance(found, dict) and found and all(map(_is_number, found.values())) else None
 
 
 def _accounting(metadata: dict[str, Any], n_features: int) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from .rows import move_to_errors as move_to_errors
 from .rows import rows_at_once as rows_at_once
 from .supernodes import flow_between as flow_between
 from .supernodes import propose_supernodes as propose_supernodes
+from .text import account_holds as account_holds
+from .text import kept_text as kept_text
 from .text import later_place as later_place
 from .text import node_text as node_text
 from .text import path_text as path_text

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...data.errors import UserError, check_range
-from .influence import Influence, cumulative_share, fewest_edges, fewest_nodes, find_influence, scores
+from .influence import Influence, cumulative_share, fewest_edges, fewest_nodes, find_influence, shares_of
 from .nodes import NODE_COLUMNS, Nodes
 from .paths import GraphPath, top_paths
 from .rows import Rows, rows_of_tensors
@@ -96,7 +96,8 @@ class Graph:
 
     @property
     def logits(self) -> list[Logit]:
-        """The targets whose causes the graph shows, most probable first."""
+        """The targets whose causes the graph shows: next tokens by their probability, named targets as they were
+        named."""
         first = len(self.nodes) - len(self.probabilities)
         shares = self.probabilities.tolist()
         nodes = [self.nodes[first + i] for i in range(len(shares))]
@@ -146,9 +147,12 @@ class Graph:
     @cached_property
     def _influence(self) -> Influence:
         """Worked out once, as the edges of a graph are not changed after it is made."""
+        return self._find_influence()
+
+    def _find_influence(self, counted: Tensor | None = None) -> Influence:
         depth = self.nodes.layer[self.row_ids].clone()
         depth[self.n_features :] = int(self.nodes.layer.max()) + 1
-        return find_influence(self.stored, self.row_ids, depth, self.weights, self.cancelled)
+        return find_influence(self.stored, self.row_ids, depth, self.weights, self.cancelled, counted)
 
     def influence(self) -> Tensor:
         """[N] influence of every node on the logits, over all paths."""
@@ -163,11 +167,39 @@ class Graph:
         """[N] share of all influence that is reached at each node's rank: small = important."""
         return cumulative_share(self.influence())
 
+    @property
+    def kept(self) -> dict[int, str]:
+        """Positions that are left to the model by decree, and why: `first`, `BOS` or `sink`."""
+        return {int(position): reason for position, reason in self.metadata.get("kept", {}).items()}
+
+    @property
+    def partial(self) -> bool:
+        """Whether this was read from a file that holds only part of a graph."""
+        return bool(self.metadata.get("partial"))
+
     def scores(self) -> dict[str, float]:
-        """`replacement_score`, `completeness` (mean over targets) and `completeness_ct` (circuit-tracer's mean, over
-        all nodes). A graph without features explains nothing: all are 0."""
-        masks = (self.nodes.mask(*kinds) for kinds in (("feature",), ("error",), ("embedding", "position")))
-        return scores(self._influence, self.weights, *masks)
+        """`replacement_score` and `completeness` (mean over targets) of this graph, `kept_share` (influence of what is
+        left to the model by decree, which neither counts), and circuit-tracer's two scores on the matrix that it has
+        (`_ct`). A graph without features explains nothing: all scores are 0. Of a part that was read from a file,
+        the whole graph's scores where the file tells them."""
+        return self.metadata.get("scores") or self._scores
+
+    @cached_property
+    def _scores(self) -> dict[str, float]:
+        names = ("replacement_score", "completeness", "kept_share", "replacement_score_ct", "completeness_ct")
+        if self.n_features == 0:
+            return dict.fromkeys(names, 0.0)
+        nodes = self.nodes
+        feature, kept, given = nodes.mask("feature"), nodes.mask("kept"), nodes.mask("embedding", "position")
+        own = shares_of(self._influence, self.weights, feature, nodes.mask("error"), kept, given)
+        # circuit-tracer knows no biases and no position embeddings; what the model writes at the first position is no
+        # source there, and at other positions it is error
+        error = nodes.mask("error", "kept") & (nodes.position > 0)
+        theirs = self._find_influence(feature | error | nodes.mask("embedding", "logit"))
+        ct = shares_of(theirs, self.weights, feature, error, torch.zeros_like(error), nodes.mask("embedding"))
+        reached = own.inputs + own.errors + own.kept
+        found = (own.replacement, own.completeness, own.kept / reached if reached > 0 else 0.0)
+        return dict(zip(names, (*found, ct.replacement, ct.completeness_over_all)))
 
     # -- smaller graphs -----------------------------------------------------------------------------------------
 
@@ -180,7 +212,9 @@ class Graph:
         check_range("edge", edge, 0, 1)
         kept = fewest_nodes(self.influence(), node)
         smaller = self.subgraph(kept.nonzero().squeeze(1).tolist())
-        return smaller.cut_edges(edge)._replace_metadata(pruned={"node": node, "edge": edge})
+        pruned = smaller.cut_edges(edge)
+        pruned.metadata = pruned.metadata | {"pruned": {"node": node, "edge": edge}}
+        return pruned
 
     def subgraph(self, features: Iterable[int]) -> "Graph":
         """The graph with these features alone (other kinds of node always stay); the other features' edges are added
@@ -209,17 +243,17 @@ class Graph:
     def cut_edges(self, share: float) -> "Graph":
         """The graph with the fewest edges that carry `share` of the influence over all edges but those from errors,
         which stay; what is cut is added to the errors of the sources' places."""
-        from_error = self.nodes.mask("error")
+        from_error = self.nodes.mask("error", "kept")
         keep = fewest_edges(self.values, self.influence_per_input, share)
         gone = ~(keep | from_error[self.stored.sources()])
         stored, cancelled = self.stored.moved_to_errors(gone, self.cancelled, self._errors_of_all())
-        return replace(self, stored=stored, cancelled=cancelled)
+        return self._replaced(stored=stored, cancelled=cancelled)
 
     def _errors_of_all(self) -> Tensor:
-        """[N] the error node of every source's (layer, position), an embedding's being that of the first layer; -1
-        where there is none. Logits, which are no sources, have the first error."""
+        """[N] the error (or kept) node of every source's (layer, position), an embedding's being that of the first
+        layer; -1 where there is none. Logits, which are no sources, have the first error."""
         nodes = self.nodes
-        errors = nodes.mask("error").nonzero().squeeze(1)
+        errors = nodes.mask("error", "kept").nonzero().squeeze(1)
         if len(errors) == 0:
             return torch.full((len(nodes),), -1, device=errors.device)
         length = int(nodes.position[errors].max()) + 1
@@ -228,8 +262,11 @@ class Graph:
         table[place_of[errors]] = errors
         return torch.where(nodes.mask("logit"), self.n_features, table[place_of])
 
-    def _replace_metadata(self, **entries: Any) -> "Graph":
-        return replace(self, metadata=self.metadata | entries)
+    def _replaced(self, **fields: Any) -> "Graph":
+        """A copy with other fields, whose labels and groups are its own."""
+        nodes = replace(self.nodes, labels=dict(self.nodes.labels))
+        groups = {name: list(group) for name, group in self.supernodes.items()}
+        return replace(self, **{"nodes": nodes, "supernodes": groups, **fields})
 
     def to(self, device: torch.device | str) -> "Graph":
         """The graph on a device."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..precision import wide, widest
 from .rows import Rows, row_blocks, rows_at_once
 
 BINS = 2**16  # bins of the histogram that finds an edge threshold without sorting
@@ -29,12 +30,15 @@ class Influence(NamedTuple):
     """[] influence of the input that was moved into the errors and cancels there."""
 
 
-def find_influence(rows: Rows, row_ids: Tensor, depth: Tensor, weights: Tensor, cancelled: Tensor) -> Influence:
+def find_influence(
+    rows: Rows, row_ids: Tensor, depth: Tensor, weights: Tensor, cancelled: Tensor, counted: Tensor | None = None
+) -> Influence:
     """One pass over `rows [R, N]`, the edges into nodes `row_ids [R]`, in topological order.
 
     `depth [R]` orders the rows: an edge always comes from a node of smaller depth. `weights [N]` is the
-    logit probability on logit nodes and zero elsewhere.
+    logit probability on logit nodes and zero elsewhere. `counted [N]` leaves sources out, as if they had no edges.
     """
+    counted_W = None if counted is None else rows.over_values(counted)
     values = rows.values
     total_N = weights.to(values.dtype).clone()
     per_input_R = values.new_zeros(len(values))
@@ -43,7 +47,7 @@ def find_influence(rows: Rows, row_ids: Tensor, depth: Tensor, weights: Tensor, 
         added_N = torch.zeros_like(total_N)
         for some in ids.split(step):
             chosen = run_or_ids(some)
-            size_CN = values[chosen].abs()
+            size_CN = values[chosen].abs() if counted_W is None else values[chosen].abs() * counted_W
             norm_C = size_CN.sum(1) + cancelled[some]
             per_input_C = torch.where(norm_C > 0, total_N[row_ids[some]] / norm_C.clamp(min=1e-38), 0.0)
             rows.add_by_source(added_N, chosen, size_CN, per_input_C)
@@ -65,29 +69,50 @@ def run_or_ids(ids: Tensor) -> Tensor | slice:
     return slice(first, last + 1) if last - first + 1 == len(ids) else ids
 
 
-def scores(found: Influence, weights: Tensor, is_feature: Tensor, is_error: Tensor, is_input: Tensor) -> dict:
-    """The scores of SPEC 4 from one influence; masks are [N].
+class Shares(NamedTuple):
+    """What explains a graph's logits, as sums of influence."""
 
-    With Phi the influence of all features, conservation of flow turns the means over nodes into closed forms: what
-    reaches the errors, over all that flows through the nodes that are counted.
-    """
-    if not bool(is_feature.any()):
-        return {"replacement_score": 0.0, "completeness": 0.0, "completeness_ct": 0.0}
-    inputs = float(found.nodes[is_input].sum())
-    errors = float(found.nodes[is_error].sum() + found.cancelled)
-    through = float(weights.sum() + found.nodes[is_feature].sum())
-    explained = inputs + errors
-    return {
-        "replacement_score": inputs / explained if explained > 0 else 0.0,
-        "completeness": 1 - errors / through,
-        "completeness_ct": 1 - errors / (through + explained),
-    }
+    inputs: float
+    """Influence of embeddings."""
+    errors: float
+    """Of errors, and of input that was moved into them and cancels there."""
+    kept: float
+    """Of the model's own output where it is left to the model by decree."""
+    through: float
+    """Of the targets, whose input is weighed: the logits' own weight, and influence of features."""
+
+    @property
+    def replacement(self) -> float:
+        """How much of what is explained comes from the tokens."""
+        return self.inputs / (self.inputs + self.errors) if self.inputs + self.errors > 0 else 0.0
+
+    @property
+    def completeness(self) -> float:
+        """The mean over targets of the share of their input that is no error: conservation of flow makes it a quotient
+        of sums."""
+        return 1 - self.errors / self.through
+
+    @property
+    def completeness_over_all(self) -> float:
+        """The mean over all nodes, of which those without input count as fully explained."""
+        return 1 - self.errors / (self.through + self.inputs + self.errors + self.kept)
+
+
+def shares_of(found: Influence, weights: Tensor, feature: Tensor, error: Tensor, kept: Tensor, given: Tensor) -> Shares:
+    """The sums of one influence; the masks [N] say what is a feature, error, kept output, embedding."""
+    total = lambda mask: float(found.nodes[mask].sum())
+    return Shares(
+        inputs=total(given),
+        errors=total(error) + float(found.cancelled),
+        kept=total(kept),
+        through=float(weights.sum()) + total(feature),
+    )
 
 
 def fewest_nodes(influence_N: Tensor, share: float) -> Tensor:
     """Mask of the fewest nodes whose influence reaches `share` of the total."""
     order = influence_N.argsort(descending=True, stable=True)
-    reached = influence_N[order].double().cumsum(0)
+    reached = wide(influence_N[order]).cumsum(0)
     keep = torch.zeros_like(influence_N, dtype=torch.bool)
     if len(order) == 0 or float(reached[-1]) <= 0:
         return keep
@@ -99,7 +124,7 @@ def fewest_nodes(influence_N: Tensor, share: float) -> Tensor:
 def cumulative_share(influence_N: Tensor) -> Tensor:
     """[N] share of all influence that is reached at each node's rank: small = important."""
     order = influence_N.argsort(descending=True, stable=True)
-    reached = influence_N[order].double().cumsum(0)
+    reached = wide(influence_N[order]).cumsum(0)
     share = torch.ones_like(reached)
     if len(order) and float(reached[-1]) > 0:
         share[order] = reached / reached[-1]
@@ -114,10 +139,10 @@ def fewest_edges(values: Tensor, per_input: Tensor, share: float) -> Tensor:
     """
     chunks = row_blocks(values)
     keep = torch.zeros_like(values, dtype=torch.bool)
-    mass = torch.zeros(BINS, dtype=torch.float64, device=values.device)
+    mass = torch.zeros(BINS, dtype=widest(values.device), device=values.device)
     for some in chunks:
         score_CN, bin_CN = _binned(values[some], per_input[some])
-        mass.index_add_(0, bin_CN.flatten(), score_CN.flatten().double())
+        mass.index_add_(0, bin_CN.flatten(), wide(score_CN.flatten()))
     above = mass.flip(0).cumsum(0).flip(0)  # mass in this bin and those above
     goal = share * above[0]
     if float(goal) <= 0:
@@ -130,7 +155,7 @@ def fewest_edges(values: Tensor, per_input: Tensor, share: float) -> Tensor:
         inside = ((bin_CN == edge_bin) & (score_CN > 0)).flatten().nonzero().squeeze(1)
         places.append(inside + some.start * values.shape[1])
         candidates.append(score_CN.flatten()[inside])
-    scores, order = torch.cat(candidates).double().sort(descending=True, stable=True)
+    scores, order = wide(torch.cat(candidates)).sort(descending=True, stable=True)
     reached = (above[edge_bin] - mass[edge_bin]) + scores.cumsum(0)
     count = int((reached < goal).sum()) + 1
     keep.view(-1)[torch.cat(places)[order[:count]]] = True

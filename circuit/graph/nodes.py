@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KINDS = ("feature", "error", "embedding", "position", "bias", "logit")
-"""The kinds of node, in the order in which a graph lists them."""
+KINDS = ("feature", "error", "embedding", "position", "bias", "logit", "kept")
+"""The kinds of node, in the order in which a graph lists them. A `kept` node stands in the place of an error: it is the
+model's own MLP output at a position that is left to the model by decree (first, BOS, sink)."""
 
 
 class Node(NamedTuple):
@@ -17,7 +18,8 @@ class Node(NamedTuple):
     kind: str
     """One of KINDS."""
     layer: int
-    """Layer of a feature, error or bias; -1 of an embedding or position; of a logit, the layer it is read after."""
+    """Layer of a feature, error, kept output or bias; -1 of an embedding or position; of a logit, the layer it is read
+    after."""
     position: int
     index: int
     """Feature of a feature, token of an embedding or a logit (-1 of a logit that is not one token), else 0."""
@@ -82,16 +84,22 @@ class Nodes:
                 found = found & (column == wanted)
         return found.nonzero().squeeze(1).tolist()
 
-    def keys(self) -> list[tuple[int, int, int, int]]:
-        """(kind, layer, position, index) of every node: what makes nodes of two graphs the same."""
-        columns = (self.code, self.layer, self.position, self.index)
-        return list(zip(*(column.tolist() for column in columns)))
+    def keys(self) -> list[tuple[int, int, int, int | str]]:
+        """(kind, layer, position, index) of every node: what makes nodes of two graphs the same. A target that is not
+        one token goes by its label."""
+        columns = (column.tolist() for column in (self.code, self.layer, self.position, self.index))
+        named = zip(range(len(self)), *columns)
+        return [(kind, l, t, self.labels.get(id, "") if i < 0 else i) for id, kind, l, t, i in named]
 
     def select(self, ids: Tensor) -> "Nodes":
         """The nodes with these ids, in their order."""
         labels = {new: self.labels[old] for new, old in enumerate(ids.tolist()) if old in self.labels}
         columns = {name: getattr(self, name)[ids] for name in NODE_COLUMNS}
         return replace(self, **columns, labels=labels)
+
+    def turned(self, mask: Tensor, kind: str) -> "Nodes":
+        """The same nodes, those of the mask being of another kind."""
+        return replace(self, code=self.code.masked_fill(mask, KINDS.index(kind)))
 
     @staticmethod
     def of(kind: str, layer: Tensor, position: Tensor, index: Tensor, activation: Tensor | None = None) -> "Nodes":

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..precision import wide, widest
 from .nodes import Nodes
 from .rows import Rows, rows_at_once
 
@@ -38,8 +39,8 @@ class GraphPath(NamedTuple):
 
 def shares(graph: Account, rows: Tensor | slice) -> Tensor:
     """A^ [C, N] of some rows, with signs: each edge over the whole absolute input of its target."""
-    edges = graph.stored.dense(rows).double()
-    total = edges.abs().sum(1) + graph.cancelled[rows].double()
+    edges = wide(graph.stored.dense(rows))
+    total = edges.abs().sum(1) + wide(graph.cancelled[rows])
     return edges / total.clamp(min=1e-38)[:, None]
 
 
@@ -92,7 +93,7 @@ def top_paths(
 
 def best_from(graph: Account, goals: list[int], through: Sequence[str]) -> Tensor:
     """[N] strength of the best path from any of the goals to each node, by way of nodes of kinds `through`."""
-    best_N = torch.zeros(len(graph.nodes), dtype=torch.float64, device=graph.row_ids.device)
+    best_N = torch.zeros(len(graph.nodes), dtype=widest(graph.row_ids.device), device=graph.row_ids.device)
     best_N[goals] = 1
     fixed = best_N > 0
     may_pass = graph.nodes.mask(*through) | fixed

@@ -93,6 +93,10 @@ class Rows(ABC):
         """The sources of single values of some rows."""
 
     @abstractmethod
+    def over_values(self, mask_N: Tensor) -> Tensor:
+        """[W] for each column of the values what a mask over the nodes says, which is true of all features."""
+
+    @abstractmethod
     def linked(self) -> Tensor:
         """[N] the nodes that an edge comes from."""
 
@@ -165,6 +169,9 @@ class DenseRows(Rows):
 
     def sources_at(self, rows: slice, row: Tensor, column: Tensor) -> Tensor:
         return column
+
+    def over_values(self, mask_N: Tensor) -> Tensor:
+        return mask_N
 
     def linked(self) -> Tensor:
         linked = torch.zeros(self.width, dtype=torch.bool, device=self.values.device)
@@ -241,6 +248,9 @@ class SparseRows(Rows):
         source = column + (self.n_features - k)
         source[from_feature] = self.columns[rows][row[from_feature], column[from_feature]].long()
         return source
+
+    def over_values(self, mask_N: Tensor) -> Tensor:
+        return torch.cat([mask_N.new_ones(self.columns.shape[1]), mask_N[self.n_features :]])
 
     def linked(self) -> Tensor:
         k = self.columns.shape[1]

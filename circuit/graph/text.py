@@ -41,17 +41,36 @@ def strongest_paths_text(graph: Graph) -> str:
     return "\n".join(lines)
 
 
+def kept_text(graph: Graph) -> str:
+    """Which positions are left to the model, and why; empty where none is."""
+    if not graph.kept:
+        return ""
+    shown = ", ".join(f"{graph.token_strings[at]!r} @{at} ({why})" for at, why in sorted(graph.kept.items()))
+    return f"left to the model, without features: {shown}\n"
+
+
+def account_holds(graph: Graph) -> bool:
+    """Whether the edges miss what the model computed by no more than rounding in the graph's dtype explains."""
+    allowed = {"float64": 1e-6}.get(graph.accounting.get("dtype", ""), 1e-3)  # some norms are float32 inside
+    return float(graph.accounting.get("largest_relative_violation", 0)) <= allowed
+
+
 def summary_text(graph: Graph) -> str:
     """Scores and accounting in two lines: they belong wherever a graph is shown."""
     scores, accounting = graph.scores(), graph.accounting
-    said = (
-        f"replacement score {scores['replacement_score']:.3f}, completeness {scores['completeness']:.3f} "
-        f"(circuit-tracer's: {scores['completeness_ct']:.3f})\n"
-    )
+    named = [("replacement_score", "replacement score"), ("completeness", "completeness")]
+    theirs = [("replacement_score_ct", "replacement"), ("completeness_ct", "completeness")]
+    listed = lambda pairs: ", ".join(f"{name} {scores[key]:.3f}" for key, name in pairs if key in scores)
+    said = f"{listed(named)} (as circuit-tracer reckons: {listed(theirs)})"
+    if graph.partial:
+        told = "scores" in graph.metadata and graph.metadata["scores"]
+        said += ", of the whole graph, of which this is part" if told else ", of the part that the file holds"
+    said += "\n" + kept_text(graph)
     if "active_features" not in accounting:  # a foreign file's graph
         return f"{said}{graph.n_features} features; how many were active, and what edges miss, the graph does not say"
     return said + (
         f"{accounting['active_features']} active features, "
         f"{accounting['left_out_features']} left out (their effect is in the errors); "
         f"edges miss what the model computed by at most {accounting['largest_violation']:.1e}"
+        f"{'' if account_holds(graph) else ': more than rounding explains, do not trust this graph'}"
     )

@@ -4,7 +4,7 @@ from .behaviour import TextBatch as TextBatch
 from .evaluation import EvalSettings as EvalSettings
 from .evaluation import EvalText as EvalText
 from .evaluation import evaluate as evaluate
-from .graph_scores import FIGURES as FIGURES
+from .graph_scores import GRAPH_FIGURES as GRAPH_FIGURES
 from .health import DENSITY_EDGES as DENSITY_EDGES
 from .prompts import PromptSet as PromptSet
 from .prompts import prompt_set as prompt_set

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...data.errors import Progress, silent
 from ...data.models import LanguageModel
+from ..precision import wide, widest
 
 HARD_CONFIDENCE = 0.8
 """A token is hard where the model is right with less than this probability (SPEC 5)."""
@@ -93,7 +94,7 @@ def measure_behaviour(
 
     `observe(batch, masked_BT)` gives hooks for the clean pass, so that reconstruction is measured in the same pass.
     """
-    sums_CSK = torch.zeros(len(conditions) + 1, n_sequences, len(STATISTICS), dtype=torch.float64, device=lm.device)
+    sums_CSK = torch.zeros(len(conditions) + 1, n_sequences, len(STATISTICS), dtype=widest(lm.device), device=lm.device)
     seen = 0
     for batch in batches:
         tokens_BT = batch.tokens_BT.to(lm.device)
@@ -118,7 +119,7 @@ def measure_behaviour(
 
 def _statistics(clean_BTV: Tensor, changed_BTV: Tensor, targets_BT: Tensor, counted_BT: Tensor) -> Tensor:
     """The sums of one batch, a row a sequence: [B, statistics]."""
-    sums_BK = torch.zeros(len(targets_BT), len(STATISTICS), dtype=torch.float64, device=targets_BT.device)
+    sums_BK = torch.zeros(len(targets_BT), len(STATISTICS), dtype=widest(targets_BT.device), device=targets_BT.device)
     sequence_N, position_N = counted_BT.nonzero(as_tuple=True)
     for start in range(0, len(sequence_N), LOGIT_ROWS):
         b, t = sequence_N[start : start + LOGIT_ROWS], position_N[start : start + LOGIT_ROWS]
@@ -126,12 +127,12 @@ def _statistics(clean_BTV: Tensor, changed_BTV: Tensor, targets_BT: Tensor, coun
         log_q = changed_BTV[b, t].float().log_softmax(-1)
         target = targets_BT[b, t]
         best = log_p.argmax(-1)
-        agree = (best == log_q.argmax(-1)).double()
-        hard = ((best == target) & (log_p.amax(-1).exp() < HARD_CONFIDENCE)).double()
+        agree = wide(best == log_q.argmax(-1))
+        hard = wide((best == target) & (log_p.amax(-1).exp() < HARD_CONFIDENCE))
         columns = (
             torch.ones_like(agree),
-            -log_q.gather(-1, target[:, None])[:, 0].double(),
-            (log_p.exp() * (log_p - log_q)).sum(-1).double(),
+            -wide(log_q.gather(-1, target[:, None])[:, 0]),
+            wide((log_p.exp() * (log_p - log_q)).sum(-1)),
             agree,
             hard,
             hard * agree,
@@ -159,7 +160,7 @@ def resampled(sums: Tensor, figure: Callable[[Tensor], Tensor], seed: int = 0, d
         return Interval(_finite(value), None, None)
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(n, (draws, n), generator=generator)
-    weights_RS = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, picks, torch.ones_like(picks).double())
+    weights_RS = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, picks, wide(torch.ones_like(picks)))
     spread = figure(weights_RS.to(sums.device) @ sums)
     spread = spread[spread.isfinite()]
     if len(spread) < draws // 2:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...data.models import LanguageModel
 from ...train.transcoder import Transcoder
+from ..precision import widest
 from .behaviour import Condition, TextBatch
 
 RIDGE = 1e-4
@@ -53,7 +54,7 @@ def calibrate(
 ) -> Calibration:
     """Pass over training text once; masked positions and padding are left out."""
     L, D = lm.n_layers, lm.d_model
-    wide = torch.float32 if lm.device.type == "mps" else torch.float64
+    wide = widest(lm.device)
     xx = torch.zeros(L, D + 1, D + 1, dtype=wide, device=lm.device)
     xy = torch.zeros(L, D + 1, D, dtype=wide, device=lm.device)
     yy = torch.zeros(L, dtype=wide, device=lm.device)

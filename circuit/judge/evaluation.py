@@ -41,7 +41,7 @@ from .health import health
 from .perturbation import perturbation_growth
 from .prompts import PromptSet
 
-DEFINITIONS = 1
+DEFINITIONS = 2
 """Raised whenever a figure comes to mean something else: results of different definitions are not compared."""
 GROWTH_PROMPTS = 4
 CONTROLS = ("untrained", "neurons", "linear")

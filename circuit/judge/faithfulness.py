@@ -22,6 +22,7 @@ from ...data.errors import Progress, silent
 from ...train.parallel import SINGLE, Collectives
 from ..graph import Graph
 from ..model import ReplacementModel
+from ..precision import wide, widest
 from ..replacement import Intervention
 from .behaviour import resampled
 
@@ -59,7 +60,7 @@ class Effects(NamedTuple):
 
 def compare(predicted: Tensor, measured: Tensor, prompt: Tensor) -> Agreement:
     """Slope through the origin, Pearson and Spearman correlation; None where there are too few pairs or no spread."""
-    predicted, measured = predicted.double().flatten(), measured.double().flatten()
+    predicted, measured = wide(predicted).flatten(), wide(measured).flatten()
     n = len(predicted)
     if n < LEAST_PAIRS or not predicted.any():
         return Agreement(n, None, None, None, None)
@@ -81,18 +82,18 @@ def _pearson(x: Tensor, y: Tensor) -> float | None:
 def _ranks(x: Tensor) -> Tensor:
     """Ranks with ties at their mean."""
     _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
+    last = wide(counts.cumsum(0))
     return (last - (counts - 1) / 2)[inverse]
 
 
 def total_effects(graph: Graph, sources: Sequence[int]) -> Tensor:
     """[R, sources]: what silencing each source feature does to every row's pre-activation or logit, over all paths."""
     n = graph.n_features
-    rows = graph.rows.double()
+    rows = wide(graph.rows)
     direct = -rows[:, list(sources)]
-    share = rows[:, :n] / graph.nodes.activation[:n].double().clamp_min(1e-12)
+    share = rows[:, :n] / wide(graph.nodes.activation[:n]).clamp_min(1e-12)
     # features come in order of layer, so that the features' block is strictly lower triangular
-    eye = torch.eye(n, dtype=torch.float64, device=rows.device)
+    eye = torch.eye(n, dtype=widest(rows.device), device=rows.device)
     moved = torch.linalg.solve_triangular(eye - share[:n], direct[:n], upper=False, unitriangular=True)
     return torch.cat([moved, direct[n:] + share[n:] @ moved])
 
@@ -165,7 +166,7 @@ def _one_prompt(
     sources = torch.randperm(n, generator=generator)[: plan.per_prompt].tolist()
     matched = [_matched(graph, source, generator) for source in sources]
     predicted_RS = total_effects(graph, [*sources, *matched]).cpu()
-    activation_N = graph.nodes.activation.double().cpu()
+    activation_N = graph.nodes.activation.cpu().double()
     predicted_RS[:n] = torch.maximum(predicted_RS[:n], -activation_N[:n, None])  # no feature falls below silence
     logit_ids = [(logit.token, logit.position) for logit in graph.logits if logit.token >= 0]
     logit_rows = [n + row for row, logit in enumerate(graph.logits) if logit.token >= 0]
@@ -174,7 +175,7 @@ def _one_prompt(
     nodes = [graph.nodes[source] for source in sources]
     silenced = [[Intervention(node.layer, node.position, node.index, times=0.0)] for node in nodes]
     for column, result in enumerate(rm.intervene_many(graph.tokens, silenced, mode="constrained")):
-        change_TV = (rm.lm.before_softcap(result.logits) - rm.lm.before_softcap(result.clean_logits)).double().cpu()
+        change_TV = (rm.lm.before_softcap(result.logits) - rm.lm.before_softcap(result.clean_logits)).cpu().double()
         change_TV -= change_TV.mean(-1, keepdim=True)
         measured = torch.stack([change_TV[position, token] for token, position in logit_ids])
         _add(pairs["to_logits"], predicted_RS, logit_rows, column, len(sources), measured)
@@ -186,7 +187,7 @@ def _one_prompt(
         places = [
             (int(graph.nodes.layer[t]), int(graph.nodes.position[t]), int(graph.nodes.index[t])) for t in strongest
         ]
-        after = torch.stack([result.activation(*place) for place in places]).double().cpu()
+        after = torch.stack([result.activation(*place) for place in places]).cpu().double()
         _add(pairs["to_features"], predicted_RS, strongest, column, len(sources), after - activation_N[strongest])
     empty = torch.zeros(0, dtype=torch.float64)
     return {

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from ..graph import Graph
+from ..precision import wide, widest
 from .prompts import PromptSet
 
-FIGURES = (
+GRAPH_FIGURES = (
     "replacement_score",
     "completeness",
+    "kept_share",
+    "replacement_score_ct",
     "completeness_ct",
     "path_length",
     "nodes",
@@ -25,15 +28,15 @@ FIGURES = (
 def path_length(graph: Graph) -> float:
     """The mean number of edges from an embedding to a logit, each path weighted by its influence."""
     blocks = graph.stored.blocks()
-    total_R = torch.cat([graph.values[some].abs().sum(1, dtype=torch.float64) for some in blocks])
-    total_R = (total_R + graph.cancelled.double()).clamp_min(1e-300)
+    total_R = torch.cat([graph.values[some].abs().sum(1, dtype=widest(graph.values.device)) for some in blocks])
+    total_R = (total_R + wide(graph.cancelled)).clamp_min(1e-38)
     is_input = graph.nodes.mask("embedding", "position")
-    flow_R = graph.weights[graph.row_ids].double()
+    flow_R = wide(graph.weights[graph.row_ids])
     length = arrived = 0.0
     for edges in range(1, len(total_R) + 1):
         share_R, flow_N = flow_R / total_R, flow_R.new_zeros(len(graph.nodes))
         for some in blocks:
-            size_CN = graph.values[some].abs().double()
+            size_CN = wide(graph.values[some].abs())
             graph.stored.add_by_source(flow_N, some, size_CN, share_R[some])
         reached = float(flow_N[is_input].sum())
         length, arrived = length + edges * reached, arrived + reached
@@ -45,21 +48,23 @@ def path_length(graph: Graph) -> float:
 
 def error_share_by_layer(graph: Graph, n_layers: int) -> list[float]:
     """The influence of each layer's error nodes, as a share of that of all errors and embeddings."""
-    influence = graph.influence().double()
+    influence = wide(graph.influence())
     total = float(influence[graph.nodes.mask("error", "embedding", "position")].sum())
     is_error = graph.nodes.mask("error")
-    shares = torch.zeros(n_layers, dtype=torch.float64, device=influence.device)
+    shares = torch.zeros(n_layers, dtype=widest(influence.device), device=influence.device)
     shares.index_add_(0, graph.nodes.layer[is_error], influence[is_error])
     return (shares / total).tolist() if total > 0 else [0.0] * n_layers
 
 
 def graph_row(graph: Graph, node: float, edge: float) -> list[float]:
-    """One prompt's figures, in the order of FIGURES; the scores are those of the whole graph."""
+    """One prompt's figures, in the order of GRAPH_FIGURES; the scores are those of the whole graph."""
     scores = graph.scores()
     pruned = graph.prune(node=node, edge=edge)
     return [
         scores["replacement_score"],
         scores["completeness"],
+        scores["kept_share"],
+        scores["replacement_score_ct"],
         scores["completeness_ct"],
         path_length(graph),
         float(pruned.n_features),
@@ -91,7 +96,7 @@ def score_graphs(
     """The `graph` part of an evaluation. `graphs` holds one a prompt, None where another process has it; `add_up`
     sums over processes."""
     P = len(prompts.prompts)
-    table_PC = torch.zeros(P, len(FIGURES), dtype=torch.float64)
+    table_PC = torch.zeros(P, len(GRAPH_FIGURES), dtype=torch.float64)
     shares_PL = torch.zeros(P, n_layers, dtype=torch.float64)
     frontier_PTK = torch.zeros(P, len(thresholds), 3, dtype=torch.float64)
     for number, graph in enumerate(graphs):
@@ -101,13 +106,14 @@ def score_graphs(
         shares_PL[number] = torch.tensor(error_share_by_layer(graph, n_layers))
         frontier_PTK[number] = torch.tensor(frontier_row(graph, thresholds))
     table_PC, shares_PL, frontier_PTK = add_up(table_PC), add_up(shares_PL), add_up(frontier_PTK)
-    means = {name: mean_interval(table_PC[:, column]) for column, name in enumerate(FIGURES)}
+    means = {name: mean_interval(table_PC[:, column]) for column, name in enumerate(GRAPH_FIGURES)}
     return {
         "prompt_set": prompts.label,
         **{name: value for name, (value, _) in means.items()},
         **{f"{name}_interval": interval for name, (_, interval) in means.items()},
         "prompts": [
-            {"prompt": prompt, **dict(zip(FIGURES, row))} for prompt, row in zip(prompts.prompts, table_PC.tolist())
+            {"prompt": prompt, **dict(zip(GRAPH_FIGURES, row))}
+            for prompt, row in zip(prompts.prompts, table_PC.tolist())
         ],
         "error_share": shares_PL.mean(0).tolist(),
         "frontier": [

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...train.transcoder import Transcoder
+from ..precision import wide, widest
 
 DENSITY_EDGES = [10.0**power for power in range(-6, 1)]
 """Bins of the density histogram: never, then by powers of ten."""
@@ -24,8 +25,8 @@ def health(transcoder: Transcoder, densities: Sequence[Tensor]) -> dict[str, Any
             "layer": transcoder.layers[l],
             "l0": float(density_F.sum()),
             "density_histogram": density_histogram(density_F),
-            "dead": float((density_F == 0).double().mean()),
-            "dense": float((density_F > 0.1).double().mean()),
+            "dead": float(wide(density_F == 0).mean()),
+            "dense": float(wide(density_F > 0.1).mean()),
             "decoder_norm": transcoder.W_dec[l].float().norm(dim=-1).mean(0).tolist(),
             "duplicates": duplicates(transcoder.W_dec[l].flatten(1)),
             "threshold": _spread(transcoder.theta(l)),
@@ -37,7 +38,7 @@ def health(transcoder: Transcoder, densities: Sequence[Tensor]) -> dict[str, Any
 
 def density_histogram(density_F: Tensor) -> list[int]:
     """How many features never fire, then how many fire on up to 1e-6, 1e-5, ... 1 of the tokens."""
-    place = torch.bucketize(density_F.double(), torch.tensor(DENSITY_EDGES, device=density_F.device).double()) + 1
+    place = torch.bucketize(wide(density_F), wide(torch.tensor(DENSITY_EDGES, device=density_F.device))) + 1
     place[density_F == 0] = 0
     return torch.bincount(place, minlength=len(DENSITY_EDGES) + 1).tolist()
 
@@ -55,8 +56,8 @@ def duplicates(rows_FE: Tensor) -> float:
 
 def _spread(theta_F: Tensor) -> list[float]:
     """5%, 50% and 95% quantiles."""
-    probabilities = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64, device=theta_F.device)
-    return theta_F.double().quantile(probabilities).tolist()
+    probabilities = torch.tensor([0.05, 0.5, 0.95], dtype=widest(theta_F.device), device=theta_F.device)
+    return wide(theta_F).quantile(probabilities).tolist()
 
 
 def warnings(layers: Sequence[dict[str, Any]]) -> list[str]:

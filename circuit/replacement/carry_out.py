@@ -1,33 +1,41 @@
 """Carrying interventions out: set features of a prompt and see what the model does (SPEC 3).
 
-An intervention fixes a feature's activation; the change from its clean activation times the feature's decoder is what
-it writes. How the rest of the model answers is the mode:
+    groups of interventions --_changes--> activations to set: row, position, feature, value [n] a covered layer
+    clean run [1, T] + changes --_writer--> MLP outputs [R, T, D], a row per group --lm--> logits [R, T, V]
 
-- `direct`: attention patterns, norm denominators and all MLP outputs stay as in the clean run. What reaches the logits
-  and later features is the exact linear effect; no other feature changes.
-- `constrained`: the same inside a range of layers; after it the model itself is live, its own MLPs included. What a set
-  feature writes to layers past the range is added to their live outputs; `past_range=False` leaves that out. (Measured
-  on the bundled world with a CLT, adding it agrees better with graphs: it is what a changed feature does.)
-- `free`: attention and norms are live, features are encoded anew at every layer and pass the change on; errors stay.
+An intervention fixes a feature's activation; the change from what it was, times the feature's decoder, is what it
+writes. Who answers, and what is frozen, says `answer.py`:
+
+- where MLPs are `clean`, the change counts from the clean activation, and no other feature changes;
+- where the `transcoder` answers, features are encoded anew and pass the change on; errors stay;
+- where the `model` answers, its own MLP is live and what set features write is added. There a change counts from what
+  the feature would be at that moment, so that two set features do not count one effect twice.
+
+In mode `constrained`, what a set feature writes to layers past the frozen range is added to their live outputs;
+`past_range=False` leaves that out. (Measured on the bundled world with a CLT, adding it agrees better with graphs: it
+is what a changed feature does.)
 
 There are two runs over the same tokens, one clean and one with a row per group of interventions. In generation both
 advance step by step, each with its own cache, so that a clean activation exists at every new token as well; as the
 groups' texts part, the clean run has a row per group too.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...data.errors import UserError, check_choice
+from ...data.errors import UserError
+from .answer import Answer, Mode, Who, who_answers
 from .local import CleanRun, LocalModel
 from .memory import memory_named
-from .requests import MODES, FeatureAt, Generation, Intervention, InterventionResult, Mode, Prompt, covered_positions
-from .substitute import add_written
+from .requests import FeatureAt, Generation, Intervention, InterventionResult, Prompt, covered_positions
+from .substitute import add_written, skip_part, written_by
+
+Writer = Callable[[int, dict[str, Tensor]], Tensor | None]
 
 
 def check_intervention(rm: LocalModel, it: Intervention) -> None:
@@ -72,6 +80,11 @@ class _Changes(NamedTuple):
     value: Tensor
 
 
+def _open_ended(it: Intervention) -> bool:
+    """Whether an intervention covers whatever tokens follow."""
+    return isinstance(it.position, slice) and it.position.stop is None
+
+
 @dataclass
 class _Step:
     """What one step of both runs gave."""
@@ -89,47 +102,26 @@ class _Runs:
         self,
         rm: LocalModel,
         groups: Sequence[Sequence[Intervention]],
-        mode: Mode,
-        layers: Collection[int] | None,
+        answer: Answer,
         past_range: bool,
         prompt_length: int,
         cached: bool = False,
     ):
-        check_choice("mode", mode, MODES)
-        for it in (it for group in groups for it in group):
-            check_intervention(rm, it)
-        self.rm, self.groups, self.mode, self.past_range = rm, groups, mode, past_range
+        self.rm, self.groups, self.answer, self.past_range = rm, groups, answer, past_range
         self.prompt_length, self.seen = prompt_length, 0
-        self.frozen = self._frozen_layers(layers)
         self.patches = _Patches(rm)
         self.number = {layer: l for l, layer in enumerate(rm.transcoder.layers)}
         self.clean_cache = rm.lm.new_cache() if cached else None
         self.cache = rm.lm.new_cache() if cached else None
 
-    def _frozen_layers(self, layers: Collection[int] | None) -> frozenset[int]:
-        """Layers whose attention, norms and MLP output stay as in the clean run."""
-        n_layers, touched = self.rm.lm.n_layers, {it.layer for group in self.groups for it in group}
-        if self.mode != "constrained":
-            if layers is not None:
-                raise UserError(f"layers={list(layers)} belongs to mode=constrained; mode={self.mode} takes none")
-            return frozenset(range(n_layers) if self.mode == "direct" else ())
-        frozen = frozenset(range(max(touched, default=-1) + 1) if layers is None else layers)
-        if not frozen <= set(range(n_layers)):
-            raise UserError(f"layers={sorted(frozen)} goes beyond the model's layers 0 to {n_layers - 1}")
-        if not touched <= frozen:
-            raise UserError(f"layer {min(touched - frozen)} is changed but lies outside layers={sorted(frozen)}")
-        return frozen
-
     @torch.no_grad()
     def step(self, tokens: Tensor) -> _Step:
         """Both runs over the next tokens: [1, T] of all groups, or [R, T]."""
-        clean = self.rm.clean(tokens, self.clean_cache, self.seen, attention=self.frozen)
+        clean = self.rm.clean(tokens, self.clean_cache, self.seen, attention=self.answer.attention)
         clean_acts = self.rm.features(clean)
         changes, fixed = self._changes(clean, clean_acts)
         reads: dict[int, Tensor] = {}
-        write = (
-            self._free(clean, clean_acts, changes) if self.mode == "free" else self._fixed(clean, clean_acts, changes)
-        )
+        write = self._writer(clean, clean_acts, changes)
 
         def overwrite(layer: int, sites: dict[str, Tensor]) -> Tensor | None:
             if layer in self.number:
@@ -138,31 +130,35 @@ class _Runs:
 
         lm, rows = self.rm.lm, tokens.expand(len(self.groups), -1)
         with ExitStack() as stack:
-            stack.enter_context(lm.freeze_attention({layer: clean.patterns[layer] for layer in self.frozen}))
-            norms = {key: value for key, value in clean.denominators.items() if self._norm_frozen(key[0])}
+            stack.enter_context(lm.freeze_attention({layer: clean.patterns[layer] for layer in self.answer.attention}))
+            norms = {key: value for key, value in clean.denominators.items() if key[0] in self.answer.norms}
             stack.enter_context(lm.freeze_norms(norms))
             stack.enter_context(lm.overwrite(overwrite))
             logits = lm(rows, cache=self.cache)
         self.seen += tokens.shape[1]
         return _Step(clean, logits, reads, fixed)
 
-    def _norm_frozen(self, layer: int) -> bool:
-        return layer in self.frozen or self.mode == "direct"
-
     def _changes(self, clean: CleanRun, clean_acts: list[Tensor]) -> tuple[dict[int, _Changes], list[dict]]:
         """Per covered layer the activations to set in this step, and per row the same by node."""
         fixed: list[dict[FeatureAt, float]] = [{} for _ in self.groups]
         length = clean.tokens.shape[1]
         for row, it in ((row, it) for row, group in enumerate(self.groups) for it in group):
+            own, acts = row if len(clean.tokens) > 1 else 0, clean_acts[self.number[it.layer]]
+            active = []
             for position in covered_positions(it, self.prompt_length, self.seen + length):
                 at = position - self.seen
-                own = row if len(clean.tokens) > 1 else 0
                 if at < 0 or not self._replaced(clean, own, it, at):
                     continue
                 node = FeatureAt(it.layer, position, it.feature)
                 if node in fixed[row]:
                     raise UserError(f"set: layer {it.layer} feature {it.feature} is set twice at position {position}")
-                fixed[row][node] = self._value(it, position, clean_acts[self.number[it.layer]][own, at])
+                active.append(bool(acts[own, at, it.feature] > 0))
+                fixed[row][node] = self._value(it, position, acts[own, at])
+            if it.times and active and not any(active) and not _open_ended(it):
+                raise UserError(
+                    f"set: feature {it.feature} of layer {it.layer} is silent at position {it.position}, and "
+                    f"{it.times:g} times 0 is 0; give value= to set its activation"
+                )
         return {l: self._gathered(l, fixed, clean_acts[l]) for l in self.number.values()}, fixed
 
     def _replaced(self, clean: CleanRun, row: int, it: Intervention, at: int) -> bool:
@@ -194,67 +190,84 @@ class _Runs:
         value = torch.tensor([entry[3] for entry in found], dtype=acts_BTF.dtype, device=device)
         return _Changes(where[:, 0], where[:, 1], where[:, 2], value)
 
-    def _fixed(self, clean: CleanRun, clean_acts: list[Tensor], changes: dict[int, _Changes]) -> Any:
-        """MLP outputs in the modes direct and constrained: the clean ones plus what the set features write."""
-        written: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # rows, positions [n], vectors [n, D]
-        for l, (row, position, feature, value) in changes.items():
-            change = value - clean_acts[l][row if len(clean.tokens) > 1 else 0, position, feature]
-            vectors = change[:, None, None] * self.rm.transcoder.W_dec[l][feature]
-            for offset, part in enumerate(vectors.unbind(1)):
-                written.setdefault(l + offset, []).append((row, position, part))
+    def _writer(self, clean: CleanRun, clean_acts: list[Tensor], changes: dict[int, _Changes]) -> Writer:
+        """MLP outputs of the changed run, by who answers in each layer."""
+        transcoder, answer, n = self.rm.transcoder, self.answer, self.rm.transcoder.n_layers
+        who = [answer.mlps[layer] for layer in transcoder.layers]
+        # layers of the transcoder that take what features do when they are encoded anew
+        taking = {l for l in range(n) if who[l] == "transcoder"}
+        anew = [who[l] != "clean" and bool(taking & set(range(l, l + transcoder.reach_at(l)))) for l in range(n)]
+        set_writes: dict[int, list[tuple[_Changes, Tensor]]] = {}  # covered layer -> what set features write, [n, D]
+        all_write: dict[int, Tensor] = {}  # covered layer -> what all features that were encoded anew write, [R, T, D]
+
+        def send(l: int, x: Tensor) -> None:
+            """What features of covered layer l write from now on, given what it reads, x [R, T, D]."""
+            change = changes[l]
+            if anew[l]:
+                acts = transcoder.encode_layer(x, l) * ~clean.masked[..., None]
+                acts[change.row, change.position, change.feature] = change.value.to(acts.dtype)
+                add_written(all_write, l, written_by(transcoder, l, acts - clean_acts[l]), taking)
+            if len(change.row):
+                before = self._before(l, x, clean, clean_acts[l], change)
+                rows = transcoder.W_dec[l][change.feature].to(before.dtype)
+                vectors = (change.value - before)[:, None, None] * rows
+                for target, part in enumerate(vectors.unbind(1), start=l):
+                    if not (anew[l] and target in taking):
+                        set_writes.setdefault(target, []).append((change, part))
 
         def write(layer: int, sites: dict[str, Tensor]) -> Tensor | None:
-            frozen = layer in self.frozen
-            if not frozen and not self.past_range:
+            own, by = sites["mlp_out"], answer.mlps[layer]
+            if layer not in self.number:
+                return clean.mlp_out[layer].expand_as(own) if by == "clean" else None
+            l, x = self.number[layer], sites[transcoder.settings.read].to(transcoder.dtype)
+            send(l, x)
+            if by == "transcoder":
+                moved = x - clean.read[layer].to(x.dtype)
+                y = all_write.pop(l) + skip_part(transcoder, moved, l)
+                out = torch.where(clean.masked[..., None], own, clean.mlp_out[layer] + y.to(own.dtype))
+            elif by == "clean":
+                out = self.rm.held(clean, layer, sites).clone()
+            elif not self.past_range:
                 return None
-            own = sites["mlp_out"]
-            out = (clean.mlp_out[layer].expand_as(own) if frozen else own).clone()
-            for row, position, part in written.get(self.number.get(layer, -1), []):
-                out.index_put_((row, position), part.to(out.dtype), accumulate=True)
+            else:
+                out = own.clone()
+            for change, part in set_writes.pop(l, []):
+                out.index_put_((change.row, change.position), part.to(out.dtype), accumulate=True)
             return out
 
         return write
 
-    def _free(self, clean: CleanRun, clean_acts: list[Tensor], changes: dict[int, _Changes]) -> Any:
-        """MLP outputs in the mode free: the clean ones plus the change of all features, encoded anew."""
-        transcoder = self.rm.transcoder
-        written: dict[int, Tensor] = {}
-
-        def write(layer: int, sites: dict[str, Tensor]) -> Tensor | None:
-            if layer not in self.number:
-                return None
-            l, own = self.number[layer], sites["mlp_out"]
-            x = sites[transcoder.settings.read].to(transcoder.dtype)
-            acts_RTF = transcoder.encode_layer(x, l) * ~clean.masked[..., None]
-            row, position, feature, value = changes[l]
-            acts_RTF[row, position, feature] = value
-            change = acts_RTF - clean_acts[l]
-            add_written(written, l, transcoder.decode_from(l, change.flatten(0, 1)).unflatten(0, own.shape[:2]))
-            y = written.pop(l)
-            if len(transcoder.W_skip):
-                y = y + (x - clean.read[layer].to(x.dtype)) @ transcoder.W_skip[l].T
-            return torch.where(clean.masked[..., None], own, clean.mlp_out[layer] + y.to(own.dtype))
-
-        return write
+    def _before(self, l: int, x: Tensor, clean: CleanRun, clean_acts: Tensor, change: _Changes) -> Tensor:
+        """[n] activations from which changes count: the clean ones, or where the model answers, those of the moment."""
+        if self.answer.mlps[self.rm.transcoder.layers[l]] != "model":
+            return clean_acts[change.row if len(clean.tokens) > 1 else 0, change.position, change.feature]
+        acts = self.rm.transcoder.encode_layer(x[change.row, change.position], l)
+        return acts.gather(1, change.feature[:, None]).squeeze(1)
 
 
 def intervene_many(
     rm: LocalModel,
     prompt: Prompt,
     groups: Sequence[Sequence[Intervention]],
-    mode: Mode = "free",
+    mode: Mode = "steer",
     layers: Collection[int] | None = None,
     past_range: bool = True,
     batch: int = 32,
+    *,
+    mlps: Mapping[int | range, Who] | None = None,
+    freeze: Sequence[str] = (),
 ) -> list[InterventionResult]:
     """Each group of interventions by itself on one prompt, `batch` groups in one forward pass.
 
-    `layers` is the frozen range of mode `constrained`, by default from the first layer to the group's last one.
+    `mode`, `layers`, `mlps` and `freeze` say who answers: see `who_answers`. `layers` is the frozen range of mode
+    `constrained`, by default from the first layer to the group's last one.
     """
     tokens = rm.lm.tokenize(prompt)
     results: dict[int, InterventionResult] = {}
     for chosen in _batches(groups, batch, together=mode != "constrained" or layers is not None):
-        runs = _Runs(rm, [groups[number] for number in chosen], mode, layers, past_range, len(tokens))
+        some = [groups[number] for number in chosen]
+        answer = _answer(rm, some, mode, layers, mlps, freeze)
+        runs = _Runs(rm, some, answer, past_range, len(tokens))
         with memory_named(f"batch (now {batch}) or the prompt"):
             step = runs.step(tokens[None])
         clean_reads = {layer: step.clean.read[layer][0] for layer in rm.transcoder.layers}
@@ -268,8 +281,24 @@ def intervene_many(
                 clean_reads=clean_reads,
                 fixed=step.fixed[row],
                 transcoder=rm.transcoder,
+                answer=answer,
             )
     return [results[number] for number in range(len(groups))]
+
+
+def _answer(
+    rm: LocalModel,
+    groups: Sequence[Sequence[Intervention]],
+    mode: Mode,
+    layers: Collection[int] | None,
+    mlps: Mapping[int | range, Who] | None,
+    freeze: Sequence[str],
+) -> Answer:
+    """Who answers to these groups, whose interventions are checked first."""
+    for it in (it for group in groups for it in group):
+        check_intervention(rm, it)
+    touched = {it.layer for group in groups for it in group}
+    return who_answers(mode, rm.lm.n_layers, touched, layers, mlps, freeze)
 
 
 def _batches(groups: Sequence[Sequence[Intervention]], batch: int, together: bool) -> list[list[int]]:
@@ -286,15 +315,18 @@ def generate_many(
     prompt: Prompt,
     groups: Sequence[Sequence[Intervention]],
     max_new_tokens: int = 20,
-    mode: Mode = "free",
+    mode: Mode = "steer",
     layers: Collection[int] | None = None,
     past_range: bool = True,
     temperature: float = 0.0,
     seed: int = 0,
     batch: int = 32,
+    *,
+    mlps: Mapping[int | range, Who] | None = None,
+    freeze: Sequence[str] = (),
 ) -> list[Generation]:
     """Go on from a prompt under each group of interventions, `batch` groups together, with a KV cache, until all texts
-    end or the context is full.
+    end or the context is full. Mode `steer`, the default, is the language model's own text under the changes.
 
     Temperature 0 takes the likeliest token; otherwise each group draws from a random state of its own. Clean
     activations, patterns and denominators at a new token are those of the unchanged model on the same tokens.
@@ -304,7 +336,8 @@ def generate_many(
     for chosen in _batches(groups, batch, together=mode != "constrained" or layers is not None):
         some = [groups[number] for number in chosen]
         with memory_named(f"batch (now {batch}), max_new_tokens or the prompt"):
-            runs = _Runs(rm, some, mode, layers, past_range, len(tokens), cached=True)
+            answer = _answer(rm, some, mode, layers, mlps, freeze)
+            runs = _Runs(rm, some, answer, past_range, len(tokens), cached=True)
             draw = _Draw(len(some), temperature, seed, tokens.device)
             found |= zip(chosen, _go_on(rm, tokens, runs, draw, max_new_tokens))
     return [found[number] for number in range(len(groups))]
@@ -341,7 +374,7 @@ def _go_on(rm: LocalModel, prompt: Tensor, runs: _Runs, draw: _Draw, max_new_tok
         step = runs.step(next_R[:, None])
     clean = first.clean.logits[0, -1].float().softmax(-1)
     return [
-        _generation(rm, prompt, _until_end(row, ends), clean, first.logits[number, -1].float().softmax(-1))
+        _generation(rm, prompt, _until_end(row, ends), clean, first.logits[number, -1].float().softmax(-1), runs.answer)
         for number, row in enumerate(new)
     ]
 
@@ -352,5 +385,7 @@ def _until_end(new: Tensor, ends: Tensor) -> Tensor:
     return new[: int(end[0]) + 1] if len(end) else new
 
 
-def _generation(rm: LocalModel, prompt: Tensor, new: Tensor, clean: Tensor, steered: Tensor) -> Generation:
-    return Generation(torch.cat([prompt, new]), len(prompt), rm.lm.text(new), clean, steered)
+def _generation(
+    rm: LocalModel, prompt: Tensor, new: Tensor, clean: Tensor, steered: Tensor, answer: Answer
+) -> Generation:
+    return Generation(torch.cat([prompt, new]), len(prompt), rm.lm.text(new), clean, steered, answer)

@@ -9,7 +9,7 @@ local replacement model of a clean run: patterns and denominators frozen, errors
 `masked_positions` names keep the model's own output in both, and hold no features.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -23,7 +23,7 @@ from ...data.models import Captured, LanguageModel, ModelSettings, SinkRule, loa
 from ...train.transcoder import Transcoder
 from .memory import memory_named
 from .requests import Prompt
-from .substitute import TranscoderOutput, add_written, own_part
+from .substitute import TranscoderOutput, add_written, own_part, skip_part, written_by
 
 
 @dataclass
@@ -51,8 +51,8 @@ class LocalModel:
 
     def __init__(self, lm: LanguageModel, transcoder: Transcoder, force: bool = False):
         """`force` accepts a transcoder that was trained on other weights of the same shape."""
-        self.lm = lm
-        self.transcoder = transcoder.to(lm.device).requires_grad_(False)
+        self.lm = lm.widened()  # one feature's effect is smaller than what bfloat16 rounds away
+        self.transcoder = transcoder.without_gradients(lm.device)
         trained_on = dict(transcoder.meta.get("model") or {})
         if transcoder.d_model != lm.d_model or max(transcoder.layers) >= lm.n_layers:
             raise UserError(
@@ -88,8 +88,10 @@ class LocalModel:
             model = _trained_on(transcoder, folder, device)
         if not isinstance(model, LanguageModel):
             model = load_model(model if isinstance(model, ModelSettings) else ModelSettings(model, device=device))
-        dtype = torch.float64 if model.dtype == torch.float64 else transcoder.dtype
-        return cls(model, transcoder.to(dtype), force)
+            model = model.widened(own=True)
+        if model.dtype == torch.float64:
+            transcoder = transcoder.to(torch.float64)
+        return cls(model, transcoder, force)
 
     # -- which positions are replaced ------------------------------------------------------------------------------
 
@@ -101,8 +103,11 @@ class LocalModel:
         if tokens.dim() == 1:
             return self.masked_positions(tokens[None], start)[0]
         rule = self.sinks
-        first, begins = rule.by_token(tokens)
-        masked = begins if start else first | begins
+        if start:  # no token of this step is the first: one before them is
+            masked = rule.by_token(torch.nn.functional.pad(tokens, (1, 0), value=-1))[1][..., 1:]
+        else:
+            first, begins = rule.by_token(tokens)
+            masked = first | begins
         if not rule.limits:
             return masked
         if sites is None:
@@ -155,45 +160,59 @@ class LocalModel:
         ]
 
     @torch.no_grad()
+    def reasons(self, tokens: Tensor, masked: Tensor) -> dict[int, str]:
+        """Why the model keeps its own output at each masked position of tokens [T]: `first`, `BOS` or `sink`."""
+        first, begins = self.sinks.by_token(tokens)
+        return {
+            position: "first" if first[position] else "BOS" if begins[position] else "sink"
+            for position in masked.nonzero().squeeze(1).tolist()
+        }
+
+    @torch.no_grad()
     def activations(self, prompt: Prompt) -> list[Tensor]:
         """Activations per covered layer of one prompt, [T, F]."""
         with memory_named("the prompt"):
             return [acts[0] for acts in self.features(self.clean(self.lm.tokenize(prompt)[None]))]
 
     @torch.no_grad()
-    def errors(self, run: CleanRun, acts: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Per covered layer [B, T, D]: what the MLP wrote less what the transcoder says; all of it where kept."""
-        return [
-            run.mlp_out[layer].to(y.dtype) - y * ~run.masked[..., None]
-            for layer, y in zip(self.transcoder.layers, self.decoded(run, acts))
-        ]
-
-    def decoded(self, run: CleanRun, acts: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """The transcoder's output per covered layer [B, T, D], from the run's features or others."""
+    def errors(self, run: CleanRun) -> list[Tensor]:
+        """Per covered layer [B, T, D]: what the MLP wrote less what the transcoder says; all of it where masked."""
         written: dict[int, Tensor] = {}
-        outputs = []
-        for l, acts_BTF in enumerate(self.features(run) if acts is None else acts):
-            add_written(
-                written, l, self.transcoder.decode_from(l, acts_BTF.flatten(0, 1)).unflatten(0, acts_BTF.shape[:2])
-            )
-            x = run.read[self.transcoder.layers[l]].to(self.transcoder.dtype)
-            outputs.append(written.pop(l) + own_part(self.transcoder, x, l))
-        return outputs
+        found = []
+        for l, (layer, acts) in enumerate(zip(self.transcoder.layers, self.features(run))):
+            add_written(written, l, written_by(self.transcoder, l, acts), range(self.transcoder.n_layers))
+            y = written.pop(l) + own_part(self.transcoder, run.read[layer].to(acts.dtype), l)
+            found.append(run.mlp_out[layer].to(y.dtype) - y * ~run.masked[..., None])
+        return found
+
+    def held(self, run: CleanRun, layer: int, sites: Mapping[str, Tensor]) -> Tensor:
+        """A layer's MLP output in the local replacement model, before any feature is changed: that of the clean run,
+        but that a skip connection follows what it reads, as it does in a graph."""
+        out = run.mlp_out[layer].expand_as(sites["mlp_out"])
+        if layer not in self.transcoder.layers or not len(self.transcoder.W_skip):
+            return out
+        moved = sites[self.transcoder.settings.read] - run.read[layer]
+        skipped = skip_part(self.transcoder, moved, self.transcoder.layers.index(layer))
+        return out + skipped * ~run.masked[..., None]
 
     @torch.no_grad()
     def local_logits(self, run: CleanRun, acts: Sequence[Tensor] | None = None) -> Tensor:
-        """Logits [B, T, V] of the local replacement model of a run: patterns, denominators, skip inputs and errors
-        frozen, features at `acts` (their clean activations by default, which give the model's own logits)."""
-        errors, decoded = self.errors(run), self.decoded(run, acts)
-        outputs = {
-            layer: (errors[l] + decoded[l] * ~run.masked[..., None]).to(self.lm.dtype)
-            for l, layer in enumerate(self.transcoder.layers)
-        }
-        frozen = {**run.mlp_out, **outputs}
+        """Logits [B, T, V] of the local replacement model of a run: patterns, denominators and errors frozen, features
+        at `acts` (their clean activations by default, which give the model's own logits)."""
+        changed: dict[int, Tensor] = {}
+        for l, (set_to, clean) in enumerate(zip(acts or [], self.features(run) if acts else [])):
+            add_written(changed, l, written_by(self.transcoder, l, set_to - clean), range(self.transcoder.n_layers))
+        number = {layer: l for l, layer in enumerate(self.transcoder.layers)}
+
+        def overwrite(layer: int, sites: Mapping[str, Tensor]) -> Tensor:
+            out = self.held(run, layer, sites)
+            change = changed.get(number.get(layer, -1))
+            return out if change is None else out + change.to(out.dtype)
+
         with (
             self.lm.freeze_attention(run.patterns),
             self.lm.freeze_norms(run.denominators),
-            self.lm.overwrite(lambda layer, sites: frozen[layer]),
+            self.lm.overwrite(overwrite),
         ):
             return self.lm(run.tokens)
 

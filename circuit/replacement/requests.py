@@ -4,16 +4,15 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...data.errors import SettingsError, UserError
 from ...train.transcoder import Transcoder
+from .answer import Answer
 
-Mode = Literal["free", "constrained", "direct"]
-MODES = ("free", "constrained", "direct")
 Prompt = str | Sequence[int] | Tensor
 
 
@@ -97,6 +96,8 @@ class InterventionResult:
     fixed: dict[FeatureAt, float]
     """The activations that were set."""
     transcoder: Transcoder
+    answer: Answer
+    """Who answered to the change, and what was frozen."""
 
     def activation(self, layer: int, position: int, feature: int) -> Tensor:
         """One feature's activation under the interventions; the set value where it was set."""
@@ -129,7 +130,7 @@ class InterventionResult:
         """A feature's pre-activation as the encoder computes it, with or without the interventions."""
         l = self.transcoder.layers.index(layer)
         x = (self.clean_reads if clean else self.reads)[layer][position].to(self.transcoder.dtype)
-        return x @ self.transcoder.W_enc[l][feature] + self.transcoder.b_enc[l][feature]
+        return x @ self.transcoder.W_enc[l][feature].to(x.dtype) + self.transcoder.b_enc[l][feature].to(x.dtype)
 
     def probabilities(self, clean: bool = False) -> Tensor:
         """Next-token probabilities after the last position, [V]."""
@@ -153,6 +154,8 @@ class Generation(NamedTuple):
     """[V]: the first new token's probabilities without the interventions."""
     probabilities: Tensor
     """[V]: with them."""
+    answer: Answer
+    """Who answered, and what was frozen: whose text this is."""
 
 
 def covered_positions(it: Intervention, prompt_length: int, end: int) -> range:

@@ -304,7 +304,9 @@ def _find_norm(family: Family, parent: nn.Module, name: str | None) -> Norm | No
     if name is None:
         return None
     module: Any = attrgetter(name)(parent)
-    weight = module.weight.detach() + family.norm_offset if family.norm_offset else module.weight.detach()
+    weight = module.weight.detach()
+    if family.norm_offset:  # the models add it in float32 too
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + family.norm_offset
     bias = module.bias.detach() if family.norm == "layer" and module.bias is not None else None
     return Norm(family.norm, weight, bias, getattr(module, family.norm_eps), module)
 

@@ -10,6 +10,7 @@ that `families.py` gives them. Everything that changes the model's behaviour is 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -112,6 +113,16 @@ class LanguageModel:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = self.W_U.device
         self.fingerprint = fingerprint(model)
+
+    def widened(self, own: bool = False) -> "LanguageModel":
+        """This model in float32 at least: itself, or a copy. `own`: nobody else uses it, so that it may be changed in
+        place, which spares the memory of a copy."""
+        if self.dtype.itemsize >= 4:
+            return self
+        model = (self.model if own else deepcopy(self.model)).float()
+        wide = LanguageModel(model, self.tokenizer, self.name, self.revision)
+        wide.fingerprint = self.fingerprint
+        return wide
 
     # -- text and tokens -----------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from ...data.errors import SettingsError, check_choice, check_range
 
-MODES = ("free", "constrained", "direct")
+MODES = ("steer", "free", "constrained", "direct")
+FREEZES = ("attention", "norms")
 FORMATS = ("circuit-tracer", "saelens", "neuronpedia")
 
 
@@ -119,8 +120,14 @@ class SteerSettings(Common):
     set: list[dict] = field(default_factory=list)
     """The features to set: each entry has layer, position (a number, or "2:5"), feature, and `value`, `times` (0
     ablates) or `patch_from` (another prompt). Lists of `times` or `value` are tried one by one, side by side."""
-    mode: str = "free"
-    """What may follow: `free` (everything), `constrained` (frozen inside `layers`), `direct` (all else frozen)."""
+    mode: str = "steer"
+    """Who answers: `steer` (the model's own MLPs, with what the features write added), `free` (the transcoder, features
+    encoded anew), `constrained` (nobody inside `layers`, the model after), `direct` (nobody: the graph's edges)."""
+    freeze: list[str] = field(default_factory=list)
+    """What stays as it was without the change, everywhere: `attention` (its patterns), `norms` (their denominators)."""
+    mlps: list[dict] = field(default_factory=list)
+    """Who answers in some layers instead: each entry has `layers` (the first, and the one after the last) and `by`
+    (model, transcoder or clean)."""
     layers: list[int] | None = None
     """For `constrained`: the first layer and the one after the last in which all else is frozen."""
     top: int = 5
@@ -134,6 +141,8 @@ class SteerSettings(Common):
         require("run", self.run, "the folder of a run")
         require("prompt", self.prompt, "the text to which the model answers")
         check_choice("mode", self.mode, MODES)
+        for what in self.freeze:
+            check_choice("freeze", what, FREEZES)
         check_range("top", self.top, low=1)
         check_range("generate", self.generate, low=0)
         if self.layers is not None and len(self.layers) != 2:

@@ -27,22 +27,36 @@ def run(job: Job) -> Closing:
             'set is missing; it takes a list such as set="[{layer: 1, position: 7, feature: 310, times: 0}]"'
         )
     model = open_replacement(job, Path(top.run), top.force, lazy_decoders=True)
-    layers = range(*top.layers) if top.layers else None
-    results = model.intervene_many(top.prompt, list(groups.values()), mode=top.mode, layers=layers)
+    who: dict[str, Any] = {
+        "mode": top.mode,
+        "layers": range(*top.layers) if top.layers else None,
+        "mlps": by_layer(top.mlps),
+        "freeze": top.freeze,
+    }
+    results = model.intervene_many(top.prompt, list(groups.values()), **who)
     each = [results[0].probabilities(clean=True), *(result.probabilities() for result in results)]
     shown = torch.cat([p.topk(min(top.top, len(p))).indices for p in each]).unique()
     shown = shown[each[-1][shown].argsort(descending=True)]
     names = model.lm.token_strings(shown)
     rows = [(repr(name), *(float(p[id]) for p in each)) for name, id in zip(names, shown.tolist())]
     closing = Closing("steered", tables=[table("next token", ("token", "before", *groups), rows)])
+    closing.notes.append(f"mode {results[0].answer}")
     if top.generate:
         before = model.generate(top.prompt, [], top.generate).text
-        texts = model.generate_many(top.prompt, list(groups.values()), top.generate, mode=top.mode, layers=layers)
+        texts = model.generate_many(top.prompt, list(groups.values()), top.generate, **who)
         width = max(map(len, ("before", *groups)))
         lines = {"before": before, **{name: text.text for name, text in zip(groups, texts)}}
         closing.notes += [f"{name + ':':<{width + 1}} {text}" for name, text in lines.items()]
     closing.next = [f'crosslace trace run={top.run} prompt="{top.prompt}"']
     return closing
+
+
+def by_layer(entries: list[dict[str, Any]]) -> dict[range, Any]:
+    """Who answers in which layers, from `mlps`."""
+    for entry in entries:
+        if set(entry) != {"layers", "by"} or not fits(entry["layers"], list[int]) or len(entry["layers"]) != 2:
+            raise SettingsError(f"mlps={entry} is not an entry; it takes one such as {{layers: [0, 4], by: clean}}")
+    return {range(*entry["layers"]): entry["by"] for entry in entries}
 
 
 def intervention_groups(entries: list[dict[str, Any]]) -> "dict[str, list[Intervention]]":

@@ -88,7 +88,7 @@ def open_replacement(job: Job, run: Path, force: bool = False, lazy_decoders: bo
 
     folder = transcoder_folder(run)
     known = (run / "config.yaml").is_file() or any(name.startswith("model") for name in job.config.given)
-    model = open_model(job) if known else None
+    model = open_model(job).widened(own=True) if known else None
     return ReplacementModel.load(folder, model, force, lazy_decoders=lazy_decoders)
 
 

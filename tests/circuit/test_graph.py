@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from crosslace.circuit.attribution.tracer import trace
-from crosslace.circuit.graph import DenseRows, Graph
+from crosslace.circuit.graph import KINDS, DenseRows, Graph
 from crosslace.circuit.graph.text import path_text, strongest_paths_text, summary_text
 from crosslace.circuit.model import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
@@ -29,15 +29,18 @@ def graph(make_tiny):
 
 
 def test_order_of_nodes(graph):
-    kinds = graph.nodes.kind
+    kinds = ["error" if kind == "kept" else kind for kind in graph.nodes.kind]
     order = ["feature", "error", "embedding", "position", "bias", "logit"]
     assert [kind for kind, after in pairwise([*kinds, ""]) if kind != after] == order
     features = graph.nodes.keys()[: graph.n_features]
     assert features == sorted(features)
     errors = graph.nodes.keys()[graph.n_features : graph.n_features + 3 * len(PROMPT)]
-    assert errors == [(1, layer, position, 0) for layer in range(3) for position in range(len(PROMPT))]
+    places = [(layer, position) for layer in range(3) for position in range(len(PROMPT))]
+    kept = KINDS.index("kept")  # what is left to the model at the first position stands in the error's place
+    assert errors == [(1 if position else kept, layer, position, 0) for layer, position in places]
+    assert graph.kept == {0: "first"}
     assert graph.nodes.token[graph.nodes.mask("embedding")].tolist() == PROMPT
-    assert [node.kind for node in graph.nodes] == kinds and graph.nodes[-1].kind == "logit"
+    assert [node.kind for node in graph.nodes] == graph.nodes.kind and graph.nodes[-1].kind == "logit"
     assert graph.nodes.ids("error", layer=1, position=2) == [graph.n_features + len(PROMPT) + 2]
 
 

@@ -1,13 +1,16 @@
 """Interventions against runs made by hand, on every family; then what they refuse, and generation with a cache."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from crosslace.circuit.model import ReplacementModel
 from crosslace.circuit.replacement.requests import Intervention, covered_positions
 from crosslace.data.errors import SettingsError, UserError
+from crosslace.data.models import LanguageModel
 from transformers import AttentionInterface
 
-MODES = ["free", "constrained", "direct"]
+MODES = ["steer", "free", "constrained", "direct"]
 SHAPES = [{"reach": "all"}, {"reach": "1", "read": "mlp_in", "skip": True}]
 L, P = 1, 3  # the layer and position that most tests change
 CLOSE = {"atol": 1e-10, "rtol": 1e-10}
@@ -68,7 +71,7 @@ def test_constrained_pushes_the_model_itself(family, shape, make_replacement, pr
     torch.testing.assert_close(inside.logits, pushed(rm, prompt, vectors[:1]), **CLOSE)
 
 
-def pushed(rm: ReplacementModel, prompt: list[int], vectors: torch.Tensor) -> torch.Tensor:
+def pushed(rm: ReplacementModel, prompt: list[int], vectors: torch.Tensor, live: bool = True) -> torch.Tensor:
     """Logits of the plain model with vectors [n, D] added at position P to the MLP outputs of layer L and later."""
 
     def add(layer, sites):
@@ -78,8 +81,64 @@ def pushed(rm: ReplacementModel, prompt: list[int], vectors: torch.Tensor) -> to
         out[:, P] += vectors[layer - L]
         return out
 
-    with rm.lm.freeze_attention(), rm.lm.freeze_norms(), rm.lm.overwrite(add):
+    with rm.lm.freeze_attention() if live else nullcontext(), rm.lm.freeze_norms(), rm.lm.overwrite(add):
         return rm.lm(rm.lm.tokenize(prompt)[None])[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("freeze", [[], ["attention"]], ids=str)
+def test_steer_adds_decoder_rows_to_the_models_own_mlps(family, shape, freeze, make_replacement, prompt, active):
+    """Held against hooks by hand: the feature's rows times its change on top of live MLPs."""
+    rm = make_replacement(family, **shape)
+    feature, value = active(rm)
+    vectors = -3 * value * rm.transcoder.W_dec[L][feature]
+    change = [Intervention(L, P, feature, times=-2.0)]
+    result = rm.intervene(prompt, change, freeze=freeze)
+    run, _ = clean_run(rm, prompt)
+    with rm.lm.freeze_attention(run.patterns if freeze else None):
+        expected = pushed(rm, prompt, vectors, live=False)
+    torch.testing.assert_close(result.logits, expected, **CLOSE)
+    assert (result.logits - result.clean_logits)[P:].abs().max() > 1e-3
+    said = str(result.answer)
+    assert said.startswith("steer: answered by the model's own MLPs;") and said.endswith(
+        freeze[0] if freeze else "nothing"
+    )
+
+
+def test_a_set_feature_of_a_later_layer_counts_from_what_it_is_by_then(make_replacement, prompt, active):
+    """Steering: after the first change the second feature is no longer at its clean activation."""
+    rm = make_replacement("llama", reach="1")
+    first, _ = active(rm, 0)
+    second, _ = active(rm, 1)
+    before = [Intervention(0, P, first, times=4.0)]
+    moved = rm.intervene(prompt, before).activation(1, P, second)
+    unmoved = rm.intervene(prompt, [*before, Intervention(1, P, second, value=float(moved))])
+    torch.testing.assert_close(unmoved.logits, rm.intervene(prompt, before).logits, **CLOSE)
+    assert not torch.isclose(moved, rm.intervene(prompt, []).activation(1, P, second))
+
+
+def test_who_answers_can_differ_by_layer(make_replacement, prompt, active):
+    """Clean up to a layer and the model after it, spelt out, is `constrained`; all clean and frozen is `direct`."""
+    rm = make_replacement("gemma2", reach="all", skip=True)
+    feature, _ = active(rm)
+    change = [Intervention(L, P, feature, times=2.0)]
+    spelt = rm.intervene(prompt, change, mlps={range(3): "clean"}, freeze=["attention", "norms"])
+    torch.testing.assert_close(spelt.logits, rm.intervene(prompt, change, "direct").logits, **CLOSE)
+    mixed = rm.intervene(prompt, change, mlps={0: "clean", range(1, 3): "transcoder"})
+    torch.testing.assert_close(mixed.logits, rm.intervene(prompt, change, "free").logits, **CLOSE)  # 0 comes before
+    assert "nobody (MLPs as in the clean run) in layers 0 to 0, the transcoder in layers 1 to 2" in str(mixed.answer)
+    with pytest.raises(UserError, match="beyond the model's layers 0 to 2"):
+        rm.intervene(prompt, change, mlps={3: "clean"})
+    with pytest.raises(UserError, match="freeze=heads is not known"):
+        rm.intervene(prompt, change, freeze=["heads"])
+
+
+def test_a_multiple_of_a_silent_feature_is_refused(make_replacement, prompt):
+    rm = make_replacement("llama")
+    silent = int((rm.activations(prompt)[L][P] == 0).nonzero()[0])
+    with pytest.raises(UserError, match=f"feature {silent} of layer 1 is silent at position 3, and 10 times 0 is 0"):
+        rm.intervene(prompt, [Intervention(L, P, silent, times=10.0)])
+    rm.intervene(prompt, [Intervention(L, P, silent, times=0.0)])  # silencing it asks for what is
 
 
 def test_constrained_over_all_layers_keeps_every_mlp_output(make_replacement, prompt, active):
@@ -121,7 +180,7 @@ def test_free_encodes_anew_and_keeps_the_errors(family, shape, make_replacement,
         y = transcoder.decode(acts, x)
         for layer in range(rm.lm.n_layers):
             outputs[layer] = torch.cat([own[layer][:, :1], (errors[layer] + y[None, :, layer])[:, 1:]], 1)
-    result = rm.intervene(prompt, [Intervention(L, P, feature, value=7.5)])
+    result = rm.intervene(prompt, [Intervention(L, P, feature, value=7.5)], "free")
     torch.testing.assert_close(result.logits, logits[0], **CLOSE)
     assert (result.logits - result.clean_logits)[P:].abs().max() > 1e-3
     for layer in range(rm.lm.n_layers):
@@ -202,20 +261,20 @@ def test_a_transcoder_of_some_layers(make_replacement, prompt):
         assert set(result.reads) == {0, 2}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "llama", "gpt_neox", "olmo2", "gpt_oss"])
-def test_a_bfloat16_model_with_a_float32_transcoder(family, make_tiny, make_replacement, prompt):
-    rm = ReplacementModel(make_tiny(family, torch.bfloat16), make_replacement(family, torch.float32).transcoder)
-    run, _ = clean_run(rm, prompt)
-    close = {"atol": 0.1, "rtol": 0.1}
-    torch.testing.assert_close(rm.local_logits(run), run.logits, **close)
+def test_a_model_stored_in_bfloat16_answers_in_float32(family, make_tiny, make_replacement, prompt):
+    """Same weights, same effects: nothing is rounded to bfloat16 on the way, and the caller's model stays as it is."""
+    stored, transcoder = make_tiny(family, torch.bfloat16), make_replacement(family, torch.float32).transcoder
+    rm = ReplacementModel(stored, transcoder)
+    assert rm.lm.dtype == torch.float32 and stored.dtype == torch.bfloat16
+    exact = make_tiny(family, torch.bfloat16)
+    exact = ReplacementModel(LanguageModel(exact.model.double()), transcoder.to(torch.float64))
     for mode in MODES:
-        same = rm.intervene(prompt, [], mode)
-        torch.testing.assert_close(same.logits, same.clean_logits, **close)
-        result = rm.intervene(prompt, [Intervention(L, P, 0, value=8.0)], mode)
-        assert result.logits.dtype == torch.bfloat16 and result.activation(L, P, 0) == 8
-        assert result.effect([(L, P, 0), (2, P, 1)]).dtype == torch.float32
-        assert not torch.equal(result.logits[P:], result.clean_logits[P:])
-    assert len(rm.generate(prompt, [Intervention(L, slice(P, None), 0, value=8.0)], 3).tokens) > len(prompt)
+        change = [Intervention(L, P, 0, value=8.0)]
+        mine, should = rm.intervene(prompt, change, mode), exact.intervene(prompt, change, mode)
+        assert mine.logits.dtype == torch.float32 and mine.activation(L, P, 0) == 8
+        effect, expected = (one.logits - one.clean_logits for one in (mine, should))
+        assert (effect - expected).abs().max() < 1e-4 * expected.abs().max().clamp_min(1)
+    transcoder.to(torch.float32)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
@@ -260,7 +319,7 @@ def test_interventions_that_say_too_little_or_too_much(setting, sentence):
 def test_modes_and_ranges_that_contradict(make_replacement, prompt):
     rm = make_replacement("llama")
     change = [Intervention(1, 3, 0, value=1.0)]
-    with pytest.raises(UserError, match="mode=loose is not known; it takes one of free, constrained, direct"):
+    with pytest.raises(UserError, match="mode=loose is not known; it takes one of steer, free, constrained, direct"):
         rm.intervene(prompt, change, "loose")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="belongs to mode=constrained"):
         rm.intervene(prompt, change, "direct", range(2))
@@ -278,9 +337,9 @@ def test_modes_and_ranges_that_contradict(make_replacement, prompt):
 def test_an_error_halfway_leaves_nothing_behind(make_replacement, prompt, monkeypatch):
     rm = make_replacement("olmo2")
     before = rm.lm.config._attn_implementation
-    monkeypatch.setattr(rm.transcoder, "decode_from", lambda l, acts: 1 / 0)
+    monkeypatch.setattr("crosslace.circuit.replacement.carry_out.written_by", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        rm.intervene(prompt, [Intervention(0, 3, 0, value=1.0)])
+        rm.intervene(prompt, [Intervention(0, 3, 0, value=1.0)], "free")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in rm.lm.model.modules())
     assert rm.lm.config._attn_implementation == before
     assert not any("crosslace" in entry for entry in AttentionInterface._global_mapping)

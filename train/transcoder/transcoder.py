@@ -14,6 +14,7 @@ set), `decode`. `loss/objective.py` composes them densely; `sparse/forward.py` w
 import json
 import math
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,21 @@ class Transcoder(nn.Module):
         """[F]: the norm of each feature's decoder row, all its layers together, with gradient."""
         return torch.linalg.vector_norm(self.W_dec[l].float() if self.dtype.itemsize < 4 else self.W_dec[l], dim=(1, 2))
 
+    def without_gradients(self, device: torch.device | str) -> "Transcoder":
+        """The same weights on a device, to be used and not trained; this transcoder stays as it is."""
+
+        def moved(weights: nn.Module) -> nn.Module:
+            if isinstance(weights, nn.ParameterList):
+                return nn.ParameterList(nn.Parameter(p.detach().to(device), requires_grad=False) for p in weights)
+            rows = [copy(row) for row in weights.children()]
+            for row in rows:
+                row._buffers = dict(row._buffers)
+            return nn.ModuleList(rows).to(device)
+
+        other = copy(self)
+        other._modules = {name: moved(weights) for name, weights in self._modules.items() if weights is not None}
+        return other
+
     # Stages.
 
     def preactivations(self, x: Tensor) -> list[Tensor]:
@@ -149,7 +165,8 @@ class Transcoder(nn.Module):
 
     def preactivation(self, x: Tensor, l: int) -> Tensor:
         """x [..., D] -> h_l [..., F]."""
-        h = F.linear(x, self.W_enc[l], self.b_enc[l])
+        wide = torch.promote_types(x.dtype, self.W_enc[l].dtype)  # weights may be stored in fewer bits than x has
+        h = F.linear(x.to(wide), self.W_enc[l].to(wide), self.b_enc[l].to(wide))
         return h.float() if h.dtype.itemsize < 4 else h
 
     def activate(
@@ -343,5 +360,7 @@ class Transcoder(nn.Module):
         if lazy_decoders:
             names = [f"W_dec.{l}" for l in range(transcoder.n_layers)]
             transcoder.W_dec = nn.ModuleList(StoredRows(folder / WEIGHTS_FILE, name) for name in names).to(device)  # type: ignore[assignment]
-        transcoder.load_state_dict({name: tensor.to(dtype or stored) for name, tensor in tensors.items()}, assign=True)
-        return transcoder.to(dtype or stored)
+        # each weight keeps the dtype that it is stored in: thresholds may have more bits than decoders
+        given = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
+        transcoder.load_state_dict(given, assign=True)
+        return transcoder if dtype is None else transcoder.to(dtype)
