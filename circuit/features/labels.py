@@ -57,6 +57,12 @@ class Labels:
         if old is None or SOURCES.index(label.source) >= SOURCES.index(old.source):
             self._labels[layer, feature] = label
 
+    def replace(self, layer: int, feature: int, label: Label | None) -> None:
+        """Write a label, or take it away, whoever has spoken: a person takes back what a person said."""
+        self._labels.pop((layer, feature), None)
+        if label is not None:
+            self._labels[layer, feature] = label
+
     def update(self, other: "Labels") -> None:
         for (layer, feature), label in other.items():
             self.set(layer, feature, label)

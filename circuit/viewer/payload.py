@@ -1,15 +1,18 @@
-"""What the graph page gets: the nodes and edges of a graph that can be looked at, and its figures."""
+"""What the graph page gets: the nodes and edges of a graph that can be looked at, and its figures. docs/viewer.md
+describes the format."""
 
+import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ...data.errors import check_range
 from ..features import Labels
-from ..graph import Graph
+from ..graph import Graph, Node
 from .picture import plain_label
 
-MOST_FEATURES, MOST_LINKS = 1500, 20_000
+MOST_FEATURES, MOST_LINKS = 1500, 50_000
 
 
 def graph_payload(
@@ -22,53 +25,89 @@ def graph_payload(
 ) -> dict[str, Any]:
     """Prune to what is kept by `node` and `edge`, cap it, and say what each node and edge is.
 
-    Every node carries `share`, the share of all influence that is reached at its rank in the whole graph: the page's
-    slider shows nodes up to a share. Edges carry `flow`, the influence that passes, relative to the strongest.
+    Every node carries its `influence` in the whole graph and `share`, the share of all influence that is reached at
+    its rank there: the page's slider shows nodes up to a share. Links carry `flow`, the influence that passes,
+    relative to the strongest.
     """
     check_range("node", node, 0, 1)
     check_range("edge", edge, 0, 1)
-    shares = dict(zip(graph.nodes.keys(), graph.cumulative_influence().tolist(), strict=True))
+    keys = graph.nodes.keys()
+    shares = dict(zip(keys, graph.cumulative_influence().tolist(), strict=True))
+    influence = dict(zip(keys, graph.influence().tolist(), strict=True))
     smaller = graph.prune(node, edge) if "pruned" not in graph.metadata else graph
     if smaller.n_features > most_features:
         strongest = smaller.influence()[: smaller.n_features].topk(most_features).indices
         smaller = smaller.subgraph(strongest.tolist())
     shown = smaller.nodes.mask("feature", "embedding", "logit") | smaller.stored.linked()
     ids = torch.nonzero(shown).squeeze(1).tolist()
-    place = {id: i for i, id in enumerate(ids)}
-    keys, influence = smaller.nodes.keys(), smaller.influence().tolist()
-    first_logit = len(smaller.nodes) - len(smaller.probabilities)
-    nodes = []
-    for id in ids:
-        found = smaller.nodes[id]
-        entry: dict[str, Any] = {
-            "kind": found.kind,
-            "layer": found.layer,
-            "position": found.position,
-            "index": found.index,
-            "label": _label(found, labels),
-            "activation": found.activation,
-            "influence": influence[id],
-            "share": shares[keys[id]],
+    place, columns = {id: i for i, id in enumerate(ids)}, smaller.nodes.keys()
+    found = [smaller.nodes[id] for id in ids]
+    nodes = [
+        {
+            "key": key,
+            "kind": one.kind,
+            "layer": one.layer,
+            "position": one.position,
+            "index": one.index,
+            "label": _label(one, labels),
+            "activation": _short(one.activation),
+            "influence": _short(influence[columns[one.id]]),
+            "share": _short(shares[columns[one.id]]),
         }
-        if id >= first_logit:
-            entry["probability"] = float(smaller.probabilities[id - first_logit])
-        nodes.append(entry)
+        for key, one in zip(node_keys(found), found, strict=True)
+    ]
+    for entry, probability in zip(nodes[len(nodes) - len(smaller.probabilities) :], smaller.probabilities.tolist()):
+        entry["probability"] = probability
+    features = float(graph.influence()[: graph.n_features].sum())
     return {
         "prompt": str(graph.metadata.get("prompt", "".join(graph.token_strings))),
         "tokens": graph.token_strings,
-        "layers": _n_layers(graph),
+        "token_ids": graph.tokens,
+        "layers": n_layers(graph),
+        "masked": masked_positions(graph),
         "nodes": nodes,
         "links": _links(smaller, place, most_links),
         "supernodes": _supernodes(smaller, nodes, place),
         "scores": graph.scores(),
+        "shown_scores": smaller.scores(),
         "accounting": graph.accounting,
-        "size": {"features": graph.n_features, "shown": smaller.n_features, "edges": graph.stored.count()},
+        "size": {
+            "features": graph.n_features,
+            "shown": smaller.n_features,
+            "edges": graph.stored.count(),
+            "shown_edges": smaller.stored.count(),
+            "feature_influence": features,
+        },
         "weight_name": graph.weight_name,
         "model": str(_name(graph)),
+        "transcoder": graph.metadata.get("transcoder", {}),
     }
 
 
-def _n_layers(graph: Graph) -> int:
+def node_keys(nodes: Iterable[Node]) -> list[str]:
+    """A name for every node that a new trace of the prompt gives it again: `layer/position/index` of a feature."""
+    return [_key(node) for node in nodes]
+
+
+def _key(node: Node) -> str:
+    if node.kind == "feature":
+        return f"{node.layer}/{node.position}/{node.index}"
+    if node.kind == "embedding":
+        return f"E/{node.position}"
+    if node.kind == "logit":
+        name = str(node.index) if node.index >= 0 else f"x{zlib.crc32(node.label.encode()):08x}"
+        return f"logit/{node.position}/{name}"
+    return f"{node.kind}/{node.layer}/{node.position}"
+
+
+def masked_positions(graph: Graph) -> list[dict[str, Any]]:
+    """Positions that are left to the model, with the reason, where the graph says so."""
+    kept = getattr(graph, "kept", None) or []
+    return [{"position": int(one[0]), "reason": str(one[1])} for one in kept]
+
+
+def n_layers(graph: Graph) -> int:
+    """Layers of the model that the graph speaks of."""
     layers = graph.nodes.layer[graph.nodes.mask("feature", "error", "bias")]
     return int(layers.max()) + 1 if len(layers) else 0
 
@@ -78,31 +117,47 @@ def _name(graph: Graph) -> Any:
     return model.get("name", "") if isinstance(model, dict) else model or ""
 
 
-def _label(node: Any, labels: Labels | None) -> str:
+def _label(node: Node, labels: Labels | None) -> str:
     if node.kind == "feature" and labels is not None:
         return labels.get(node.layer, node.index) or node.label
     return node.label
 
 
-def _links(graph: Graph, place: dict[int, int], most: int) -> list[list[float]]:
-    """[source, target, weight, flow] of the strongest edges, strongest first."""
+def _short(value: float) -> float:
+    """Five digits: what a page can show, at half the bytes."""
+    return float(f"{value:.5g}")
+
+
+def _links(graph: Graph, place: dict[int, int], most: int) -> dict[str, list]:
+    """Source, target, weight and flow of the strongest edges, strongest first, each as a column."""
     edges, carried = graph.stored.strongest(graph.influence_per_input, most)
-    targets, columns = graph.row_ids[edges.row].tolist(), (edges.source.tolist(), edges.value.tolist())
-    return [
-        [place[source], place[target], weight, share]
-        for target, source, weight, share in zip(targets, *columns, (carried / carried[:1]).tolist(), strict=True)
-        if source in place and target in place
-    ]
+    where = torch.full((len(graph.nodes),), -1)
+    where[list(place)] = torch.tensor(list(place.values()))
+    source, target = where[edges.source.cpu()], where[graph.row_ids[edges.row].cpu()]
+    both = (source >= 0) & (target >= 0)
+    flow = (carried / carried[:1]).cpu()[both]
+    return {
+        "source": source[both].tolist(),
+        "target": target[both].tolist(),
+        "weight": [_short(value) for value in edges.value.cpu()[both].tolist()],
+        "flow": [_short(value) for value in flow.tolist()],
+    }
 
 
 def _supernodes(graph: Graph, nodes: list[dict[str, Any]], place: dict[int, int]) -> list[dict[str, Any]]:
-    """The graph's own groups, else the features that share a label; the most influential group first."""
+    """The graph's own groups, else the features that share a label and a position; the most influential first."""
     groups = {name: [place[id] for id in members if id in place] for name, members in graph.supernodes.items()}
     if not groups:
+        alike: dict[tuple[str, int], list[int]] = {}
         for i, node in enumerate(nodes):
             if node["kind"] == "feature" and node["label"]:
-                groups.setdefault(plain_label(node["label"]), []).append(i)
-        groups = {name: members for name, members in groups.items() if len(members) > 1}
+                alike.setdefault((plain_label(node["label"]), node["position"]), []).append(i)
+        names = [name for name, _ in alike]
+        groups = {
+            name if names.count(name) == 1 else f"{name} · {graph.token_strings[position].strip()}": members
+            for (name, position), members in alike.items()
+            if len(members) > 1
+        }
     weight = {name: sum(nodes[i]["influence"] for i in members) for name, members in groups.items()}
     ranked = sorted((name for name in groups if groups[name]), key=weight.__getitem__, reverse=True)
     return [{"name": name, "members": groups[name]} for name in ranked]

@@ -1,98 +1,92 @@
-// Which page is shown: the address after # names it, so that every view can be bookmarked.
+// The page: one state (core/store.js), views that are functions of it, and the keys.
 
-import { address, ask, el, number } from "./dom.js";
-import { showGraph } from "./graph.js";
-import { featureDashboard } from "./feature.js";
+import { html, render, effect } from "./vendor/preact.js";
+import * as store from "./core/store.js";
+import { act } from "./core/actions.js";
+import { fixed } from "./core/server.js";
+import { address } from "./core/address.js";
+import { RunsPage } from "./pages/runs.js";
+import { GraphPage } from "./pages/graph.js";
+import { FeaturePage } from "./pages/feature.js";
+import { Help } from "./panels/help.js";
+import { Exports } from "./panels/exports.js";
 
-const page = document.getElementById("page");
-const trail = document.getElementById("trail");
-let visit = 0;
-
-async function listPage() {
-  const { root, runs } = await ask("runs", {});
-  return {
-    title: root,
-    trail: [el("span", {}, root)],
-    body: runs.map((run) =>
-      el("section", {}, el("h2", {}, run.name, " ", el("span", { class: "soft" }, run.kind)), graphList(run)),
-    ),
-  };
+function App() {
+  const route = store.route.value;
+  return html`<${Bar} route=${route} />
+    <main id="page">${store.problem.value ? html`<p class="card problem" role="alert">${store.problem.value}</p>` : html`<${Page} route=${route} />`}</main>
+    <div class="status" role="status" aria-live="polite">${store.status.value}</div>
+    ${store.help.value && html`<${Help} close=${() => { store.help.value = false; }} />`}`;
 }
 
-function graphList(run) {
-  const rows = run.graphs.map((graph) =>
-    el(
-      "a",
-      { class: "card", href: address("graph", { run: run.name, slug: graph.slug }) },
-      el("span", {}, el("b", {}, graph.slug), " ", el("span", { class: "soft" }, graph.prompt)),
-      el("span", { class: "soft" }, scoreText(graph.scores)),
-    ),
-  );
-  if (run.features) {
-    rows.push(el("a", { class: "card", href: address("feature", { run: run.name, layer: 0, feature: 0 }) }, "Features"));
+function Page({ route }) {
+  if (route.page === "graph") {
+    if (!store.model.value) return html`<p class="soft">loading…</p>`;
+    return html`<${GraphPage} ...${{
+      route, act, fixed, model: store.model.value, drawn: store.drawn.value, own: store.hasKept.value, shown: store.shown.value, chosen: store.chosen.value,
+      found: store.found.value, query: store.query.value, share: store.share.value, feature: store.feature.value, steer: store.steer.value, theme: theme(route),
+    }} />`;
   }
-  if (!rows.length) rows.push(el("p", { class: "soft" }, "no graphs yet: crosslace trace writes them"));
-  return el("div", { class: "list" }, rows);
+  if (route.page === "feature") return html`<${FeaturePage} route=${route} feature=${store.feature.value} act=${act} />`;
+  if (route.page === "") return store.runs.value ? html`<${RunsPage} list=${store.runs.value} />` : html`<p class="soft">loading…</p>`;
+  return html`<p class="card problem" role="alert">there is no such page</p>`;
 }
 
-function scoreText(scores) {
-  const score = scores.replacement_score;
-  return score === undefined ? "" : `replacement score ${number(score)}`;
+const theme = (route) => route.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+
+function Bar({ route }) {
+  const graph = route.page === "graph" && store.model.value;
+  const { past, future } = store.history.value;
+  return html`<header id="bar"><a id="home" href=${fixed ? null : "#/"}>Crosslace</a>
+    <nav id="trail" aria-label="Where you are">${route.run && html`<a href="#/">${route.run}</a>`}${route.slug && html`<span aria-current="page">${route.slug}</span>`}</nav>
+    <span class="grow"></span>
+    ${graph && html`<button class="plain" onClick=${store.undo} disabled=${!past.length} aria-label="Undo">↶</button><button class="plain" onClick=${store.redo} disabled=${!future.length} aria-label="Redo">↷</button>
+      ${!fixed && html`<a class="plain" href=${address("compare", { run: route.run, slug: route.slug })}>Compare</a>`}
+      <${Exports} ...${{ model: graph, run: route.run, slug: route.slug || "graph", fixed, act, scene: () => ({ model: graph, shown: store.shown.value, kept: store.drawn.value, own: store.hasKept.value, chosen: store.chosen.value, order: act.order(), quiet: act.quiet() }) }} />`}
+    <button class="plain" aria-label="Light or dark" onClick=${() => act.go({ theme: theme(route) === "dark" ? "light" : "dark" })}>◐</button>
+    <button class="plain" aria-label="Keys and help" onClick=${() => { store.help.value = true; }}>?</button></header>`;
 }
 
-async function graphPage(parameters) {
-  const run = parameters.get("run") ?? "";
-  const slug = parameters.get("slug") ?? "";
-  const data = await ask("graph", { run, slug });
-  return {
-    title: slug,
-    trail: [el("a", { href: "#/" }, run), el("span", {}, slug)],
-    body: showGraph(data, { run, slug }),
-  };
+function keys(event) {
+  const typing = event.target.closest?.("input:not([type=range]):not([type=checkbox]), textarea, select, dialog");
+  const control = event.ctrlKey || event.metaKey;
+  if (control && event.key.toLowerCase() === "z" && !typing) { event.preventDefault(); return event.shiftKey ? store.redo() : store.undo(); }
+  if (typing || control || event.altKey) return undefined;
+  if (event.key === "?") { store.help.value = true; return event.preventDefault(); }
+  if (store.route.value.page !== "graph" || !store.model.value) return undefined;
+  const chosen = store.chosen.value;
+  const step = (by) => act.go({ share: Math.max(0, Math.min(1, store.share.value + by)).toFixed(2) });
+  const doing = {
+    "/": () => document.getElementById("search")?.focus(), p: () => chosen >= 0 && act.togglePin([chosen]), Escape: () => act.go({ node: "", q: "", picked: "" }),
+    "[": () => step(-0.05), "]": () => step(0.05), f: () => act.go({ zoom: "", share: "" }), e: () => act.go({ errors: store.route.value.errors ? "" : "1" }),
+    n: () => act.go({ side: "node" }), l: () => act.go({ side: "list" }), s: () => act.go({ side: "steer" }),
+  }[event.key];
+  if (!doing) return undefined;
+  event.preventDefault();
+  return doing();
 }
 
-async function featurePage(parameters) {
-  const run = parameters.get("run") ?? "";
-  const layer = Number(parameters.get("layer") ?? 0);
-  const feature = Number(parameters.get("feature") ?? 0);
-  const answer = await ask("feature", { run, layer, feature });
-  const move = (name, value, most) =>
-    el("label", {}, name, " ", el("input", {
-      type: "number", min: 0, max: most, value, "aria-label": name,
-      onchange: (event) => {
-        const next = { run, layer, feature, [name]: event.target.value };
-        location.hash = address("feature", next);
-      },
-    }));
-  return {
-    title: `layer ${layer}, feature ${feature}`,
-    trail: [el("a", { href: "#/" }, run), el("span", {}, `layer ${layer}, feature ${feature}`)],
-    body: [
-      el("div", { class: "controls" },
-        move("layer", layer, answer.features.length - 1),
-        move("feature", feature, answer.features[layer] - 1)),
-      el("article", { class: "card" }, featureDashboard(answer, { layer, feature })),
-    ],
-  };
-}
-
-async function show() {
-  const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
-  const pages = { "": listPage, graph: graphPage, feature: featurePage };
-  const mine = ++visit;
-  let made;
-  try {
-    if (!(path in pages)) throw new Error("there is no such page");
-    made = await pages[path](new URLSearchParams(query));
-  } catch (error) {
-    made = { title: "Crosslace", trail: [], body: [el("p", { class: "card problem", role: "alert" }, error.message)] };
-  }
-  if (mine !== visit) return; // a later click was quicker
-  document.title = `${made.title} · Crosslace`;
-  trail.replaceChildren(...made.trail);
-  page.replaceChildren(...made.body);
-  document.body.dataset.ready = String(mine);
-}
-
-window.addEventListener("hashchange", show);
-show();
+let before = "";
+effect(() => {
+  const { page, run, slug, big } = store.route.value;
+  const wanted = [page, run, slug, big].join("\n");
+  if (wanted === before) return;
+  before = wanted;
+  if (page === "graph" && store.model.peek()) store.model.value = null;
+  store.load();
+});
+effect(() => {
+  const { page, slug } = store.route.value;
+  document.title = `${page === "graph" ? slug : page || "runs"} · Crosslace`;
+});
+effect(() => {
+  const { theme: chosen } = store.route.value;
+  if (chosen) document.documentElement.dataset.theme = chosen;
+  else delete document.documentElement.dataset.theme;
+});
+effect(act.watchFeature);
+document.addEventListener("keydown", keys);
+if (fixed && store.route.value.page !== "graph") store.go({ page: "graph", run: fixed.run, slug: fixed.slug });
+const root = document.getElementById("app");
+effect(() => { void store.route.value; document.body.dataset.ready = "1"; });
+render(html`<${App} />`, root);

@@ -1,0 +1,111 @@
+"""A run to look at, a client that may, and a real browser."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from crosslace.circuit.features.dashboards import DashboardWriter
+from crosslace.circuit.features.labels import Label, Labels
+from crosslace.circuit.viewer.server import Viewer, ViewSettings, build_app
+from starlette.testclient import TestClient
+
+TOKEN = "a-token"
+HOSTILE = "state: <img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def view_run(make_replacement, tmp_path) -> Path:
+    """A run folder with a traced graph, dashboards and labels; some of its texts are attempts at markup."""
+    run = tmp_path / "demo" / "clt"
+    model = make_replacement("llama", reach="all", features=6)
+    graph = model.trace([3, 17, 9, 9, 28, 4])
+    graph.token_strings[3] = " <script>alert(1)</script>"
+    graph.metadata["prompt"] = "a prompt with <b>markup</b>"
+    graph.nodes.labels[len(graph.nodes) - 1] = "<i>one</i>"
+    graph.save(run / "graphs" / "dallas")
+    top = graph.nodes[int(graph.influence()[: graph.n_features].argmax())]
+    labels = Labels({(top.layer, top.index): Label(f"{HOSTILE} (F1 0.97)", "truth", 0.97)})
+    labels.save(run)
+    writer = DashboardWriter(run / "features", 3)
+    example = {"tokens": [" Dal", "<script>alert(2)</script>"], "tokens_acts_list": [0.5, 2.0]}
+    record = {
+        "examples_quantiles": [{"quantile_name": "Top <b>", "examples": [example]}],
+        "top_logits": [" Austin", "<u>"],
+        "bottom_logits": [],
+        "act_min": 0.5,
+        "act_max": 2.0,
+        "histogram": [3, 1],
+        "quantile_values": [0.5, 2.0],
+        "activation_frequency": 0.01,
+    }
+    for layer in range(3):
+        writer.write_layer(layer, [{"index": i, **record} for i in range(6)])
+    writer.close()
+    return run
+
+
+@pytest.fixture
+def client(view_run) -> TestClient:
+    """Somebody who opened the printed address, and whose page asks."""
+    return client_of(view_run.parents[1])
+
+
+def client_of(folder: Path, settings: ViewSettings | None = None) -> TestClient:
+    client = TestClient(build_app(folder, settings or ViewSettings(), TOKEN), base_url="http://127.0.0.1:8765")
+    assert client.get("/", params={"token": TOKEN}).status_code == 200
+    client.headers["origin"] = "http://127.0.0.1:8765"
+    return client
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SWITCHES = "no-first-run disable-background-networking disable-component-update disable-sync"
+OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", *(f"--{switch}" for switch in SWITCHES.split())]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser) -> Iterator:
+    """Opens pages at a viewer of a folder; any error, dialog or request to elsewhere fails the test."""
+    opened, problems = [], []
+
+    def open_at(folder: Path, **options):
+        viewer = Viewer(folder, ViewSettings(port=0, open=False)).start()
+        address = viewer.address.partition("?")[0]
+        context = browser.new_context(base_url=address, **options)
+        page = watched(context.new_page(), problems, (address, "data:", "blob:"))
+        page.goto(viewer.address)
+        opened.append((page, viewer))
+        return page
+
+    open_at.problems = problems
+    yield open_at
+    for page, viewer in opened:
+        page.context.close()
+        viewer.stop()
+    assert problems == []
+
+
+def watched(page, problems: list[str], allowed: tuple[str, ...]):
+    """The page, with everything noted that it should not do."""
+    page.on("pageerror", lambda error: problems.append(f"error: {error}"))
+    page.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: None if request.url.startswith(allowed) else problems.append(request.url))
+    return page
+
+
+@pytest.fixture
+def page(open_page, view_run):
+    """A page at the viewer."""
+    return open_page(view_run.parents[1])
