@@ -73,7 +73,7 @@ def traced(
     model: "ReplacementModel", world: "World", run: Path, question: "Question", slug: str, settings: "TraceSettings"
 ) -> dict[str, Any]:
     """Trace one question into the run's graphs; the summary of its graph."""
-    from ...circuit.viewer.picture import render_graph_svg
+    from ...circuit.viewer import render_graph_svg
 
     labels = Labels.load(run)
     graph = model.trace(question.prompt, settings)

@@ -16,7 +16,7 @@ def run(job: Job) -> Closing:
     """Trace, label, save, draw."""
     from ...circuit.features import Labels, name_features
     from ...circuit.graph import strongest_paths_text, summary_text
-    from ...circuit.viewer.picture import render_graph_svg
+    from ...circuit.viewer import render_graph_svg
 
     top, run_folder = job.top, Path(job.top.run)
     folder = run_folder / "graphs" / (top.slug or free_slug(run_folder, top.prompt))

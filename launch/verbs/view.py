@@ -10,7 +10,7 @@ from ..workspace import Job
 
 def run(job: Job) -> Closing | None:
     """Serve until Ctrl-C."""
-    from ...circuit.viewer.server import serve
+    from ...circuit.viewer import serve
 
     folder = Path(job.top.run)
     if not folder.is_dir():
