@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from crosslace.data.device import find_device
 from crosslace.data.store.layout import StoreLayout
 from crosslace.data.store.store import ActivationStore
 from crosslace.data.store.writer import write_store
 from crosslace.train.loss.state import Counters, RunningState
 from crosslace.train.parallel.collectives import Collectives
-from crosslace.train.parallel.mesh import MeshCollectives, ParallelSettings, local_device, processes
+from crosslace.train.parallel.mesh import MeshCollectives, ParallelSettings, processes
 from crosslace.train.planning.plan import MachineSettings, Shape, make_plan
 from crosslace.train.run.optimizers import Optimizers
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
@@ -65,7 +66,7 @@ NAMES = {
 
 
 def step_parts(shape: Shape, transcoder: TranscoderSettings, trainer: TrainerSettings, comm: Collectives) -> StepParts:
-    part = new_part(transcoder, shape.d_model, list(range(shape.n_layers)), 0, {}, comm).to(local_device())
+    part = new_part(transcoder, shape.d_model, list(range(shape.n_layers)), 0, {}, comm).to(find_device("auto"))
     return StepParts(
         trainer, objective_of(trainer, part), part, Optimizers(part, trainer), RunningState(part, trainer),
         Counters(use_sparse=True), None, None, comm, Workspace(),
@@ -76,11 +77,13 @@ def measure_steps(size: str, mesh: ParallelSettings) -> None:
     """In each process: seconds of a step and bytes sent, printed by the first."""
     shape, transcoder, batch = SIZES[size]
     trainer = steady(batch)
-    with processes(mesh, local_device()) as comm:
+    with processes(mesh, find_device("auto")) as comm:
         parts = step_parts(shape, transcoder, trainer, comm)
         parts.counters.use_aux = False
         random = torch.Generator().manual_seed(comm.data_rank)
-        x = torch.randn(batch // comm.data_ranks, shape.n_layers, shape.d_model, generator=random).to(local_device())
+        x = torch.randn(batch // comm.data_ranks, shape.n_layers, shape.d_model, generator=random).to(
+            find_device("auto")
+        )
         seconds = []
         for number in range(STEPS + WARM):
             comm.barrier()

@@ -12,7 +12,7 @@ TOPK = ("topk", "batchtopk")
 DECAYS = ("linear", "cosine", "constant")
 SPARSITIES = ("auto", "tanh", "l1", "l0", "target")
 OPTIMIZERS = ("adam", "adamw", "muon")
-PRECISIONS = ("float32", "bf16", "fp16")
+PRECISIONS = ("auto", "float32", "bf16", "fp16")
 
 # Coefficients of the penalties where none is given.
 LAM, LAM_TARGET = 1e-3, 0.1
@@ -132,10 +132,11 @@ class TrainerSettings:
     """Initial weights, the order of the data, resampling."""
 
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto (this process's GPU, the CPU where there is none), cpu, cuda, cuda:N or mps."""
 
-    precision: str = "float32"
-    """Autocast of the products: float32, bf16 or fp16; parameters, norms and penalties are float32 always."""
+    precision: str = "auto"
+    """Autocast of the products: float32, bf16, fp16, or auto: what `accelerate config` says, else float32. Parameters,
+    norms and penalties are float32 always."""
 
     sparse: str = "auto"
     """The step that never touches a zero: on, off, or auto by the measured density."""

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..data.device import find_device
 from ..data.errors import Progress, UserError, out_of_room, silent
 from ..data.store import ActivationStore, Batch
 from .loss import Counters, RunningState, StepInputs
-from .parallel import SINGLE, Collectives, local_device
+from .parallel import SINGLE, Collectives
 from .run import (
     Checkpoints,
     Evaluation,
@@ -35,7 +36,6 @@ from .run import (
     check_run,
     check_same_run,
     evaluate,
-    named_device,
     resample,
     store_identity,
     training_values,
@@ -93,7 +93,7 @@ class Trainer:
         if init is not None and settings.k_first is None:
             settings = dataclasses.replace(settings, k_share=0.0)
         self.settings, self.transcoder_settings, self.comm = settings, transcoder_settings, comm
-        self.device = torch.device(device) if device is not None else pick_device(settings)
+        self.device = torch.device(device) if device is not None else find_device(settings.device, "trainer.device")
         self.folder, self.progress, self.trackers = Path(run_dir), progress, list(trackers)
         self.layers = list(transcoder_settings.layers or store.layers)
         check_run(settings, transcoder_settings, store, held_out, self.layers, self.device, comm)
@@ -372,13 +372,6 @@ class Trainer:
         for tracker in self.trackers if self.comm.is_main else []:
             tracker.close(summary | self.records.speed)
         self.records.close()
-
-
-def pick_device(settings: TrainerSettings) -> torch.device:
-    """This process's own, unless one is named."""
-    if settings.device == "auto":
-        return local_device()
-    return named_device(settings.device)
 
 
 def train(

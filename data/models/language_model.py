@@ -30,6 +30,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from ..cache import cache_root
+from ..device import find_device
 from ..errors import UserError, check_choice
 from .families import (
     KNOWN_FAMILIES,
@@ -355,19 +356,6 @@ def fingerprint(model: nn.Module) -> str:
         sample = flat[::stride].to(torch.bfloat16) + 0.0  # -0.0 and 0.0 are one number
         digest.update(sample.to("cpu").view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def find_device(name: str) -> torch.device:
-    """The device that a setting means; `auto` is an accelerator if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"model.device={name} is not known; it takes auto, cpu, cuda, cuda:N or mps") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"model.device={name} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def load_model(settings: ModelSettings | str | Path) -> LanguageModel:

@@ -24,6 +24,7 @@ from .shuffle import hashed as hashed
 from .shuffle import permutation as permutation
 from .store import ActivationStore as ActivationStore
 from .store import in_memory_store as in_memory_store
+from .store import is_complete as is_complete
 from .window import SpilledWindow as SpilledWindow
 from .window import Window as Window
 from .window import read_record as read_record

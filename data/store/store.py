@@ -15,12 +15,14 @@ leaves it out, so that each training step has a full batch, and other rows are i
 
 from collections.abc import Iterator, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import Progress, UserError, silent
 from .batch import Batch, MemorySource, RowSource, Statistics
+from .files import open_files, read_json
 from .loader import Loader
 from .reader import DiskSource
 
@@ -188,3 +190,9 @@ def in_memory_store(
     source = MemorySource({read: resid, "mlp_out": mlp_out}, where, list(layers or range(n_layers)), seed)
     source.attributes = {"sites": [read, "mlp_out"], "layers": list(source.layers), "seed": seed, **(attributes or {})}
     return ActivationStore(source)
+
+
+def is_complete(path: str | Path) -> bool:
+    """Whether a store is there and whole."""
+    held = read_json(open_files(str(path)), "zarr.json")
+    return bool(held and held["attributes"].get("complete"))

@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from ..device import in_float64
 from . import kernels
 from .codecs import CODECS, quantise
 from .files import Files, room, write_parts
@@ -41,7 +42,7 @@ class Moments:
         """Rows [B, L, D] of a site, summed where they lie, a layer at a time to spare memory."""
         totals, squares = [], []
         for layer in range(x.shape[1]):
-            wide = x[:, layer].detach().double()
+            wide = in_float64(x[:, layer].detach())
             totals.append(wide.sum(0))
             squares.append(wide.square_().sum())
         self.total[site] += torch.stack(totals).cpu().numpy()

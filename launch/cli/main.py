@@ -68,8 +68,14 @@ def _run(words: list[str]) -> int:
     from ..workspace import start
 
     job = start(verb, rest)
-    with job.progress:
-        closing = import_module(f"...{VERBS[verb].module}", __package__).run(job)
+    try:
+        with job.progress:
+            closing = import_module(f"...{VERBS[verb].module}", __package__).run(job)
+    finally:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            from ...train.parallel import leave
+
+            leave()
     if closing is None:
         return 0
     if job.is_main:

@@ -1,12 +1,11 @@
 """`crosslace cache`: run the model over text and store what its layers read and write."""
 
-import os
 from pathlib import Path
 
 from ...conf import SOURCES
 from ...data.errors import UserError
 from ..terminal import Closing, table
-from ..workspace import Job, open_corpus, open_model, runs
+from ..workspace import Job, open_corpus, open_model, runs, wait_until
 
 
 def run(job: Job) -> Closing:
@@ -28,18 +27,20 @@ def run(job: Job) -> Closing:
 def fill(job: Job) -> None:
     """Write the store that the settings name; ends at once where it is whole."""
     from ...data.harvest import harvest
+    from ...data.store import is_complete
 
     settings = job.section("store")
     if "://" not in settings.path:
         runs.writable(Path(settings.path))
     model = open_model(job)
     corpus = open_corpus(job, model)
-    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    whole = harvest(model, corpus, settings, job.progress, rank, count)
+    whole = harvest(model, corpus, settings, job.progress, job.process.rank, job.process.count)
     if job.is_main and "://" not in settings.path:
         remember(Path(settings.path), job)
-    if not whole and count == 1:
+    if not whole and job.process.count == 1:
         raise UserError(f"{settings.path} is not whole yet; give the same command again to go on")
+    if not whole:
+        wait_until(lambda: is_complete(settings.path))
 
 
 def remember(store: Path, job: Job) -> None:

@@ -123,8 +123,8 @@ class Demo:
         """The share of the model's answers to held-out questions that it still gives with every MLP replaced."""
         world = self.the_world(model)
         questions = world.questions(split="held_out")
-        known = [q for q, right in zip(questions, world.correct(model.lm, questions)) if right]
-        return sum(map(bool, world.correct(model.replaced_logits, known))) / len(known)
+        known = [q for q, right in zip(questions, world.correct(model.lm, questions, model.lm.device)) if right]
+        return sum(map(bool, world.correct(model.replaced_logits, known, model.lm.device))) / len(known)
 
     def features(self) -> dict[str, Any]:
         from ...circuit.features import Labels, build_features

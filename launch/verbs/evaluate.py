@@ -27,6 +27,7 @@ def run(job: Job) -> Closing:
 
     folder = Path(job.top.run)
     runs.writable(folder)
+    _ = job.process  # first of all: nothing lies on another process's device
     model = open_replacement(job, folder)
     corpus = open_corpus(job, model.lm)
     with processes(ParallelSettings.as_started(), model.lm.device) as comm:

@@ -11,6 +11,16 @@ if TYPE_CHECKING:
 
 
 def run(job: Job) -> Closing:
+    """Of several processes the first does it all, and the others wait."""
+    from ...train.parallel import ParallelSettings, processes
+
+    with processes(ParallelSettings.as_started(), job.process.device) as comm:
+        closing = described(job) if comm.is_main else Closing("described")
+        comm.barrier()
+    return closing
+
+
+def described(job: Job) -> Closing:
     """Describe every feature; name and judge them where that is asked for."""
     from ...circuit.features import Labels, build_features
 

@@ -15,6 +15,7 @@ from ..workspace import Job, open_model, open_stores, runs, tracking
 if TYPE_CHECKING:
     from ...data.store import ActivationStore
     from ...train.parallel import ParallelSettings
+    from ...train.settings import TrainerSettings
     from ...train.start import Neurons
     from ...train.trainer import TrainResult
 
@@ -85,10 +86,10 @@ def terminable() -> Iterator[None]:
 def fit(job: Job, folder: Path) -> "TrainResult | None":
     """Train in `folder` with the job's settings; None where that was done before."""
     from ...train.parallel import processes
-    from ...train.trainer import pick_device, train
+    from ...train.trainer import train
 
     settings = run_settings(job)
-    device = pick_device(job.section("trainer"))
+    device = job.process.device
     with open_stores(job) as (store, held_out), processes(mesh_for(job, store, device.type), device) as comm:
         fresh = comm.is_main and not runs.claim(folder, settings)
         comm.barrier()
@@ -96,7 +97,7 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
             return None
         try:
             return train(
-                job.section("trainer"),
+                trainer_settings(job),
                 job.section("transcoder"),
                 store,
                 held_out,
@@ -112,6 +113,12 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
             if fresh:
                 runs.release(folder)
             raise
+
+
+def trainer_settings(job: Job) -> "TrainerSettings":
+    """The trainer's, with the precision that `auto` stands for."""
+    settings = job.section("trainer")
+    return replace(settings, precision=job.process.precision) if settings.precision == "auto" else settings
 
 
 def mesh_for(job: Job, store: "ActivationStore", device: str) -> "ParallelSettings":

@@ -4,13 +4,16 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ...conf import VERBS
 from ...data.errors import UserError
 from ..settings import Config, compose_config, single_values, tidy
 from ..terminal import Unseen, Watched
 from . import runs
+from .processes import LONG, Process, this_process
 
 
 @dataclass
@@ -31,6 +34,14 @@ class Job:
     def section(self, name: str) -> Any:
         """The settings of one group."""
         return self.config.section(name)
+
+    @cached_property
+    def process(self) -> Process:
+        """Rank and device of this process. Whatever computes asks for it first."""
+        sections, values = VERBS[self.verb].sections, self.config.values
+        timeout = self.section("parallel").timeout if "parallel" in sections else LONG
+        name = "trainer" if "trainer" in sections else "model"
+        return this_process(values.get(name, {}).get("device", "auto"), f"{name}.device", timeout)
 
     @property
     def is_main(self) -> bool:

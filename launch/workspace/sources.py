@@ -1,6 +1,5 @@
 """The parts that verbs work with, opened from their settings: model, text, store, transcoder."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,6 +42,7 @@ def open_model(job: Job) -> "LanguageModel":
     """The language model."""
     from ...data.models import load_model
 
+    _ = job.process  # first of all: nothing lies on another process's device
     settings = model_settings(job)
     if settings.name == job.config.values["model"]["name"]:
         job.progress(f"loading {settings.name}", 0, 1)
@@ -71,9 +71,8 @@ def open_stores(job: Job) -> "Iterator[tuple[ActivationStore, ActivationStore]]"
     from ...data.harvest import Harvester, open_streaming
 
     model = open_model(job)
-    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     harvester = Harvester(model, open_corpus(job, model), settings)
-    store, held_out = open_streaming(harvester, job.progress, rank, count)
+    store, held_out = open_streaming(harvester, job.progress, job.process.rank, job.process.count)
     try:
         if held_out is None:
             raise UserError("store.held_out=0 leaves nothing to evaluate on; give it some rows, such as 64K")

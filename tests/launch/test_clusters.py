@@ -130,35 +130,6 @@ def test_a_mistake_is_one_sentence(store: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "r" / "transcoder").exists()
 
 
-@pytest.mark.slow
-def test_harvest_and_evaluation_are_the_same_on_two_processes(demo: Path, tmp_path: Path) -> None:
-    """`accelerate launch` for the one, torchrun for the other."""
-    cache = ["world=tiny", "tokens=4K", "store.held_out=500", "store.shuffle_rows=1000", "store.shard_rows=1024",
-             "store.block_rows=64"]  # fmt: skip
-    from crosslace.launch.cli.main import main
-
-    assert main(["cache", f"store={tmp_path / 'a'}", *cache]) == 0
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
-                  "--mixed_precision=no", "--dynamo_backend=no"]  # fmt: skip
-    finished([*accelerate, "-m", "crosslace.launch", "cache", f"store={tmp_path / 'b'}", *cache])
-    one, two = (files(tmp_path / name) for name in "ab")
-    assert one.keys() == two.keys() and len(one) > 8
-    assert [name for name in one if one[name] != two[name]] == []
-
-    results = []
-    for name in "ab":
-        (tmp_path / f"run-{name}").mkdir()
-        (tmp_path / f"run-{name}" / "transcoder").symlink_to(demo / "clt" / "transcoder")
-        (tmp_path / f"run-{name}" / "config.yaml").write_text((demo / "clt" / "config.yaml").read_text())
-    assert main(["eval", f"run={tmp_path / 'run-a'}", *EVAL]) == 0
-    torchrun(2, "eval", f"run={tmp_path / 'run-b'}", *EVAL)
-    for name in "ab":
-        result = json.loads((tmp_path / f"run-{name}" / "eval.json").read_text())
-        result.pop("made_with")
-        results.append(result)
-    assert different(results[1], results[0]) == []
-
-
 def files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()

@@ -7,5 +7,6 @@ from .mesh import EXCHANGES as EXCHANGES
 from .mesh import FirstFailure as FirstFailure
 from .mesh import ParallelSettings as ParallelSettings
 from .mesh import PeerLost as PeerLost
-from .mesh import local_device as local_device
+from .mesh import join as join
+from .mesh import leave as leave
 from .mesh import processes as processes

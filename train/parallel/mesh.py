@@ -91,13 +91,20 @@ def started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def local_device() -> torch.device:
-    """The device of this process: the GPU with its local number where there are several, else what Accelerate finds."""
-    if started() > 1 and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    from accelerate import PartialState  # takes a while
+def join(device: torch.device | str = "cpu", timeout: int = 600) -> bool:
+    """Meet the other processes that were started; True where they had not met before. Nothing to do for one alone."""
+    if started() == 1 or dist.is_initialized():
+        return False
+    backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
+    patience = timedelta(seconds=timeout)
+    dist.init_process_group(backend, timeout=patience, **_own_store(patience))
+    return True
 
-    return PartialState().device or torch.device("cpu") if started() == 1 else torch.device("cpu")
+
+def leave() -> None:
+    """Part from the others, at the end of a command."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -112,15 +119,10 @@ def processes(settings: ParallelSettings, device: torch.device | str = "cpu") ->
     if settings.processes == 1:
         yield SINGLE
         return
-    kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    joined_here = not dist.is_initialized()
+    joined_here = False
     try:
-        if joined_here:
-            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-            patience = timedelta(seconds=settings.timeout)
-            dist.init_process_group(backend, timeout=patience, **_own_store(patience))
+        joined_here = join(device, settings.timeout)
+        kind = torch.device(device).type
         mesh = init_device_mesh(kind, (settings.data, settings.features), mesh_dim_names=("data", "features"))
         yield MeshCollectives(mesh, slices=settings.features if settings.exchange == "actives" else 1)
     except UserError as error:
@@ -130,8 +132,8 @@ def processes(settings: ParallelSettings, device: torch.device | str = "cpu") ->
             raise
         raise PeerLost(_LOST) from error
     finally:
-        if joined_here and dist.is_initialized():
-            dist.destroy_process_group()
+        if joined_here:
+            leave()
 
 
 def _own_store(patience: timedelta) -> dict[str, Any]:

@@ -11,7 +11,6 @@ dead features           -> resampling   new encoders, at tokens that are badly r
 from .checkpoint import Checkpoints as Checkpoints
 from .checks import check_run as check_run
 from .checks import check_same_run as check_same_run
-from .checks import named_device as named_device
 from .checks import store_identity as store_identity
 from .evaluation import Evaluation as Evaluation
 from .evaluation import HeldOut as HeldOut

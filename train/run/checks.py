@@ -52,22 +52,6 @@ def check_run(
         )
 
 
-def named_device(name: str) -> torch.device:
-    """The device of this name, which torch must be able to use."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise SettingsError(f"trainer.device={name} is not known; it takes auto, cpu, cuda or cuda:N")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise SettingsError(f"trainer.device={name} needs a Mac with Metal; there is none")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count() or "none"
-        raise SettingsError(f"trainer.device={name} needs a GPU that torch can see; there is {found}")
-    return device
-
-
 def check_sparsity(settings: TrainerSettings, transcoder: TranscoderSettings, n_layers: int) -> None:
     """How many features may be active, against how many there are and what the activation can do."""
     sizes = transcoder.sizes(n_layers)

@@ -1,0 +1,155 @@
+"""Verbs on two and three real processes with unequal work, and which device each process takes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from crosslace.data.device import find_device, in_float64
+from crosslace.data.errors import UserError
+from crosslace.data.worlds.world import world as bundled
+from crosslace.launch.cli.main import main
+
+from .test_clusters import EVAL, TORCHRUN, TRAIN, different, files, finished, same_transcoder
+
+WORKER = Path(__file__).with_name("processes_worker.py")
+CACHE = ["cache", "world=tiny", "store.held_out=500", "store.shuffle_rows=1000", "store.shard_rows=1024",
+         "store.block_rows=64"]  # fmt: skip
+
+
+def on(count: int, notes: Path, *words: object) -> None:
+    """The command on so many processes: all end with 0, and all met."""
+    notes.mkdir()
+    finished([*TORCHRUN, "--standalone", f"--nproc-per-node={count}", WORKER, notes, *words])
+    found = [json.loads(path.read_text()) for path in notes.iterdir()]
+    assert found == [{"started": count, "met": count, "code": 0}] * count
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_store_has_the_same_bytes_however_many_processes_fill_it(count: int, tmp_path: Path) -> None:
+    """Four windows and one of held-out rows: on two and on three processes some have more to do than others."""
+    words = [*CACHE, "tokens=4K"]
+    assert main([*words, f"store={tmp_path / 'alone'}"]) == 0
+    on(count, tmp_path / "notes", *words, f"store={tmp_path / 'together'}")
+    alone, together = files(tmp_path / "alone"), files(tmp_path / "together")
+    assert alone.keys() == together.keys() and [name for name in alone if alone[name] != together[name]] == []
+
+
+def a_run(demo: Path, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "transcoder").symlink_to(demo / "clt" / "transcoder")
+    (folder / "config.yaml").write_text((demo / "clt" / "config.yaml").read_text())
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_evaluation_and_features_are_the_same_on_several_processes(count: int, demo: Path, tmp_path: Path) -> None:
+    runs = [a_run(demo, tmp_path / name) for name in ("alone", "together")]
+    assert main(["eval", f"run={runs[0]}", *EVAL]) == 0
+    on(count, tmp_path / "eval", "eval", f"run={runs[1]}", *EVAL)
+    one, several = (json.loads((run / "eval.json").read_text()) | {"made_with": None} for run in runs)
+    assert different(several, one) == []
+    words = ["features.tokens=2000", "features.examples=3"]
+    assert main(["features", f"run={runs[0]}", *words]) == 0
+    on(count, tmp_path / "features", "features", f"run={runs[1]}", *words)
+    one, several = (files(run / "features") for run in runs)
+    assert one == several and one
+
+
+@pytest.mark.slow
+def test_a_streaming_training_is_the_same_on_several_processes(tmp_path: Path) -> None:
+    words = ["train", "world=tiny", "store.mode=streaming", "store.held_out=500", "store.shuffle_rows=1000",
+             "store.shard_rows=1024", "store.block_rows=64", "tokens=4K", *TRAIN]  # fmt: skip
+    assert main([*words, f"store={tmp_path / 's'}", f"run={tmp_path / 'alone'}"]) == 0
+    on(2, tmp_path / "notes", *words, f"store={tmp_path / 't'}", f"run={tmp_path / 'together'}", "parallel.data=2")
+    same_transcoder(tmp_path / "together", tmp_path / "alone")
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int, **environment: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for name in ("LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 8, LOCAL_RANK="5")
+    assert find_device("auto") == find_device("cuda") == torch.device("cuda", 5)
+    assert find_device("cuda:2") == torch.device("cuda", 2)
+    with_gpus(monkeypatch, 8)
+    assert find_device("auto") == torch.device("cuda", 0), "never a GPU without a number"
+    with_gpus(monkeypatch, 1, LOCAL_RANK="5", CUDA_VISIBLE_DEVICES="5")  # a scheduler that shows each process its own
+    assert find_device("auto") == torch.device("cuda", 0)
+    with_gpus(monkeypatch, 8, LOCAL_RANK="5", ACCELERATE_USE_CPU="true")
+    assert find_device("auto") == torch.device("cpu")
+    with_gpus(monkeypatch, 4, LOCAL_RANK="5")
+    with pytest.raises(UserError, match="process 5 of this machine has no GPU of its own: there are 4"):
+        find_device("auto")
+
+
+@pytest.mark.parametrize("verb", ["cache", "eval", "features", "train"])
+def test_verbs_take_the_device_before_anything_lies_on_it(
+    verb: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With eight GPUs that are not there: the sixth process names its own before it loads a model or opens a store."""
+
+    class Taken(Exception):
+        pass
+
+    def take(device: torch.device) -> None:
+        raise Taken(str(device))
+
+    with_gpus(monkeypatch, 8, LOCAL_RANK="5")
+    monkeypatch.setattr(torch.cuda, "set_device", take)
+    words = {"cache": CACHE[1:], "train": [f"store={demo / 'store'}", *TRAIN]}.get(verb, [])
+    place = f"store={tmp_path / 'new'}" if verb == "cache" else f"run={tmp_path / 'run'}"
+    if verb in ("eval", "features"):
+        a_run(demo, tmp_path / "run")
+    from crosslace.launch.verbs import cache, evaluate, features, train
+    from crosslace.launch.workspace import start
+
+    module = {"cache": cache, "eval": evaluate, "features": features, "train": train}[verb]
+    with pytest.raises(Taken, match="cuda:5"):
+        module.run(start(verb, [*words, place]))
+
+
+def test_the_demo_asks_its_questions_on_the_model_s_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors: model and inputs on `cuda`; an index left on the CPU would be refused."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    seen = []
+
+    class Questions:
+        tokens = answer_tokens = staticmethod(lambda question: [1, 2])
+
+    with FakeTensorMode():
+        table = torch.nn.Embedding(10, 4, device="cuda")
+
+        def model(tokens: torch.Tensor) -> torch.Tensor:
+            seen.append(table(tokens).device.type)
+            return torch.zeros(*tokens.shape, 10)
+
+        with pytest.raises(DataDependentOutputException):  # fake logits have no values to read an answer from
+            bundled.World.correct(Questions(), model, [0, 1], table.weight.device)
+    assert seen == ["cuda"]
+
+
+def test_sums_in_float64_leave_a_device_that_has_none() -> None:
+    class OnMac:
+        device = torch.device("mps")
+
+        def cpu(self) -> torch.Tensor:
+            return torch.ones(2)
+
+    assert in_float64(OnMac()).dtype == torch.float64  # type: ignore[arg-type]
+
+
+def test_an_accelerate_configuration_says_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    from crosslace.launch.workspace.processes import this_process
+
+    assert this_process("cpu").precision == "float32"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert this_process("cpu").precision == "bf16"
