@@ -8,3 +8,6 @@ from .graph_scores import GRAPH_FIGURES as GRAPH_FIGURES
 from .health import DENSITY_EDGES as DENSITY_EDGES
 from .prompts import PromptSet as PromptSet
 from .prompts import prompt_set as prompt_set
+from .questions import QUESTIONS as QUESTIONS
+from .questions import answered as answered
+from .questions import one_of_each as one_of_each

@@ -34,12 +34,14 @@ from .behaviour import (
     splice_condition,
     summary,
 )
+from .causal import causal_part
 from .controls import Calibration, LinearSubstitute, calibrate, down_norms, neuron_condition, strongest, untrained
 from .faithfulness import FaithfulnessPlan, measure_faithfulness
 from .graph_scores import score_graphs
 from .health import health
 from .perturbation import perturbation_growth
 from .prompts import PromptSet
+from .questions import Question
 
 DEFINITIONS = 2
 """Raised whenever a figure comes to mean something else: results of different definitions are not compared."""
@@ -72,7 +74,8 @@ class EvalSettings:
     """Prompts of the prompt set that graphs are made for; 0 leaves graphs and faithfulness out."""
 
     prompt_set: str = "auto"
-    """auto (the world's questions, stdlib, or english, by the model), english, or stdlib."""
+    """auto (the world's questions, stdlib, questions for smollm2, else english), english, stdlib, or questions: prompts
+    with known answers, of which those that the model does not answer are left out, and whose circuits are tested."""
 
     pairs: int = 500
     """Feature-to-logit and feature-to-feature effects that are measured; 0 leaves faithfulness out."""
@@ -117,6 +120,10 @@ class EvalText:
     """Training text, the same on every process."""
     prompts: PromptSet | None
     """None leaves graphs and faithfulness out."""
+    questions: Sequence[Question] = ()
+    """The prompts with their answers, where those are known and the model gives them: their circuits are tested."""
+    unanswered: Sequence[str] = ()
+    """A sentence about each prompt that was left out because the model does not answer it."""
 
 
 def evaluate(
@@ -161,8 +168,8 @@ def evaluate(
     if controls:
         result["controls"] = controls_part(sums, found["overall"], reconstruction.control_nmse(), settings.seed)
     if text.prompts is not None:
-        result |= graph_part(rm, text.prompts, settings, comm, progress)
-    result["verdicts"] = verdicts(result)
+        result |= graph_part(rm, text, text.prompts, settings, comm, progress)
+    result["verdicts"] = [*verdicts(result), *text.unanswered]
     return result
 
 
@@ -301,9 +308,14 @@ def controls_part(sums: dict[str, Tensor], overall: dict, nmse: dict[str, float]
 
 
 def graph_part(
-    rm: ReplacementModel, prompts: PromptSet, settings: EvalSettings, comm: Collectives, progress: Progress
+    rm: ReplacementModel,
+    text: EvalText,
+    prompts: PromptSet,
+    settings: EvalSettings,
+    comm: Collectives,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Graph scores over the prompt set, faithfulness of the graphs, and how perturbations grow."""
+    """Graph scores over the prompt set, faithfulness of the graphs, how perturbations grow, and causal checks."""
     chosen = PromptSet(prompts.name, prompts.version, prompts.prompts[: settings.prompts])
     graphs = []
     for number, prompt in enumerate(chosen.prompts):
@@ -315,6 +327,9 @@ def graph_part(
             graphs, chosen, rm.lm.n_layers, settings.node_thresholds, settings.node, settings.edge, comm.all_reduce_data
         )
     }
+    if text.questions and comm.data_ranks == 1:
+        own = {prompt: graph for prompt, graph in zip(chosen.prompts, graphs) if graph is not None}
+        result["causal"] = causal_part(rm, text.questions[: len(own)], own, progress)
     if settings.pairs:
         each = -(-settings.pairs // len(chosen.prompts))  # a sure prompt has one logit: a pair a feature
         plan = FaithfulnessPlan(settings.pairs, per_prompt=max(16, each + each // 4), seed=settings.seed)

@@ -75,7 +75,7 @@ _SETS = {"english": ENGLISH, "stdlib": STDLIB}
 def prompt_set(name: str, prompts: tuple[str, ...] | list[str] | None = None) -> PromptSet:
     """A bundled set by name, or `prompts` under a name of one's own (the world's questions)."""
     if prompts is None and name not in _SETS:
-        raise UserError(f"prompt set {name!r} is not known; there are {', '.join(_SETS)}")
+        raise UserError(f"prompt set {name!r} is not known; there are {', '.join(_SETS)} and questions")
     chosen = tuple(_SETS[name] if prompts is None else prompts)
     if not chosen:
         raise UserError(f"prompt set {name!r} is empty; graph scores need at least one prompt")

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 SHOWN = ("nmse", "l0", "dead", "top1", "kl", "ce_recovered")
 """The figures that stand for a run."""
 
+SETS = (("stdlib", "stdlib"), ("smollm2", "questions"))
+"""The prompt set of a model whose folder begins so."""
+
 
 def run(job: Job) -> Closing:
     """Evaluate a run: on several processes, each measures its share of the text and of the prompts."""
@@ -106,7 +109,27 @@ def evaluation_text(
         raise UserError("the held-out text is empty; give a dataset with more documents, or a larger dataset.held_out")
     training = grouped(corpus.sequences("train", settings.calibration_tokens), settings.batch)
     calibration = [side_by_side(group, pad) for group in training]
+    if settings.prompts and wanted_set(model, settings) == "questions":
+        return EvalText(batches, sequences, calibration, *questions_for(model, settings))
     return EvalText(batches, sequences, calibration, prompts_for(model, settings))
+
+
+def wanted_set(model: "ReplacementModel", settings: "EvalSettings") -> str:
+    """The name of the prompt set; `auto` goes by the model."""
+    if settings.prompt_set != "auto":
+        return settings.prompt_set
+    folder = Path(model.lm.name).name
+    return next((known for start, known in SETS if folder.startswith(start)), "english")
+
+
+def questions_for(model: "ReplacementModel", settings: "EvalSettings"):
+    """Prompts with answers that the model gives, these questions, and sentences about the others."""
+    from ...circuit.judge import QUESTIONS, answered, one_of_each, prompt_set
+
+    known, others = answered(model.lm, one_of_each(QUESTIONS, settings.prompts))
+    if not known:
+        raise UserError("the model answers none of the questions surely; set eval.prompt_set=english")
+    return prompt_set("questions", [question.prompt for question in known]), known, others
 
 
 def prompts_for(model: "ReplacementModel", settings: "EvalSettings") -> "PromptSet | None":
@@ -120,8 +143,7 @@ def prompts_for(model: "ReplacementModel", settings: "EvalSettings") -> "PromptS
         questions = [question for family in world.families for question in world.questions(family)]
         step = max(1, len(questions) // settings.prompts)
         return prompt_set("world", [question.prompt for question in questions[::step]][: settings.prompts])
-    bundled = "stdlib" if Path(model.lm.name).name.startswith("stdlib") else "english"
-    found = prompt_set(bundled if settings.prompt_set == "auto" else settings.prompt_set)
+    found = prompt_set(wanted_set(model, settings))
     return found._replace(prompts=found.prompts[: settings.prompts])
 
 
