@@ -4,7 +4,8 @@ For a prompt whose answer is known, the features of the strongest paths from any
 so is as large a set of other active features, each of the same layer and position as one of them and of the nearest
 strength: the answer's probability should fall with the first and stay with the second. For a prompt with a partner of
 as many tokens, the features of both prompts' paths are set to what they are in the partner: the partner's answer should
-take over, and should not when the matched features are set. Attention, norms and MLPs answer (`free`).
+take over, and should not when the matched features are set. The model itself answers (`steer`): its attention, norms
+and MLPs are live.
 """
 
 from collections.abc import Mapping, Sequence
@@ -97,7 +98,7 @@ def check_silencing(rm: ReplacementModel, question: Question, graph: Graph) -> S
     ids, words = path_features(graph, answer)
     groups = [places(graph, ids), places(graph, matched(rm, graph, ids))]
     off = [[Intervention(*place, times=0.0) for place in group] for group in groups]
-    path, other = rm.intervene_many(graph.tokens, off, mode="free")
+    path, other = rm.intervene_many(graph.tokens, off, mode="steer")
     at = lambda result, clean=False: float(result.probabilities(clean)[answer])
     return Silenced(
         question.kind, question.prompt, question.answer, len(ids), at(path, True), at(path), at(other), words
@@ -120,7 +121,7 @@ def check_swap(
         sorted({place for g, ids in found for place in places(g, matched(rm, g, ids))}),
     ]
     groups = [[Intervention(l, t, f, value=float(acts[number[l]][t, f])) for l, t, f in group] for group in sets]
-    path, control = rm.intervene_many(graph.tokens, groups, mode="free")
+    path, control = rm.intervene_many(graph.tokens, groups, mode="steer")
     before, after, beside = path.probabilities(True), path.probabilities(), control.probabilities()
     return Swapped(
         question.kind, question.prompt, partner.prompt, len(sets[0]),

@@ -8,7 +8,8 @@ every later feature and logit, over all paths: the effects delta solve
 since a feature f whose pre-activation moves by delta_f passes on the share delta_f / a_f of its edges, and cannot fall
 below silence. The measured effect comes from a `constrained` intervention: the model frozen up to the feature's own
 layer, live after it, where it also receives what the feature writes there. Attention, MLPs and norms answer to the
-change there, the last norm included; logits are taken before any soft cap, as a graph has them.
+change there, the last norm included; logits are taken before any soft cap, as a graph has them. The effects on logits
+are measured once more with attention frozen everywhere, as it is in the graph: the two say what attention does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,10 @@ from ...train.parallel import SINGLE, Collectives
 from ..graph import Graph
 from ..model import ReplacementModel
 from ..precision import wide, widest
-from ..replacement import Intervention
+from ..replacement import Intervention, InterventionResult
 from .behaviour import resampled
 
+KINDS = ("to_logits", "to_features", "to_logits_attention_frozen")
 LEAST_PAIRS = 30
 """Below this many pairs a correlation is not printed."""
 
@@ -119,12 +121,13 @@ def measure_faithfulness(
     progress: Progress = silent,
     comm: Collectives = SINGLE,
 ) -> dict[str, Effects]:
-    """Effects of silencing random active features, `to_logits` and `to_features`, over the graphs' prompts in turn.
+    """Effects of silencing random active features, `to_logits` (and the same with attention frozen) and `to_features`,
+    over the graphs' prompts in turn.
 
     Each process has the graphs of every `data_ranks`-th prompt. They go round by round, and what is drawn for a prompt
     depends on its number alone, so that the pairs are the same whatever the number of processes.
     """
-    found: dict[str, list[Tensor]] = {"to_logits": [], "to_features": []}
+    found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     enough = lambda: min(sum(pairs.shape[1] for pairs in kept) for kept in found.values()) >= plan.pairs
     for first in range(0, len(graphs), comm.data_ranks):
         number = first + comm.data_rank
@@ -171,14 +174,14 @@ def _one_prompt(
     logit_ids = [(logit.token, logit.position) for logit in graph.logits if logit.token >= 0]
     logit_rows = [n + row for row, logit in enumerate(graph.logits) if logit.token >= 0]
 
-    pairs: dict[str, list[list[Tensor]]] = {"to_logits": [[], [], []], "to_features": [[], [], []]}
+    pairs: dict[str, list[list[Tensor]]] = {kind: [[], [], []] for kind in KINDS}
     nodes = [graph.nodes[source] for source in sources]
     silenced = [[Intervention(node.layer, node.position, node.index, times=0.0)] for node in nodes]
-    for column, result in enumerate(rm.intervene_many(graph.tokens, silenced, mode="constrained")):
-        change_TV = (rm.lm.before_softcap(result.logits) - rm.lm.before_softcap(result.clean_logits)).cpu().double()
-        change_TV -= change_TV.mean(-1, keepdim=True)
-        measured = torch.stack([change_TV[position, token] for token, position in logit_ids])
-        _add(pairs["to_logits"], predicted_RS, logit_rows, column, len(sources), measured)
+    live = rm.intervene_many(graph.tokens, silenced, mode="constrained")
+    frozen = rm.intervene_many(graph.tokens, silenced, mode="constrained", freeze=("attention",))
+    for column, result in enumerate(live):
+        for kind, answer in (("to_logits", result), ("to_logits_attention_frozen", frozen[column])):
+            _add(pairs[kind], predicted_RS, logit_rows, column, len(sources), _moved(rm, answer, logit_ids))
 
         later = (graph.nodes.layer[:n] > nodes[column].layer).nonzero()[:, 0].cpu()
         if len(later) == 0:
@@ -194,6 +197,13 @@ def _one_prompt(
         kind: tuple(torch.cat([empty, *column]) for column in columns)  # type: ignore[misc]
         for kind, columns in pairs.items()
     }
+
+
+def _moved(rm: ReplacementModel, result: InterventionResult, logit_ids: list[tuple[int, int]]) -> Tensor:
+    """How far each demeaned logit moved, before any soft cap."""
+    change_TV = (rm.lm.before_softcap(result.logits) - rm.lm.before_softcap(result.clean_logits)).cpu().double()
+    change_TV -= change_TV.mean(-1, keepdim=True)
+    return torch.stack([change_TV[position, token] for token, position in logit_ids])
 
 
 def _add(columns: list[list[Tensor]], predicted_RS: Tensor, rows: list[int], source: int, n: int, measured: Tensor):

@@ -9,6 +9,12 @@ from .html import grid, notice, page, table
 
 Charts = dict[str, Chart]
 
+EFFECTS = {
+    "to_logits": "feature to logit",
+    "to_logits_attention_frozen": "feature to logit, attention frozen",
+    "to_features": "feature to feature",
+}
+
 
 def run_page(name: str, result: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> tuple[str, Charts]:
     """One run: everything that `eval.json` holds, and the course of its training."""
@@ -93,7 +99,9 @@ def _graphs(graph: Mapping[str, Any]) -> str:
 
 def _faithfulness(found: Mapping[str, Any]) -> str:
     rows = []
-    for kind, what in (("to_logits", "feature to logit"), ("to_features", "feature to feature")):
+    for kind, what in EFFECTS.items():
+        if kind not in found:  # an evaluation of an earlier version
+            continue
         for source, name in (("graph", "predicted by the graph"), ("random", "predicted for a matched random feature")):
             part = found[kind][source]
             figures = (part[figure] for figure in ("slope", "pearson", "spearman"))

@@ -94,7 +94,7 @@ def test_silencing_is_what_an_intervention_says(rm, asked) -> None:
         graph = graphs[question.prompt]
         ids, _ = path_features(graph, int(question.answer))
         off = [Intervention(*place, times=0.0) for place in places(graph, ids)]
-        result = rm.intervene(graph.tokens, off, mode="free")
+        result = rm.intervene(graph.tokens, off, mode="steer")
         assert row["path"] == pytest.approx(float(result.probabilities()[int(question.answer)]))
         clean = rm.lm(rm.lm.tokenize(question.prompt)[None])[0, -1].softmax(-1)
         assert row["clean"] == pytest.approx(float(clean[int(question.answer)]))
@@ -113,7 +113,7 @@ def test_a_swap_sets_what_the_partner_has(rm, asked) -> None:
     acts = rm.activations(graphs[1].tokens)
     both = {place for q, g in zip(asked, graphs) for place in places(g, path_features(g, int(q.answer))[0])}
     groups = [Intervention(l, t, f, value=float(acts[l][t, f])) for l, t, f in sorted(both)]
-    result = rm.intervene(graphs[0].tokens, groups, mode="free").probabilities()
+    result = rm.intervene(graphs[0].tokens, groups, mode="steer").probabilities()
     assert swap.other_swapped == pytest.approx(float(result[int(two.answer)]))
     assert swap.features == len(both)
     longer = trace(rm, "3 0 17 9 9 28 4 5")

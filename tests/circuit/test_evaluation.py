@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from crosslace.circuit.attribution import trace
 from crosslace.circuit.graph import DenseRows, Graph, Nodes
 from crosslace.circuit.judge.behaviour import TextBatch, resampled
 from crosslace.circuit.judge.controls import calibrate, neuron_condition, untrained
@@ -263,6 +264,17 @@ def chain_graph(weights: Sequence[float]) -> Graph:
 
 def test_path_length_of_a_chain():
     assert path_length(chain_graph((2.0, 3.0, 4.0))) == pytest.approx(3)
+
+
+def test_with_attention_frozen_effects_are_measured_apart(make_exact_replacement):
+    """The same predictions; measurements that differ, and follow them more closely without attention's answer."""
+    rm = make_exact_replacement("gpt2")
+    graphs = [trace(rm, [3, 0, 17, 9, 9, 28, i]) for i in range(4, 8)]
+    found = measure_faithfulness(rm, graphs, FaithfulnessPlan(pairs=40, per_prompt=16))
+    live, frozen = found["to_logits"], found["to_logits_attention_frozen"]
+    assert torch.equal(live.predicted, frozen.predicted) and not torch.allclose(live.measured, frozen.measured)
+    off = [compare(e.predicted, e.measured, e.prompt) for e in (live, frozen)]
+    assert off[1].pearson > off[0].pearson
 
 
 def test_total_effects_follow_every_path():
