@@ -1,7 +1,9 @@
 """The registry of configuration: which settings class describes which group, and which verb takes which.
 
 The classes themselves stand in the rooms, at the top of the module that they configure; here they are only named,
-so that reading this costs no import. The YAML files beside it are Hydra's groups.
+so that reading this costs no import. The YAML files beside it are Hydra's groups. A verb's root configuration is made
+of its own settings and its sections, each with the preset named here (`launch/settings/compose.py`); `schema` in a
+group is the settings class itself.
 """
 
 from typing import NamedTuple
@@ -18,24 +20,32 @@ class Section(NamedTuple):
     """What the group is about."""
     shorthand: str | None = None
     """The setting that `section=VALUE` sets when VALUE is not the name of a preset."""
+    preset: str = "schema"
+    """The preset that is taken where none is named; `schema` is the settings class's own defaults."""
 
 
 SECTIONS = {
-    "model": Section("data/models/language_model.py", "ModelSettings", "the language model", shorthand="name"),
-    "dataset": Section("data/text/dataset.py", "DatasetSettings", "the text", shorthand="name"),
-    "store": Section("data/harvest/harvest.py", "HarvestSettings", "the cached activations", shorthand="path"),
-    "transcoder": Section("train/settings.py", "TranscoderSettings", "the dictionary that is trained"),
-    "trainer": Section("train/settings.py", "TrainerSettings", "how it is trained"),
+    "model": Section(
+        "data/models/language_model.py", "ModelSettings", "the language model", shorthand="name", preset="world"
+    ),
+    "dataset": Section("data/text/dataset.py", "DatasetSettings", "the text", shorthand="name", preset="world"),
+    "store": Section(
+        "data/harvest/harvest.py", "HarvestSettings", "the cached activations", shorthand="path", preset="default"
+    ),
+    "transcoder": Section("train/settings.py", "TranscoderSettings", "the dictionary that is trained", preset="clt"),
+    "trainer": Section("train/settings.py", "TrainerSettings", "how it is trained", preset="default"),
     "parallel": Section("train/parallel/mesh.py", "ParallelSettings", "several processes"),
     "machine": Section("train/planning/plan.py", "MachineSettings", "the machine that --plan reckons with"),
-    "eval": Section("circuit/judge/evaluation.py", "EvalSettings", "what is measured"),
-    "trace": Section("circuit/attribution/tracer.py", "TraceSettings", "the attribution graph"),
+    "eval": Section("circuit/judge/evaluation.py", "EvalSettings", "what is measured", preset="default"),
+    "trace": Section("circuit/attribution/tracer.py", "TraceSettings", "the attribution graph", preset="default"),
     "features": Section("circuit/features/gather.py", "FeatureSettings", "the features' dashboards"),
     "labels": Section("circuit/labelling/study.py", "LabelSettings", "names for features, and what they are worth"),
     "view": Section("circuit/viewer/server.py", "ViewSettings", "the local page"),
     "wandb": Section("launch/workspace/tracking.py", "WandbSettings", "Weights & Biases"),
     "demo": Section("launch/settings/verb_settings.py", "DemoSettings", "how much the demonstration does"),
-    "launcher": Section("launch/settings/verb_settings.py", "LauncherSettings", "where the runs of a sweep run"),
+    "launcher": Section(
+        "launch/settings/verb_settings.py", "LauncherSettings", "where the runs of a sweep run", preset="local"
+    ),
     "world": Section(
         "data/worlds/world/sizes.py", "WorldSettings", "the bundled world (model=world)", shorthand="size"
     ),
@@ -63,6 +73,8 @@ class Verb(NamedTuple):
     """The groups that it takes."""
     examples: tuple[str, ...]
     """Commands to copy."""
+    smaller: str = ""
+    """What to change when memory runs out."""
 
 
 VERBS = {
@@ -72,6 +84,14 @@ VERBS = {
         "DemoVerbSettings",
         ("demo", "world", "store", "transcoder", "trainer", "trace", "features", "wandb"),
         ("crosslace demo run=runs/demo", "crosslace demo experiment=demo_quick run=runs/quick"),
+        "take experiment=demo_quick",
+    ),
+    "world": Verb(
+        "the bundled world: how well it answers, or train it again",
+        "launch.verbs.world",
+        "WorldVerbSettings",
+        ("world",),
+        ("crosslace world", "crosslace world world=tiny rebuild=true out=tiny"),
     ),
     "cache": Verb(
         "run a language model over text and store its activations",
@@ -82,6 +102,7 @@ VERBS = {
             "crosslace cache model=world dataset=world store=stores/world tokens=1M",
             "crosslace cache model=gpt2 dataset=pile store=stores/gpt2 tokens=100M",
         ),
+        "lower store.batch_tokens or store.memory, or take model.dtype=bfloat16",
     ),
     "train": Verb(
         "train a transcoder on a store, or on activations as they stream",
@@ -92,6 +113,10 @@ VERBS = {
             "crosslace train store=stores/gpt2 transcoder=clt run=runs/clt transcoder.features=24576",
             "crosslace train --plan experiment=llama32_1b_clt parallel.features=8",
         ),
+        (
+            "raise trainer.accumulate, lower trainer.batch or transcoder.features,"
+            " or share the features over processes (parallel.features)"
+        ),
     ),
     "eval": Verb(
         "measure a transcoder on held-out text",
@@ -99,6 +124,7 @@ VERBS = {
         "EvalVerbSettings",
         ("eval", "store", *SOURCES),
         ("crosslace eval run=runs/clt",),
+        "lower eval.batch or eval.max_nodes, or take model.dtype=bfloat16",
     ),
     "features": Verb(
         "make the dashboards of a transcoder's features",
@@ -110,6 +136,7 @@ VERBS = {
             "crosslace features run=runs/clt labels.score=true",
             "crosslace features run=runs/clt labels.explainer=local labels.model=smollm2 labels.features=20",
         ),
+        "lower features.tokens or features.top, name some features.layers, or take model.dtype=bfloat16",
     ),
     "trace": Verb(
         "trace the circuit behind a prompt's next token",
@@ -117,6 +144,7 @@ VERBS = {
         "TraceVerbSettings",
         ("trace", *SOURCES),
         ('crosslace trace run=runs/clt prompt="the capital of the state containing Dallas is" slug=dallas',),
+        "lower trace.batch, set trace.max_nodes, take trace.edges=top-k, or model.dtype=bfloat16",
     ),
     "steer": Verb(
         "set features and see what the model says then",
@@ -124,6 +152,7 @@ VERBS = {
         "SteerSettings",
         SOURCES,
         ('crosslace steer run=runs/clt prompt="..." set="[{layer: 1, position: 7, feature: 310, times: 0}]"',),
+        "shorten the prompt, or take model.dtype=bfloat16",
     ),
     "view": Verb(
         "look at graphs and features in a local page",

@@ -6,6 +6,7 @@ types, defaults and the documentation string after each are read from the syntax
 
 import ast
 import difflib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -85,14 +86,22 @@ def _default(node: ast.expr | None, module: str) -> str:
             if keyword.arg == "default_factory":
                 made = ast.unparse(keyword.value).removeprefix("lambda: ")
                 return {"list": "[]", "dict": "{}"}.get(made, made)
-    return ast.unparse(node)
+    return _computed(node)
+
+
+def _computed(node: ast.expr) -> str:
+    """A default as a value: `1 << 20` as 1048576, anything but arithmetic as it is written."""
+    known = (ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)
+    if not all(isinstance(part, known) for part in ast.walk(node)):
+        return ast.unparse(node)
+    return str(eval(compile(ast.Expression(node), "", "eval")))  # numbers and their operators alone
 
 
 def _constant(module: str, name: str) -> str | None:
     """The value of a constant that a default names, in its module or in the one it is imported from."""
     for node in ast.parse((PACKAGE / module).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            return ast.unparse(node.value)
+            return _computed(node.value)
         if isinstance(node, ast.ImportFrom) and node.level and any(alias.name == name for alias in node.names):
             folder = (PACKAGE / module).parents[node.level - 1]
             path = folder.joinpath(*(node.module or "").split("."))
@@ -118,9 +127,15 @@ def known_settings(verb: str) -> dict[str, Setting]:
     return {setting.name: setting for setting in [*verb_settings(verb), *sections]}
 
 
-def presets(group: str) -> list[str]:
-    """The names of a configuration group's presets."""
-    return sorted(path.stem for path in (PACKAGE / "conf" / group).glob("*.yaml"))
+def presets(group: str, own: Sequence[Path] = ()) -> list[str]:
+    """The names of a configuration group's presets: the package's, and those in the user's own folders."""
+    return sorted({path.stem for folder in (PACKAGE / "conf", *own) for path in (folder / group).glob("*.yaml")})
+
+
+def preset_file(group: str, name: str, own: Sequence[Path] = ()) -> Path:
+    """Where a preset stands; the package's own come first, as on Hydra's search path."""
+    places = [folder / group / f"{name}.yaml" for folder in (PACKAGE / "conf", *own)]
+    return next((path for path in places if path.is_file()), places[0])
 
 
 def closest(name: str, known: list[str]) -> str | None:

@@ -16,21 +16,23 @@ def cache_root() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "crosslace")
 
 
-def build_once(name: str, build: Callable[[Path], None]) -> Path:
-    """The cached folder `name`, built first when it is not there; processes that want it at once wait."""
+def build_once(name: str, build: Callable[[Path], None], anew: bool = False) -> Path:
+    """The cached folder `name`, built first when it is not there; processes that want it at once wait. With `anew` it
+    is built in any case, and takes the place of the one that was there."""
     folder = cache_root() / name
-    if folder.exists():
+    if folder.exists() and not anew:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{name}.lock")):
-            if folder.exists():
+            if folder.exists() and not anew:
                 return folder
             aside = folder.with_name(f"{name}.partial")
             shutil.rmtree(aside, ignore_errors=True)  # left behind by a build that was killed
             aside.mkdir()
             try:
                 build(aside)
+                shutil.rmtree(folder, ignore_errors=True)
                 aside.rename(folder)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)

@@ -8,3 +8,4 @@ from .world import Question as Question
 from .world import World as World
 from .world import WorldSettings as WorldSettings
 from .world import build_world as build_world
+from .world import pack_world as pack_world

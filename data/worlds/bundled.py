@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ..errors import Progress
+from ..muon import Muon
 
 
 def settings_hash(settings: Any, **more: Any) -> str:
@@ -94,7 +95,7 @@ def fit(
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers = [
-        torch.optim.Muon(matrices, lr=shape.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=shape.lr),
         torch.optim.AdamW(others, lr=shape.lr, betas=(0.9, 0.98), weight_decay=0.1),
     ]
     warmup = max(1, min(50, shape.steps // 20))

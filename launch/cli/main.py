@@ -1,10 +1,8 @@
 """`crosslace VERB [overrides]`: find the verb, check its settings, run it, and say how it ended.
 
 Nothing heavy is imported before the verb is known, so that help answers at once.
-Exit codes: 0 done, 1 a defect of ours, 2 bad input or circumstances, 130 stopped by the user.
 """
 
-import errno
 import os
 import sys
 import time
@@ -13,39 +11,31 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from ...conf import VERBS
-from ...data.errors import UserError, out_of_room
+from ...data.errors import UserError
+from .failures import failure_of, keep_traceback, patience
+from .flags import read_flags
 
-_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+DEBUG = {f"debug={yes}" for yes in ("true", "1", "yes", "on")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command; the exit code (see `failures`)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "debug=true" in [word.lower() for word in words]
     try:
         return _run(words)
-    except UserError as error:
-        return _end(str(error), 2, debug, error)
-    except KeyboardInterrupt:
-        return _end("stopped; what was finished is kept, and the same command goes on from there", 130, debug)
     except BrokenPipeError:
         # The reader of a pipe (`| head`) went away: nothing is wrong, and nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if (sentence := _about_the_disk(error)) is None:
-            return _end(f"{type(error).__name__}: {error} (debug=true shows where)", 1, debug)
-        return _end(sentence, 2, debug)
-    except ImportError as error:
-        return _end(f"a package that this needs is not installed or cannot be loaded: {error}", 2, debug)
-    except Exception as error:
-        first = (str(error).strip() or "no message").splitlines()[0]
-        return _end(f"this is a defect of ours, {type(error).__name__}: {first} (debug=true shows where)", 1, debug)
+    except (KeyboardInterrupt, Exception) as error:
+        return _end(error, words)
 
 
 def _run(words: list[str]) -> int:
     from .help import overview, verb_help
 
+    if len(words) > 1 and words[0] == "help":
+        words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
         overview()
         return 0
@@ -55,22 +45,36 @@ def _run(words: list[str]) -> int:
         print(f"crosslace {__version__}")
         return 0
     verb, rest = words[0], words[1:]
+    if verb in ("completion", "complete"):
+        from .completion import candidates, script
+
+        print(script(rest[0] if rest else "") if verb == "completion" else "\n".join(candidates(rest[0])), end="")
+        return 0
     if verb not in VERBS:
         from ...conf.describe import closest
 
         near = closest(verb, list(VERBS))
         guess = f"did you mean {near}?" if near else f"the verbs are {', '.join(VERBS)}"
         raise UserError(f"`{verb}` is not a verb; {guess}")
-    if any(word in ("-h", "--help") for word in rest):
+    flags = read_flags(rest)
+    if flags.help:
         verb_help(verb)
         return 0
 
     from ..workspace import start
 
-    job = start(verb, rest)
+    find = lambda: import_module(f"...{VERBS[verb].module}", __package__).run
+    if flags.multirun:
+        from ..sweeps import run_each
+
+        return run_each(verb, flags.words, find())
+    job = start(verb, flags.words)
+    if flags.cfg:
+        print(job.config.as_yaml(), end="")
+        return 0
     try:
         with job.progress:
-            closing = import_module(f"...{VERBS[verb].module}", __package__).run(job)
+            closing = find()(job)
     finally:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             from ...train.parallel import leave
@@ -83,29 +87,13 @@ def _run(words: list[str]) -> int:
     return closing.code
 
 
-def _about_the_disk(error: OSError) -> str | None:
-    where = f" ({error.filename})" if error.filename else ""
-    if out_of_room(error):
-        return f"no space is left on the disk{where}; free some, and give the same command again to go on"
-    if error.errno in _CLOSED:
-        return f"cannot write there{where}: the folder is read-only for you; name another"
-    return None
-
-
-def _end(sentence: str, code: int, debug: bool, error: BaseException | None = None) -> int:
-    if debug:
-        traceback.print_exc()
-    time.sleep(_patience(error))
+def _end(error: BaseException, words: Sequence[str]) -> int:
+    failure = failure_of(error, words)
+    sentence = failure.sentence
+    if failure.traced:
+        sentence += f" ({keep_traceback(error, words)})"
+    elif DEBUG & {word.lower() for word in words}:
+        traceback.print_exception(error)
+    time.sleep(patience(error))
     print(f"crosslace: {sentence}", file=sys.stderr)
-    return code
-
-
-def _patience(error: BaseException | None) -> float:
-    """Seconds before a process speaks up: of several that fail, one should, and torchrun ends the others with it."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return 0.0
-    from ...train.parallel import FirstFailure, PeerLost
-
-    if isinstance(error, PeerLost):
-        return 10.0
-    return 0.0 if isinstance(error, FirstFailure) or os.environ.get("RANK", "0") == "0" else 5.0
+    return failure.code

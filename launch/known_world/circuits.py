@@ -7,6 +7,7 @@ the right state or it does not; over many held-out cities, that is a test of gra
 
 import random
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -78,7 +79,7 @@ def traced(
     labels = Labels.load(run)
     graph = model.trace(question.prompt, settings)
     name_features(graph, labels)
-    graph.metadata["prompt"] = question.prompt
+    graph.metadata |= {"prompt": question.prompt, "asked": {"prompt": question.prompt, "trace": asdict(settings)}}
     folder = graph.save(run / "graphs" / slug)
     path = question_path(world, graph, labels, question)
     picture = render_graph_svg(graph, labels, title=question.prompt, path=path.nodes if path else None)

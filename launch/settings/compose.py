@@ -12,7 +12,6 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ...conf import ALIASES, SECTIONS, VERBS
-from ...conf.describe import Setting, closest, known_settings, presets
+from ...conf.describe import PACKAGE, Setting, closest, known_settings, preset_file, presets
 from ...data.errors import SettingsError
 
 GROUPS = ("launcher", "model", "dataset", "store", "transcoder", "trainer", "eval", "trace", "experiment")
@@ -54,6 +53,12 @@ class Config:
         """The verb's own settings object."""
         cls = _load("launch/settings/verb_settings.py", VERBS[self.verb].settings)
         return build(cls, {field.name: self.values[field.name] for field in dataclasses.fields(cls)}, "")
+
+    def as_yaml(self) -> str:
+        """The verb's settings, as a preset would have them."""
+        own = [field.name for field in dataclasses.fields(type(self.top()))]
+        shown = {name: self.values[name] for name in (*own, *VERBS[self.verb].sections)}
+        return OmegaConf.to_yaml(OmegaConf.create(shown))
 
     def check(self) -> None:
         """Build everything once, so that a contradiction is refused before any work starts."""
@@ -148,69 +153,102 @@ def _root_schema(verb: str) -> type:
     return dataclasses.make_dataclass(own.__name__, places, bases=(own,))
 
 
-@cache
-def register_sections() -> None:
-    """Register each section's schema as `schema` in its group (or under its name where it has no presets)."""
+def register(verb: str, sections: Sequence[str]) -> str:
+    """Register the schemas of some sections, and a verb's configuration of its own settings and those; its name."""
     store = ConfigStore.instance()
-    for name in SECTIONS:
+    for name in sections:
         store.store(group=name, name="schema", node=_schema(settings_class(name)))
+    store.store(name="top", node=_root_schema(verb))
+    chosen = [{name: SECTIONS[name].preset} for name in sections]
+    store.store(name=f"of_{verb}", node={"defaults": ["top", *chosen, "_self_", {"experiment": None}]})
+    return f"of_{verb}"
 
 
 def compose_config(verb: str, words: Sequence[str]) -> Config:
     """The configuration of `crosslace VERB WORDS`; a mistake is one sentence in a SettingsError."""
+    own = own_folders(words)
     overrides = tidy(verb, words)
-    parsed = refuse_unknown(verb, overrides)
-    register_sections()
-    ConfigStore.instance().store(name="top", node=_root_schema(verb))
+    parsed = refuse_unknown(verb, overrides, own)
+    given = [override.key_or_group.strip("+") for override in parsed]
+    # Importing a room takes seconds: only an experiment, which may set any group, needs every section.
+    root = register(verb, list(SECTIONS) if "experiment" in given else VERBS[verb].sections)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("crosslace.conf", version_base="1.3"):
-            composed = compose("config", overrides)
+            composed = compose(root, [*overrides, *_searched(own)])
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise SettingsError(in_one_sentence(verb, error)) from error
     assert isinstance(values, dict)
-    given = [override.key_or_group.strip("+") for override in parsed]
-    if any(name == "experiment" for name in given):
-        given += _set_by_experiment(next(o.value() for o in parsed if o.key_or_group == "experiment"))
+    if "experiment" in given:
+        given += _set_by_experiment(next(o.value() for o in parsed if o.key_or_group == "experiment"), own)
     return Config(verb, {str(key): value for key, value in values.items() if key != "experiment"}, given)
 
 
-def preset(group: str, name: Any) -> tuple[list[Any], dict[str, Any]]:
+def own_folders(words: Sequence[str]) -> list[Path]:
+    """Where the user's own presets stand: what `hydra.searchpath` names, then ./conf."""
+    named = [word.partition("=")[2] for word in words if word.startswith("hydra.searchpath=")]
+    parts = [part.strip().strip("'\"") for folders in named for part in folders.strip("[]").split(",")]
+    folders = [Path(part.removeprefix("file://")) for part in parts]
+    for folder in folders:
+        if not folder.is_dir():
+            raise SettingsError(f"hydra.searchpath={folder} is no folder; it takes folders such as [./conf]")
+    here = Path("conf")
+    if here.is_dir() and here.resolve() != PACKAGE / "conf":
+        folders.append(here)
+    return folders
+
+
+def _searched(own: Sequence[Path]) -> list[str]:
+    places = ",".join(_quote(f"file://{folder.resolve()}") for folder in own)
+    return [f"hydra.searchpath=[{places}]"] if own else []
+
+
+def preset(group: str, name: Any, own: Sequence[Path] = ()) -> tuple[list[Any], dict[str, Any]]:
     """What a preset builds on, and the settings that it names itself."""
-    plain = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "conf" / group / f"{name}.yaml"))
+    plain = OmegaConf.to_container(OmegaConf.load(preset_file(group, name, own)))
     assert isinstance(plain, dict)
     settings = {str(key): value for key, value in plain.items()}
     return settings.pop("defaults", []), settings
 
 
-def _set_by_experiment(name: Any) -> list[str]:
-    """The settings that an experiment preset names: they count as given."""
-    bases, settings = preset("experiment", name)
-    found = [str(key).removeprefix("override /") for base in bases if isinstance(base, dict) for key in base]
+def _set_by_experiment(name: Any, own: Sequence[Path]) -> list[str]:
+    """The settings that an experiment preset names, or one that it builds on: they count as given."""
+    bases, settings = preset("experiment", name, own)
+    found = []
+    for base in bases:
+        pairs = base.items() if isinstance(base, dict) else [("experiment", base)]
+        for key, value in pairs:
+            group = str(key).removeprefix("override ").lstrip("/")
+            if group == "experiment" and value != "_self_":
+                found += _set_by_experiment(str(value).rpartition("/")[2], own)
+            elif group != "experiment":
+                found.append(group)
     for key, value in settings.items():
         found += [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else [str(key)]
     return found
 
 
-def tidy(verb: str, words: Sequence[str]) -> list[str]:
-    """Hydra's overrides from what people type."""
-    known = known_settings(verb)
+def tidy(verb: str, words: Sequence[str], several: bool = False) -> list[str]:
+    """Hydra's overrides from what people type; with `several`, commas part several values of a setting."""
+    known, own = known_settings(verb), own_folders(words)
     overrides = []
     for word in words:
+        if word.startswith("hydra.searchpath="):
+            continue  # `compose_config` gives it on, with ./conf
         key, equals, value = word.partition("=")
         key = key.lstrip("+")
         key = ALIASES[key] if ALIASES.get(key) in known else key
         if not equals:
             raise SettingsError(f"`{word}` is not a setting; settings are written name=value, such as run=runs/clt")
-        if key in SECTIONS and key in GROUPS + tuple(SECTIONS) and value not in presets(key):
+        if key in SECTIONS and key in GROUPS + tuple(SECTIONS) and value not in presets(key, own):
             short = SECTIONS[key].shorthand
-            if short is not None and not (verb == "sweep" and "," in value):
+            if short is not None and not (several and "," in value):
                 key = f"{key}.{short}"
         kind = known[key].type if key in known else ""
         if (amount := _AMOUNT.fullmatch(value)) and kind.startswith("int"):
             value = str(round(float(amount[1]) * _UNITS[amount[2]]))
-        listed = verb == "sweep" and "," in value and key != "run"
+        listed = several and "," in value
         if kind.startswith("str") and not (listed or value == "null" or _QUOTED.match(value)):
             value = _quote(value)
         opened = "++" if key.startswith("launcher.options.") else ""  # the launcher's own, which Hydra checks
@@ -225,7 +263,7 @@ def _quote(text: str) -> str:
     return "'" + escaped.replace("${", r"\${") + "'"
 
 
-def refuse_unknown(verb: str, overrides: Sequence[str]) -> list[Override]:
+def refuse_unknown(verb: str, overrides: Sequence[str], own: Sequence[Path] = ()) -> list[Override]:
     """Look every override's name up; the parsed overrides."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -237,12 +275,12 @@ def refuse_unknown(verb: str, overrides: Sequence[str]) -> list[Override]:
         key = override.key_or_group
         if key.startswith("hydra"):
             continue
-        if override.is_sweep_override() and verb != "sweep":
-            raise SettingsError(f"{key} takes one value here; several are for `crosslace sweep`")
+        if override.is_sweep_override():
+            raise SettingsError(f"{key} takes one value here; several are for `crosslace sweep`, or for `-m`")
         if override.is_delete():
             raise SettingsError(f"~{key} is not possible: settings can be changed, not removed")
         if key in taken and key in GROUPS:
-            _check_preset(key, override)
+            _check_preset(key, override, own)
         elif key in taken:
             raise SettingsError(f"{key}={override.value()} is not possible; set {_fields_of(verb, key)}")
         elif key.startswith("launcher.options."):
@@ -252,15 +290,12 @@ def refuse_unknown(verb: str, overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def _check_preset(group: str, override: Override) -> None:
-    values = [str(v) for v in override.value().list] if override.is_choice_sweep() else [override.value()]  # type: ignore[union-attr]
-    for value in values:
-        if value not in presets(group):
-            near = closest(str(value), presets(group))
-            guess = f"; did you mean {group}={near}?" if near else ""
-            raise SettingsError(
-                f"{group}={value} is not known{guess or ';'} it takes one of {', '.join(presets(group))}"
-            )
+def _check_preset(group: str, override: Override, own: Sequence[Path]) -> None:
+    value, known = override.value(), presets(group, own)
+    if value not in known:
+        near = closest(str(value), known)
+        guess = f"; did you mean {group}={near}?" if near else ""
+        raise SettingsError(f"{group}={value} is not known{guess or ';'} it takes one of {', '.join(known)}")
 
 
 def _fields_of(verb: str, section: str) -> str:
@@ -289,7 +324,12 @@ def in_one_sentence(verb: str, error: BaseException) -> str:
             found = re.search(r"Value '(.*?)'", str(cause), re.DOTALL)
             value = f"={found[1]}" if found else ""
             return f"{setting.name}{value} is not of the right type; it takes {setting.takes}"
-        cause = cause.__cause__
+        if full_key and str(full_key).partition(".")[0] in SECTIONS:
+            place = re.match(r"In '(.*?)'", str(error))
+            return _unknown(verb, str(full_key), list(known_settings(verb))) + (
+                f" (in {place[1]}.yaml)" if place else ""
+            )
+        cause = cause.__cause__ or cause.__context__
     return f"could not read the settings: {_first_line(error)}"
 
 

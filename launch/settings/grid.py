@@ -22,11 +22,11 @@ class Point(NamedTuple):
     """Overrides, as for `crosslace train`."""
 
 
-def grid(words: Sequence[str]) -> list[Point]:
-    """All combinations of the settings that are given several values."""
+def grid(words: Sequence[str], leave_out: Sequence[str] = OF_THE_SWEEP) -> list[Point]:
+    """All combinations of the settings that are given several values; those that are left out stay with the caller."""
     fixed, choices = [], []
     for word, override in zip(words, OverridesParser.create().parse_overrides(list(words))):
-        if override.key_or_group.split(".")[0] in OF_THE_SWEEP:
+        if override.key_or_group.split(".")[0] in leave_out:
             continue
         if override.is_sweep_override():
             key = override.key_or_group

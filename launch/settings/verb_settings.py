@@ -45,6 +45,16 @@ class DemoSettings:
 
 
 @dataclass(frozen=True)
+class WorldVerbSettings(Common):
+    """The bundled world."""
+
+    rebuild: bool = False
+    """Train the world anew, even where it is shipped or in the cache; the new one takes the cached one's place."""
+    out: str | None = None
+    """Also write the world to this new folder, in the form in which the package ships it."""
+
+
+@dataclass(frozen=True)
 class CacheSettings(Common):
     """Caching activations."""
 
@@ -73,6 +83,8 @@ class EvalVerbSettings(Common):
 
     run: str = ""
     """The run, or any folder that holds a transcoder."""
+    overwrite: bool = False
+    """Replace an evaluation of this run that was made with other settings."""
 
     def __post_init__(self) -> None:
         require("run", self.run, "the folder of a run")
@@ -84,6 +96,8 @@ class FeaturesSettings(Common):
 
     run: str = ""
     """The run, or any folder that holds a transcoder."""
+    overwrite: bool = False
+    """Replace dashboards of this run that were made with other settings; names given by hand stay in any case."""
 
     def __post_init__(self) -> None:
         require("run", self.run, "the folder of a run")
@@ -99,6 +113,8 @@ class TraceVerbSettings(Common):
     """The text whose next token is to be explained."""
     slug: str | None = None
     """The graph's short name: letters, digits, `_`, `.` and `-`; made from the prompt when not given."""
+    overwrite: bool = False
+    """Replace a graph of this name that answers another question; supernodes made by hand stay where their nodes do."""
     force: bool = False
     """Trace although the transcoder was trained on another model."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..settings import Config, preset
 from ..terminal import Closing, duration, table
 from ..workspace import Job, open_corpus, open_replacement, runs, world_of
-from . import cache, evaluate, train
+from . import cache, evaluate, features, train
 
 if TYPE_CHECKING:
     from ...circuit.model import ReplacementModel
@@ -115,6 +115,7 @@ class Demo:
             result = evaluate.evaluated(
                 model, open_corpus(part, model.lm), part.section("eval"), part.progress.named(kind)
             )
+            result["made_with"]["settings"] = evaluate.asked(part)
             evaluate.write(self.folder / kind, result)
             found[kind] = evaluate.headline(result) | {"top1": self.answered(model)}
         return found
@@ -139,6 +140,7 @@ class Demo:
             labels.update(label_features(model, self.the_world(model), part.top.seed, progress))
             labels.save(run)
             build_features(model, open_corpus(part, model.lm), run, part.section("features"), progress)
+            features.remember(run, part)
             found[kind] = {"named": len(labels), "states_with_detectors": len(state_features(labels))}
         return found
 

@@ -30,12 +30,13 @@ def run(job: Job) -> Closing:
 
     folder = Path(job.top.run)
     runs.writable(folder)
+    runs.refuse_other(folder / "eval.json", settings_of(folder), asked(job), job.top.overwrite)
     _ = job.process  # first of all: nothing lies on another process's device
     model = open_replacement(job, folder)
     corpus = open_corpus(job, model.lm)
     with processes(ParallelSettings.as_started(), model.lm.device) as comm:
         result = evaluated(model, corpus, job.section("eval"), job.progress, comm)
-    result["made_with"]["settings"] = {name: job.config.values[name] for name in ("eval", "dataset", "model")}
+    result["made_with"]["settings"] = asked(job)
     if job.is_main:
         write(folder, result)
     wrote = [("eval.json", "every figure"), ("report.html", "a page about the run"), ("plots", "its pictures as PNG")]
@@ -46,6 +47,17 @@ def run(job: Job) -> Closing:
         wrote=[(str(folder / name), what) for name, what in wrote],
         next=[f"crosslace features run={folder}", f'crosslace trace run={folder} prompt="..."'],
     )
+
+
+def asked(job: Job) -> dict[str, Any]:
+    """The settings on which the figures depend."""
+    return {name: job.config.values[name] for name in ("eval", "dataset", "model")}
+
+
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """The settings of the evaluation that the folder holds, if it says them."""
+    path = folder / "eval.json"
+    return runs.read_json(path).get("made_with", {}).get("settings") if path.is_file() else None
 
 
 def evaluated(

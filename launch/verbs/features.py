@@ -9,6 +9,13 @@ from ..workspace import Job, open_corpus, open_replacement, runs, world_of
 if TYPE_CHECKING:
     from ...circuit.labelling import EndpointJudge, LabelSettings, LocalJudge, Study
 
+KEPT = ("features", "dataset", "model")
+
+
+def remember(run: Path, job: Job) -> None:
+    """Keep beside the dashboards what they were made with."""
+    runs.write_yaml(run / "features" / "config.yaml", {name: job.config.values[name] for name in KEPT})
+
 
 def run(job: Job) -> Closing:
     """Of several processes the first does it all, and the others wait."""
@@ -26,6 +33,10 @@ def described(job: Job) -> Closing:
 
     folder, settings = Path(job.top.run), job.section("labels")
     runs.writable(folder)
+    asked = {name: job.config.values[name] for name in KEPT}
+    home = folder / "features"
+    known = runs.saved_settings(home) or None
+    runs.refuse_other(home / "index.json.gz", known, asked, job.top.overwrite)
     judge = open_judge(settings, folder)
     model = open_replacement(job, folder)
     world = world_of(model.lm)
@@ -37,6 +48,7 @@ def described(job: Job) -> Closing:
         labels.save(folder)
     corpus = open_corpus(job, model.lm)
     build_features(model, corpus, folder, job.section("features"), job.progress)
+    remember(folder, job)
     found = (
         named(job, settings, model, corpus, folder, judge) if settings.score or settings.explainer != "tokens" else None
     )

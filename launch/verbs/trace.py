@@ -2,30 +2,35 @@
 
 import itertools
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ...data.errors import UserError
 from ..terminal import Closing, table
 from ..workspace import Job, open_replacement, runs
 
 if TYPE_CHECKING:
-    from ...circuit.graph import Graph
+    from ...circuit.graph import Graph, Node
 
 
 def run(job: Job) -> Closing:
     """Trace, label, save, draw."""
     from ...circuit.features import Labels, name_features
-    from ...circuit.graph import strongest_paths_text, summary_text
+    from ...circuit.graph import Graph, strongest_paths_text, summary_text
     from ...circuit.viewer import render_graph_svg
 
-    top, run_folder = job.top, Path(job.top.run)
-    folder = run_folder / "graphs" / (top.slug or free_slug(run_folder, top.prompt))
+    top, run_folder, settings = job.top, Path(job.top.run), job.section("trace")
+    asked = {"prompt": top.prompt, "trace": asdict(settings)}
+    folder = graph_folder(run_folder, top.slug, asked, top.overwrite)
     runs.writable(folder)
     model = open_replacement(job, run_folder, top.force, lazy_decoders=True)
-    graph = model.trace(top.prompt, job.section("trace"), progress=job.progress)
+    graph = model.trace(top.prompt, settings, progress=job.progress)
     labels = Labels.load(run_folder)
     name_features(graph, labels)
-    graph.metadata["prompt"] = top.prompt
+    if (folder / "graph.json").is_file():
+        keep_supernodes(Graph.load(folder), graph)
+    graph.metadata |= {"prompt": top.prompt, "asked": asked}
     graph.save(folder)
     runs.write_text(folder / "graph.svg", render_graph_svg(graph, labels))
     return Closing(
@@ -40,19 +45,41 @@ def run(job: Job) -> Closing:
     )
 
 
-def free_slug(run: Path, prompt: str) -> str:
-    """The graph's name from the prompt's last words; numbered where another prompt's graph has it already."""
-    slug = runs.slug_of(prompt)
-    numbered = itertools.chain([slug], (f"{slug}-{number}" for number in itertools.count(2)))
-    return next(name for name in numbered if traced_prompt(run / "graphs" / name) in (None, prompt))
+def graph_folder(run: Path, slug: str | None, asked: dict[str, Any], overwrite: bool) -> Path:
+    """Where the graph goes: under the name that was given, unless another question's graph has it; else under a name
+    from the prompt's last words, numbered where it is another's."""
+    if slug is not None:
+        folder = run / "graphs" / slug
+        if not overwrite and asked_before(folder) not in (None, asked):
+            raise UserError(
+                f"{folder} holds the graph of another question; give another slug, or replace it with overwrite=true"
+            )
+        return folder
+    name = runs.slug_of(asked["prompt"])
+    numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(f for f in (run / "graphs" / slug for slug in numbered) if asked_before(f) in (None, asked))
 
 
-def traced_prompt(folder: Path) -> str | None:
-    """The prompt whose graph a folder holds, if it holds one."""
+def asked_before(folder: Path) -> dict[str, Any] | None:
+    """The question whose graph a folder holds, if it holds one: prompt and settings."""
     try:
-        return json.loads((folder / "graph.json").read_text(encoding="utf-8"))["metadata"].get("prompt")
+        header = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
+    return header["metadata"].get("asked", {"prompt": header["metadata"].get("prompt")})
+
+
+def keep_supernodes(old: "Graph", new: "Graph") -> None:
+    """Carry groups over from an earlier trace of the same name: those of other names, node by node."""
+
+    def key(node: "Node") -> tuple[str, int, int, int]:
+        return (node.kind, node.layer, node.position, node.index)
+
+    place = {key(node): node.id for node in new.nodes}
+    for name, members in old.supernodes.items():
+        kept = [place[key(old.nodes[id])] for id in members if key(old.nodes[id]) in place]
+        if kept and name not in new.supernodes:
+            new.group(name, kept)
 
 
 def logits_table(graph: "Graph"):

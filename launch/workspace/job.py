@@ -67,8 +67,6 @@ def start(verb: str, words: Sequence[str]) -> Job:
         # Read by Hugging Face's libraries when they are imported: no bars in a log file.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    if verb == "train":
-        words = ["plan=true" if word == "--plan" else word for word in words]
     if verb == "report":
         plain = [word for word in words if "=" not in word]
         words = [word for word in words if "=" in word]
@@ -78,7 +76,7 @@ def start(verb: str, words: Sequence[str]) -> Job:
     if verb == "demo" and not any(word.startswith("experiment=") for word in words):
         words = ["experiment=demo", *words]
     if verb == "sweep":
-        words = tidy(verb, words)
+        words = tidy(verb, words, several=True)
         config = compose_config(verb, single_values(words))
     else:
         config = compose_config(verb, words)

@@ -49,6 +49,18 @@ def claim(run: Path, settings: dict[str, Any]) -> bool:
     return False
 
 
+def refuse_other(path: Path, saved: dict[str, Any] | None, settings: dict[str, Any], overwrite: bool) -> None:
+    """Refuse to write over a result that was made with other settings; `saved` is None where nothing is known of it."""
+    if overwrite or not path.exists():
+        return
+    differing = ["its settings are not known"] if saved is None else differences(saved, settings)
+    if differing:
+        raise UserError(
+            f"{path} was made with other settings ({'; '.join(differing[:3])}); "
+            "keep it and take those settings, or replace it with overwrite=true"
+        )
+
+
 def release(run: Path) -> None:
     """Give up a folder that was claimed just now, where its training was refused before it wrote anything."""
     if {path.name for path in run.iterdir()} <= {"config.yaml", "wandb"}:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...data.muon import Muon
 from ..parallel import SINGLE, Collectives
 from ..settings import TrainerSettings
 from ..sparse import RowGradients, adam_numbers, adam_rows
@@ -41,9 +42,7 @@ class Optimizers:
             (adam, rest, MOMENTS["adam"])
         ]
         if muon:
-            second = torch.optim.Muon(
-                list(muon.values()), weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+            second = Muon(muon.values(), weight_decay=settings.weight_decay)
             self.parts.append((second, muon, MOMENTS["muon"]))
         for optimizer, parameters, moments in self.parts:
             for parameter in parameters.values():

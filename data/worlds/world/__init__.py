@@ -2,6 +2,7 @@
 
 from .build import build_world as build_world
 from .questions import Question as Question
+from .shipped import pack_world as pack_world
 from .sizes import WorldSettings as WorldSettings
 from .world import FACTS_FILE as FACTS_FILE
 from .world import World as World

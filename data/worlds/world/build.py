@@ -1,7 +1,9 @@
-"""Building a world: write its sentences, make its tokenizer, train its model, and write down how well it answers."""
+"""Building a world: write its sentences, make its tokenizer, train its model, and write down how well it answers.
+
+The usual ones are shipped (`shipped.py`): only other settings are trained here.
+"""
 
 import hashlib
-import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,11 +16,12 @@ from ...cache import build_once
 from ...errors import Progress, silent
 from ..bundled import TrainingBatch, fit, save_model, settings_hash, small_llama
 from .questions import Question, all_questions, states_of
+from .shipped import shipped_world, unpack, write_record
 from .sizes import SIZES, WorldSettings, WorldSize, as_dict
 from .tokenizer import build_tokenizer
-from .world import FACTS_FILE, World
+from .world import World
 
-RECIPE = 1
+RECIPE = 2
 """Part of the cache key: raise it when a change to the code changes the model."""
 PROMPT_WEIGHT = 0.1
 """Most of a prompt cannot be foreseen (which city?), so its tokens weigh less in the loss than the answer's."""
@@ -27,19 +30,38 @@ PARTS = 3
 
 
 def build_world(
-    settings: WorldSettings | None = None, progress: Progress = silent, device: torch.device | str = "cpu"
+    settings: WorldSettings | None = None,
+    progress: Progress = silent,
+    device: torch.device | str = "cpu",
+    rebuild: bool = False,
 ) -> Path:
-    """The folder of a world's model, tokenizer and facts, in the cache; trained first when it is not there yet."""
+    """The folder of a world's model, tokenizer and facts, in the cache: the shipped one, else one that is trained.
+    With `rebuild` it is trained in any case."""
     settings = settings or WorldSettings()
     size = SIZES[settings.size]
     questions = all_questions(size.extent, settings.seed)
-    facts = hashlib.sha256(repr(questions).encode()).hexdigest()
-    key = settings_hash(settings, recipe=RECIPE, facts=facts, shape=asdict(size.shape), weights=size.weights)
-    return build_once(f"world-{key}", lambda folder: _build(folder, settings, size, questions, progress, device))
+    key = world_key(settings)
+
+    def make(folder: Path) -> None:
+        shipped = None if rebuild else shipped_world(key)
+        if shipped is not None:
+            unpack(shipped, questions, folder)
+        else:
+            _build(folder, key, settings, size, questions, progress, device)
+
+    return build_once(f"world-{key}", make, anew=rebuild)
+
+
+def world_key(settings: WorldSettings) -> str:
+    """The hash of all that a world depends on: settings, facts, recipe."""
+    size = SIZES[settings.size]
+    facts = hashlib.sha256(repr(all_questions(size.extent, settings.seed)).encode()).hexdigest()
+    return settings_hash(settings, recipe=RECIPE, facts=facts, shape=asdict(size.shape), weights=size.weights)
 
 
 def _build(
     folder: Path,
+    key: str,
     settings: WorldSettings,
     size: WorldSize,
     questions: list[Question],
@@ -52,25 +74,28 @@ def _build(
     model = small_llama(shape, tokenizer, settings.seed)
     sampler = Sampler(questions, tokenizer, size.weights, shape.batch, settings.seed)
     losses = fit(model, shape, sampler, progress, "training the world", torch.device(device))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())  # as it is shipped; the figures below are those of the rounded weights
     trained = time.monotonic()
     record = {
         "format": "crosslace-world",
         "version": 1,
+        "key": key,
         "settings": as_dict(settings),
         "accuracy": {},
         "splits": {},
         "loss": losses[-1],
         "seconds": {},
-        "questions": [asdict(question) for question in questions],
     }
-    world = World(folder, tokenizer, record)
+    world = World(folder, tokenizer, record, questions)
     logits = lambda tokens: model(input_ids=tokens, use_cache=False).logits
     for split in ("train", "held_out"):
         record["accuracy"][split] = world.accuracy(logits, split, device)
         record["splits"][split] = {family: len(world.questions(family, split)) for family in world.families}
     record["seconds"] = {"train": trained - started, "total": time.monotonic() - started}
     save_model(model, tokenizer, folder)
-    (folder / FACTS_FILE).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+    write_record(folder, record, questions)
 
 
 def make_tokenizer(size: WorldSize, questions: list[Question]) -> PreTrainedTokenizerFast:

@@ -34,7 +34,7 @@ class WorldSize:
 
 SIZES: dict[str, WorldSize] = {
     "tiny": WorldSize(
-        LlamaShape(layers=3, width=64, heads=4, mlp=128, context=64, steps=100, batch=256, lr=5e-3),
+        LlamaShape(layers=3, width=64, heads=4, mlp=128, context=64, steps=300, batch=256, lr=5e-3),
         Extent(states=6, cities=10, relations=2, pairs=8, names=300, sums=0, held_out=0.2),
         {"two_hop": 0.6, "opposites": 0.25, "acronyms": 0.15, "addition": 0.0},
     ),

@@ -21,12 +21,14 @@ FACTS_FILE = "world.json"
 class World:
     """A world's facts and tokenizer; its model lies in `folder` and loads like any other."""
 
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], questions: list[Question]
+    ) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
         self.record = record
         """The rest of world.json: settings, splits, accuracy, seconds."""
-        self.all_questions = [Question(**question) for question in record["questions"]]
+        self.all_questions = questions
 
     @classmethod
     def load(cls, folder: str | Path) -> "World":
@@ -34,7 +36,8 @@ class World:
         if not (folder / FACTS_FILE).is_file():
             raise UserError(f"{folder} is not a world: it has no {FACTS_FILE}; build one with model=world")
         record = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-        return cls(folder, PreTrainedTokenizerFast.from_pretrained(folder), record)
+        questions = [Question(**question) for question in record.pop("questions")]
+        return cls(folder, PreTrainedTokenizerFast.from_pretrained(folder), record, questions)
 
     @property
     def families(self) -> list[str]:
