@@ -394,13 +394,19 @@ def harvest(
 def cache_split(harvester: Harvester, writer: StoreWriter, split: str, into: str, progress: Progress) -> int:
     """Write this process's windows of a corpus' split into one of the store; the number of all its windows."""
     count = 0
+    settings = harvester.settings
+    label = "caching activations" if split == "train" else "caching held-out activations"
+    rows = settings.train_rows if split == "train" else settings.held_out_rows
     for planned in harvester.windows(split, writer.shuffle_rows):
+        before = count * writer.shuffle_rows
         count += 1
         if writer.mine(planned.index) and not writer.done(into, planned.index):
             window = writer.window(into, planned.index, planned.rows)
-            label = "caching activations" if split == "train" else "caching held-out activations"
-            harvester.fill(planned, window, progress, label)
+            whole = lambda label, done, _=None, note="", before=before: progress(label, before + done, rows, note)
+            harvester.fill(planned, window, whole, label)
             writer.write(into, planned.index, window)
+    if count:
+        progress(label, rows, rows)
     return count
 
 

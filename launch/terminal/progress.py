@@ -2,12 +2,13 @@
 
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 PLAIN_EVERY_S = 10.0
 
@@ -27,6 +28,30 @@ def rate(per_second: float) -> str:
     return f"{per_second:.1f}/s"
 
 
+class Pace:
+    """How fast something advances, over the last half minute: a slow start or what was done before does not count."""
+
+    STRETCH_S = 30.0
+
+    def __init__(self) -> None:
+        self.seen: deque[tuple[float, float]] = deque()
+
+    def at(self, now: float, done: float) -> float:
+        """Take note of a moment; units a second, 0 where nothing can be said yet."""
+        if self.seen and done < self.seen[-1][1]:
+            self.seen.clear()
+        self.seen.append((now, done))
+        while len(self.seen) > 2 and self.seen[1][0] <= now - self.STRETCH_S:
+            self.seen.popleft()
+        (start, first), (end, last) = self.seen[0], self.seen[-1]
+        return (last - first) / (end - start) if end > start else 0.0
+
+
+def left(done: float, total: float | None, speed: float) -> str:
+    """The time left, where it can be told."""
+    return f"{duration((total - done) / speed)} left" if total is not None and speed > 0 and done < total else ""
+
+
 class Bars:
     """A progress (see `data.errors.Progress`) drawn with rich; labels become bars in the order they come."""
 
@@ -35,28 +60,25 @@ class Bars:
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[rate]}  {task.fields[left]}"),
             TextColumn("{task.fields[note]}", style="dim"),
             console=Console(stderr=True),
             refresh_per_second=4,
         )
         self.tasks: dict[str, TaskID] = {}
-        self.started: dict[str, tuple[float, float]] = {}
+        self.paces: dict[str, Pace] = {}
 
     def __call__(self, label: str, done: float, total: float | None = None, note: str = "") -> None:
-        now = time.monotonic()
-        if label not in self.tasks or done < self.started[label][1]:
+        if label not in self.tasks:
             if not self.tasks:
                 self.bars.start()
-            if label not in self.tasks:
-                self.tasks[label] = self.bars.add_task(label, total=total, note=note, rate="")
-            self.started[label] = (now, done)
-        start, first = self.started[label]
-        speed = rate((done - first) / (now - start)) if now - start > 1 and done > first else ""
+            self.tasks[label] = self.bars.add_task(label, total=total, note=note, rate="", left="")
+            self.paces[label] = Pace()
+        speed = self.paces[label].at(time.monotonic(), done)
         whole = int(total) if total is not None and float(total).is_integer() else total
         shown = int(done) if float(done).is_integer() else done
-        self.bars.update(self.tasks[label], completed=shown, total=whole, note=note, rate=speed)
+        told = {"rate": rate(speed) if speed > 0 else "", "left": left(done, total, speed), "note": note}
+        self.bars.update(self.tasks[label], completed=shown, total=whole, **told)
 
     def close(self) -> None:
         self.bars.stop()
@@ -67,6 +89,7 @@ class _Line:
     started: float
     first: float
     told: float
+    pace: Pace
     ended: bool = False
 
 
@@ -81,24 +104,26 @@ class Lines:
         now = time.monotonic()
         line = self.lines.get(label)
         if line is None or (line.ended and (total is None or done < total)):
-            line = self.lines[label] = _Line(now, done, now)
+            line = self.lines[label] = _Line(now, done, now, Pace())
             if total is None or done < total:
                 self._print(f"{label} ...")
+        line.pace.at(now, done)
         ended = total is not None and done >= total
         if (ended and not line.ended) or (not ended and now - line.told >= self.every):
             line.told, line.ended = now, ended
             self._print(self._text(label, line, done, total, note, now))
 
     def _text(self, label: str, line: _Line, done: float, total: float | None, note: str, now: float) -> str:
-        elapsed = now - line.started
-        speed = (done - line.first) / elapsed if elapsed > 0 else 0.0
+        elapsed, speed = now - line.started, line.pace.at(now, done)
+        if line.ended:  # the whole stretch
+            speed = (done - line.first) / elapsed if elapsed > 0 else 0.0
         words = [f"{label}: {done:g}" if total is None else f"{label}: {done:g}/{total:g}"]
         if speed > 0:
             words.append(rate(speed))
         if line.ended:
             words.append(f"done in {duration(elapsed)}")
-        elif total is not None and speed > 0:
-            words.append(f"{duration((total - done) / speed)} left")
+        elif remaining := left(done, total, speed):
+            words.append(remaining)
         return "  ".join([*words, note] if note else words)
 
     def _print(self, text: str) -> None:

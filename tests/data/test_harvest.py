@@ -245,6 +245,24 @@ def test_int8_and_a_url(lm, tmp_path):
     assert (a.resid - b.resid).square().mean() < 1e-4 * b.resid.square().mean()
 
 
+def test_progress_counts_all_windows_as_one_whole(lm, tmp_path):
+    told: dict[str, list[tuple[float, float | None]]] = {}
+    settings = to(tmp_path / "s")
+    harvest(
+        lm,
+        RandomText(),
+        settings,
+        lambda label, done, total=None, note="": told.setdefault(label, []).append((done, total)),
+    )
+    for label, rows in (
+        ("caching activations", settings.train_rows),
+        ("caching held-out activations", settings.held_out_rows),
+    ):
+        done = [at for at, _ in told[label]]
+        assert done == sorted(done) and done[-1] == rows and {total for _, total in told[label]} == {rows}
+    assert settings.train_rows > 2 * settings.shuffle_rows, "several windows"
+
+
 def test_says_what_it_will_weigh(lm, tmp_path, monkeypatch):
     notes = []
     harvest(lm, RandomText(), to(tmp_path / "s"), lambda label, done, total=None, note="": notes.append(note))

@@ -4,6 +4,7 @@ import io
 
 import pytest
 from crosslace.launch.terminal import Bars, Closing, Lines, Watched, duration, figure, rate, table
+from crosslace.launch.terminal.progress import Pace, left
 from rich.console import Console
 
 
@@ -29,6 +30,15 @@ def test_lines_are_told_now_and_then_with_rate_and_time_left(
         lines("caching", step * 10, 100, "window 1")
     err = capsys.readouterr().err
     assert "20/100" in err and "/s" in err and "left" in err and "window 1" in err
+
+
+def test_time_left_is_of_the_recent_stretch() -> None:
+    pace = Pace()
+    for second in range(200):  # a slow start: one a second, then ten
+        pace.at(second, min(second, 100) + 10 * max(0, second - 100))
+    assert pace.at(200, 1100) == pytest.approx(10)
+    assert left(1100, 2100, pace.at(200, 1100)) == "1:40 left"
+    assert pace.at(201, 0) == 0.0  # it began anew
 
 
 def test_bars_show_done_total_and_rate() -> None:
