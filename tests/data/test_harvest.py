@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosslace.circuit.replacement.model import ReplacementModel
+from crosslace.circuit.model import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.harvest.harvest import HarvestSettings, harvest, weigh
 from crosslace.data.models.attention_sinks import SinkRule

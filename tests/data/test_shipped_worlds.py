@@ -11,7 +11,7 @@ from crosslace.data.worlds.world.shipped import SHIPPED, shipped_world
 from crosslace.data.worlds.world.sizes import SIZES
 from transformers import AutoModelForCausalLM
 
-NAMES = ("tiny", "small")
+NAMES = ("tiny",)
 
 
 @pytest.fixture
