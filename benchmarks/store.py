@@ -222,7 +222,7 @@ def bench_harvest(folder: Path, n_layers: int, d_model: int, tokens: int) -> dic
     lm = LanguageModel(model, None, "random")
 
     class RandomText:
-        fingerprint = "random"
+        name = fingerprint = "random"
 
         def sequences(self, split: str = "train", limit_tokens: int | None = None) -> Iterator[TokenSequence]:
             generator = torch.Generator().manual_seed(int(split == "train"))

@@ -9,35 +9,35 @@
 4. A full window is shuffled and written (`store/writer.py`) while the next one fills.
 """
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import __version__
 from ..errors import Progress, SettingsError, UserError, check_choice, check_range, silent
+from ..memory import host_memory
 from ..models import SITES, SITES_LOOKED_AT, LanguageModel, SinkRule, check_sinks, row_norms
 from ..store import (
     BLOCK_ROWS,
+    COLUMNS,
     DTYPES,
     FLOAT16_MAX,
     HELD_OUT,
     SHUFFLE_ROWS,
-    Rows,
+    Place,
     StoreLayout,
     StoreWriter,
     Window,
     channel_scale,
-    default_memory,
-    int8_attributes,
-    open_files,
 )
-from ..text import TokenSequence
+from ..text import TokenSequence, tokenizer_fingerprint
 from ..units import format_bytes, parse_bytes, parse_count
 from .behind import Behind
 from .window_plan import PlannedWindow, Sampling, Text, batches, plan_windows
@@ -89,7 +89,10 @@ class HarvestSettings:
     """Rows across which rows are shuffled before they are written, at least."""
 
     memory: str = "auto"
-    """Memory for rows that wait to be shuffled, such as 8GB; a quarter of the machine's by default, disk beyond it."""
+    """Memory for rows that wait to be shuffled, such as 8GB; by default a quarter of what this job may take."""
+
+    scratch: str = ""
+    """Folder of a fast local disk for rows that wait beyond that memory; beside the store if not given."""
 
     block_rows: int = BLOCK_ROWS
     """Rows that stay together in every epoch."""
@@ -131,7 +134,7 @@ class HarvestSettings:
         return parse_count(self.held_out, "store.held_out")
 
     def memory_bytes(self, processes: int = 1) -> int:
-        return (default_memory() if self.memory == "auto" else parse_bytes(self.memory, "store.memory")) // processes
+        return (host_memory() // 4 if self.memory == "auto" else parse_bytes(self.memory, "store.memory")) // processes
 
 
 def make_layout(lm: LanguageModel, settings: HarvestSettings) -> StoreLayout:
@@ -159,7 +162,7 @@ def weigh(lm: LanguageModel, settings: HarvestSettings) -> tuple[int, int | None
     """Bytes that the store will take at most, and bytes that are free (None where nobody can tell)."""
     layout = make_layout(lm, settings)
     size = layout.total_bytes(settings.train_rows) + layout.total_bytes(settings.held_out_rows)
-    return size, open_files(settings.path).free()
+    return size, Place(settings.path).free()
 
 
 class Harvester:
@@ -171,13 +174,13 @@ class Harvester:
         self.rule = SinkRule(lm.bos, settings.sinks)
         self.sampling = Sampling(self.rule, settings.fraction, settings.seed)
         self.margin = 0.0
-        self.largest: dict[str, float] = {}
         self.channel_scale: dict[str, Tensor] = {}
+        self.sampled: dict[str, Any] = {}
 
     def identity(self) -> dict[str, Any]:
         """All that decides the bytes of the store, beside its layout."""
         lm, settings = self.lm, self.settings
-        names = ("tokens", "held_out", "fraction", "sinks", "sample_tokens", "batch_tokens", "shuffle_rows")
+        names = ("fraction", "sinks", "sample_tokens", "batch_tokens", "shuffle_rows")
         return {
             "model": {
                 "name": PurePath(lm.name).name if PurePath(lm.name).is_absolute() else lm.name,
@@ -186,7 +189,7 @@ class Harvester:
                 "family": lm.family,
                 "dtype": str(lm.dtype).removeprefix("torch."),
             },
-            "tokenizer": {"name": type(lm.tokenizer).__name__, "fingerprint": vocabulary_fingerprint(lm)},
+            "tokenizer": {"name": type(lm.tokenizer).__name__, "fingerprint": tokenizer_fingerprint(lm.tokenizer)},
             "dataset": {"fingerprint": self.corpus.fingerprint},
             "seed": settings.seed,
             "settings": {name: value for name, value in asdict(settings).items() if name in names},
@@ -194,10 +197,12 @@ class Harvester:
 
     def attributes(self) -> dict[str, Any]:
         """What the sample told."""
-        found: dict[str, Any] = {"masked": self.rule.to_attributes(), "largest_in_sample": self.largest}
-        if self.channel_scale:
-            found["int8"] = int8_attributes(self.channel_scale)
-        return found
+        kept = {name: value for name, value in self.sampled.items() if name != "channel_scale"}
+        return {
+            "masked": self.rule.to_attributes(),
+            "largest_in_sample": self.sampled["largest"],
+            "sample": kept,
+        }
 
     # -- the sample ----------------------------------------------------------------------------------------------
 
@@ -218,9 +223,9 @@ class Harvester:
             for site in self.layout.sites:
                 chosen = self._rows(sites[site], candidates.flatten().nonzero()[:, 0])
                 if len(chosen):
-                    largest[site] = max(largest[site], chosen.largest())
+                    largest[site] = max(largest[site], float(chosen.abs().amax()))
                 if self.layout.dtype == "int8":
-                    rows[site].append(chosen.stacked().float().cpu())
+                    rows[site].append(chosen.float().cpu())
         joined = {site: {layer: torch.cat(parts) for layer, parts in by.items()} for site, by in norms.items()}
         if not all(len(norm) and norm.isfinite().all() for by_layer in joined.values() for norm in by_layer.values()):
             raise UserError(
@@ -244,40 +249,36 @@ class Harvester:
             return self.layout.dtype
         return "float16" if largest <= FLOAT16_MAX / _WELL_WITHIN else "bfloat16"
 
+    def take_sample(self, writer: StoreWriter) -> None:
+        """Sample the text, unless another process or an earlier run has."""
+        self.learn(writer.agree("sample", self.sample))
+        writer.settle(self.layout)
+        writer.channel_scale = self.channel_scale
+
     def learn(self, sample: dict[str, Any]) -> None:
         """Take over what a sample told: this process's, or the one that came first."""
+        self.sampled = sample
         self.rule = SinkRule.from_attributes(sample["masked"])
         self.layout = replace(self.layout, dtype=sample["dtype"])
         self.margin = 0.01 + 3 * sample["sink_share"]
-        self.largest = sample["largest"]
         self.channel_scale = {site: torch.tensor(scale) for site, scale in sample["channel_scale"].items()}
 
     # -- windows -------------------------------------------------------------------------------------------------
 
-    def windows(self, split: str, window_rows: int) -> Iterator[PlannedWindow]:
+    def windows(self, split: str, sizes: list[list[int]]) -> Iterator[PlannedWindow]:
         """The windows of a split, in order."""
-        rows = self.settings.train_rows if split == "train" else self.settings.held_out_rows
-        if rows:
-            yield from plan_windows(self.corpus.sequences(split), self.sampling, rows, window_rows, self.margin)
+        if any(sizes):
+            yield from plan_windows(self.corpus.sequences(split), self.sampling, sizes, self.margin)
 
-    def fill(self, planned: PlannedWindow, window: Window, progress: Progress = silent, label: str = "cache") -> None:
-        """Run the model over a window's sequences, from where the window stands."""
-        groups = list(batches(planned.sequences, self.settings.batch_tokens, self.settings.seed, planned.index))
+    def fill(self, planned: PlannedWindow, window: Window, progress: Callable[[int], None] = lambda rows: None) -> None:
+        """Run the model over a window's sequences."""
         with closing(Behind(self.lm.device)) as behind:
-            for number, group in enumerate(groups):
-                if number < window.batches:
-                    continue
+            for group in batches(planned.sequences, self.settings.batch_tokens, self.settings.seed, planned.index):
                 sites, tokens, candidates = self._forward(group)
                 behind.do(self._keep, window, group, sites, tokens, candidates)
-                progress(label, window.filled, planned.rows, f"window {planned.index}")
+                progress(window.filled)
             behind.wait()
-        if window.filled < planned.rows and not planned.last:
-            share = 1 - window.filled / planned.candidates
-            raise UserError(
-                f"{share:.1%} of window {planned.index} are sinks, more than the {self.margin:.1%} set aside after the "
-                "sample: raise store.sample_tokens, or mask fewer with store.sinks=first"
-            )
-        progress(label, window.filled, planned.rows, f"window {planned.index}")
+        progress(window.filled)
 
     def _forward(self, group: list[tuple[int, TokenSequence]]) -> tuple[dict[str, dict[int, Tensor]], Tensor, Tensor]:
         """One pass: every site by layer [B, T, D], tokens [B, T], and which positions may become rows [B, T]."""
@@ -328,10 +329,9 @@ class Harvester:
         documents = torch.zeros(tokens.shape, dtype=torch.long)
         for row, (_, sequence) in enumerate(group):
             documents[row, : len(sequence.document)] = sequence.document
+        columns = (tokens.flatten()[chosen], chosen % tokens.shape[1], documents.flatten()[chosen.cpu()])
         kept = {site: self._rows(sites[site], chosen) for site in self.layout.sites}
-        window.append(
-            kept, tokens.flatten()[chosen], chosen % tokens.shape[1], documents.flatten()[chosen.cpu()], counts
-        )
+        window.append(kept, dict(zip(COLUMNS, columns)), counts)
 
     def _beyond_range(self, sites: dict[str, dict[int, Tensor]]) -> Tensor:
         """[B, T] rows that the dtype which was chosen from the sample may have no numbers for."""
@@ -342,9 +342,13 @@ class Harvester:
                     found |= row_norms(sites[site][layer]) > FLOAT16_MAX
         return found
 
-    def _rows(self, by_layer: dict[int, Tensor], chosen: Tensor) -> Rows:
-        """Chosen rows of a site's tensors [B, T, D]."""
-        return Rows([by_layer[layer].flatten(0, 1) for layer in self.layout.layers], chosen)
+    def _rows(self, by_layer: dict[int, Tensor], chosen: Tensor) -> Tensor:
+        """Chosen rows [N, L, D] of a site's tensors [B, T, D]."""
+        first = by_layer[self.layout.layers[0]]
+        rows = first.new_empty(len(chosen), len(self.layout.layers), first.shape[-1])
+        for place, layer in enumerate(self.layout.layers):
+            rows[:, place] = by_layer[layer].flatten(0, 1)[chosen]
+        return rows
 
 
 def harvest(
@@ -364,23 +368,11 @@ def harvest(
     if settings.mode != "disk":
         raise SettingsError("store.mode=streaming has nothing to cache beforehand: train with it directly")
     harvester = Harvester(lm, corpus, settings)
-    writer = StoreWriter(
-        settings.path,
-        harvester.layout,
-        harvester.identity(),
-        settings.shuffle_rows,
-        settings.memory_bytes(process_count),
-        process_index,
-        process_count,
-        dtype_open=settings.dtype == "auto",
-    )
-    with writer:
+    with open_writer(harvester, settings.path, process_index, process_count) as writer:
         if writer.complete:
             return True
         _refuse_if_too_large(lm, settings, process_count, progress)
-        harvester.learn(writer.agree("sample", harvester.sample))
-        writer.settle(harvester.layout)
-        writer.channel_scale = harvester.channel_scale
+        harvester.take_sample(writer)
         windows = {}
         for split in (HELD_OUT, "train"):
             count = cache_split(harvester, writer, split, split, progress)
@@ -391,22 +383,43 @@ def harvest(
         return writer.finish(windows, harvester.attributes())
 
 
+def open_writer(
+    harvester: Harvester, path: str, process_index: int, process_count: int, held_out_only: bool = False
+) -> StoreWriter:
+    """The writer of a harvest's store; with `held_out_only` the held-out rows are all that it is to hold."""
+    settings = harvester.settings
+    rows = {"train": settings.train_rows, HELD_OUT: settings.held_out_rows}
+    return StoreWriter(
+        path,
+        harvester.layout,
+        harvester.identity() | ({"split": HELD_OUT} if held_out_only else {}),
+        {"train": rows[HELD_OUT]} if held_out_only else rows,
+        settings.shuffle_rows,
+        settings.memory_bytes(process_count),
+        settings.scratch,
+        process_index,
+        process_count,
+        dtype_open=settings.dtype == "auto",
+        facts={"versions": versions(), "text": harvester.corpus.name},
+    )
+
+
 def cache_split(harvester: Harvester, writer: StoreWriter, split: str, into: str, progress: Progress) -> int:
     """Write this process's windows of a corpus' split into one of the store; the number of all its windows."""
-    count = 0
-    settings = harvester.settings
+    count = done = 0
+    sizes = writer.sizes(into)
+    total = sum(map(sum, sizes))
     label = "caching activations" if split == "train" else "caching held-out activations"
-    rows = settings.train_rows if split == "train" else settings.held_out_rows
-    for planned in harvester.windows(split, writer.shuffle_rows):
-        before = count * writer.shuffle_rows
+    for planned in harvester.windows(split, sizes):
         count += 1
         if writer.mine(planned.index) and not writer.done(into, planned.index):
             window = writer.window(into, planned.index, planned.rows)
-            whole = lambda label, done, _=None, note="", before=before: progress(label, before + done, rows, note)
-            harvester.fill(planned, window, whole, label)
+            say = lambda rows, done=done, index=planned.index: progress(label, done + rows, total, f"window {index}")
+            harvester.fill(planned, window, say)
             writer.write(into, planned.index, window)
+        done += planned.rows
     if count:
-        progress(label, rows, rows)
+        progress(label, total, total)
     return count
 
 
@@ -415,9 +428,8 @@ def _refuse_if_too_large(lm: LanguageModel, settings: HarvestSettings, processes
     size, free = weigh(lm, settings)
     layout = make_layout(lm, settings)
     window = min(settings.train_rows, 2 * settings.shuffle_rows) * layout.row_bytes
-    spill = 2 * window if 2 * window > settings.memory_bytes(processes) else 0
-    files = open_files(settings.path)
-    there = sum(files.sizes("").values())
+    spill = 2 * window if 2 * window > settings.memory_bytes(processes) and not settings.scratch else 0
+    there = sum(Place(settings.path).sizes("").values()) if free is not None else 0
     note = f"the store will weigh {format_bytes(size)}"
     if free is not None:
         note += f", {format_bytes(free)} are free"
@@ -430,7 +442,7 @@ def _refuse_if_too_large(lm: LanguageModel, settings: HarvestSettings, processes
     progress("caching activations", 0, settings.train_rows, note)
 
 
-def vocabulary_fingerprint(lm: LanguageModel) -> str:
-    """A hash of the vocabulary."""
-    vocabulary = {} if lm.tokenizer is None else lm.tokenizer.get_vocab()
-    return hashlib.sha256(repr(sorted(vocabulary.items())).encode()).hexdigest()[:16]
+def versions() -> dict[str, str]:
+    """What made a store."""
+    others = {name: metadata.version(name) for name in ("torch", "transformers", "zarr", "zarrs")}
+    return {"crosslace": __version__} | others

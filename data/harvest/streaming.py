@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import Progress, SettingsError, UserError, silent
@@ -26,26 +27,24 @@ from ..store import (
     HELD_OUT,
     ActivationStore,
     Batch,
-    EpochOrder,
-    LocalFiles,
+    Blocks,
+    Order,
+    Place,
     ShardedRows,
+    ShardWriter,
     Span,
-    SpilledWindow,
     Statistics,
     StoreLock,
-    StoreWriter,
-    Straight,
     Window,
+    averages,
     read_json,
     read_record,
-    read_statistics,
     room,
-    statistics_attributes,
-    window_order,
+    window_sizes,
     write_json,
 )
 from ..units import format_bytes, parse_bytes
-from .harvest import Harvester, cache_split
+from .harvest import Harvester, cache_split, open_writer
 from .window_plan import PlannedWindow
 
 _POLL_SECONDS = 0.2
@@ -60,52 +59,20 @@ def open_streaming(
     if not settings.path or "://" in settings.path:
         raise SettingsError(f"store.path={settings.path!r} is no local folder, which store.mode=streaming needs")
     held_out_path = str(Path(settings.path, HELD_OUT))
-    identity = harvester.identity() | {"split": HELD_OUT}
-    with StoreWriter(
-        held_out_path,
-        harvester.layout,
-        identity,
-        settings.shuffle_rows,
-        settings.memory_bytes(process_count),
-        process_index,
-        process_count,
-        dtype_open=settings.dtype == "auto",
-    ) as writer:
-        if writer.complete:
-            held_out = ActivationStore.open(held_out_path)
-            harvester.learn(held_out.attributes["sample"])
+    with open_writer(harvester, held_out_path, process_index, process_count, held_out_only=True) as writer:
+        if writer.complete or not settings.held_out_rows:
+            harvester.learn(_sample_of(held_out_path) if writer.complete else writer.agree("sample", harvester.sample))
         else:
-            sample = writer.agree("sample", harvester.sample)
-            harvester.learn(sample)
-            writer.settle(harvester.layout)
-            writer.channel_scale = harvester.channel_scale
+            harvester.take_sample(writer)
             count = cache_split(harvester, writer, HELD_OUT, "train", progress)
-            writer.finish({"train": count}, harvester.attributes() | {"sample": sample})
+            writer.finish({"train": count}, harvester.attributes())
     source = RingSource(harvester, progress, process_index, process_count)
     return ActivationStore(source), ActivationStore.open(held_out_path) if settings.held_out_rows else None
 
 
-class StreamOrder:
-    """The rows of an epoch: windows in turn, blocks of a window in an order of the epoch."""
-
-    def __init__(self, window_rows: int, rows: list[int], block_rows: int, seed: int, epoch: int):
-        self.window_rows, self.rows, self.block_rows = window_rows, rows, block_rows
-        self.key = seed, epoch
-        self._orders: dict[int, EpochOrder] = {}
-
-    def spans(self, start: int, stop: int) -> list[Span]:
-        found = []
-        while start < stop:
-            window = min(start // self.window_rows, len(self.rows) - 1)
-            begin = window * self.window_rows
-            last = min(stop, begin + self.rows[window])
-            if window not in self._orders:
-                self._orders = {window: EpochOrder(self.rows[window], self.block_rows, *self.key, window)}
-            before = begin // self.block_rows
-            for span in self._orders[window].spans(start - begin, last - begin):
-                found.append(Span(before + span.block, span.start, span.stop))
-            start = last
-        return found
+def _sample_of(path: str) -> dict[str, Any]:
+    source: Any = ActivationStore.open(path).source
+    return source.attributes["sample"] | {"channel_scale": {s: x.tolist() for s, x in source.channel_scale.items()}}
 
 
 class RingSource:
@@ -116,20 +83,22 @@ class RingSource:
         self.harvester, self.progress = harvester, progress
         self.process_index, self.process_count = process_index, process_count
         self.layout = harvester.layout
-        self.files = LocalFiles(str(Path(settings.path, "ring")))
+        self.place = Place(Path(settings.path, "ring"))
         self.window_rows = self.layout.shards(settings.shuffle_rows) * self.layout.shard_rows
         self.memory = settings.memory_bytes(process_count)
         self.window_limits = self._plan()
         self.rows = sum(self.window_limits)
         self.capacity = self._capacity(parse_bytes(settings.budget))
-        self._lock = StoreLock(self.files, process_index)
+        self.windows = [(index * self.window_rows, rows) for index, rows in enumerate(self.window_limits)]
+        self._lock = StoreLock(self.place, f"lock-{process_index}")
         self._lock.take()
 
-        attributes = harvester.identity() | self.layout.to_attributes() | harvester.attributes()
-        self._shards = ShardedRows(self.files, "", self.layout, self.rows, attributes)
+        end = self.windows[-1][0] + self.layout.shards(self.window_limits[-1]) * self.layout.shard_rows
+        self._writer = ShardWriter(self.place, self.layout, "rows", end, None)
+        self._shards = ShardedRows(self.place, "rows/", self.layout, self.windows, harvester.channel_scale)
         self.sites, self.layers, self.d_model = self.layout.sites, self.layout.layers, self.layout.d_model
         self.dtype: torch.dtype = self._shards.dtype
-        self._order: tuple[int, StreamOrder] | None = None
+        self._order: tuple[int, Order] | None = None
 
         self._changed = threading.Condition()
         self._reading: Counter[int] = Counter()
@@ -143,9 +112,8 @@ class RingSource:
         self._thread = threading.Thread(target=self._refill, name="crosslace-ring", daemon=True)
         self._thread.start()
 
-        facts = self._first_window()
-        self.attributes: dict[str, Any] = attributes | {"rows": self.rows, "complete": True, "statistics": facts}
-        self.statistics: Statistics = read_statistics(self.attributes)
+        self.statistics = self._first_window()
+        self.attributes: dict[str, Any] = harvester.identity() | self.layout.to_attributes() | harvester.attributes()
 
     @property
     def count(self) -> int:
@@ -156,10 +124,11 @@ class RingSource:
     def _plan(self) -> list[int]:
         """The rows of every window, counted over the corpus once and kept."""
         identity = json.loads(json.dumps(self.harvester.identity() | self.layout.to_attributes()))
-        held = read_json(self.files, "plan.json")
+        held = read_json(self.place, "plan.json")
         if held is None:
             rows = []
-            for planned in self.harvester.windows("train", self.window_rows):
+            sizes = window_sizes([self.harvester.settings.train_rows], self.window_rows)
+            for planned in self.harvester.windows("train", sizes):
                 rows.append(self._exact(planned).rows)
                 self.progress("counting the corpus", sum(rows), self.harvester.settings.train_rows)
             if not rows:
@@ -167,18 +136,19 @@ class RingSource:
                     "the dataset has no text to train on: check dataset.name, dataset.split, dataset.column"
                 )
             held = {"identity": identity, "rows": rows}
-            with room(self.files):
-                write_json(self.files, "plan.json", held)
+            with room(self.place):
+                write_json(self.place, "plan.json", held)
         if held["identity"] != identity:
             raise UserError(
-                f"{self.files.root} is a ring of other settings or another model: choose another store.path"
+                f"{self.place.root} is a ring of other settings or another model: choose another store.path"
             )
         return held["rows"]
 
     def _exact(self, planned: PlannedWindow) -> PlannedWindow:
-        """The last window too has a number of rows that is known before the model runs."""
+        """Every window has a number of rows that is known before the model runs: steps follow from it. Should more
+        rows be sinks than was foreseen, some of the others come twice."""
         certain = int(planned.candidates / (1 + self.harvester.margin))
-        return planned._replace(rows=min(planned.rows, certain), last=False)
+        return planned._replace(rows=max(1, min(planned.rows, certain)))
 
     def _capacity(self, budget: int) -> int:
         rows = max(self.window_limits)
@@ -192,24 +162,29 @@ class RingSource:
             )
         return capacity
 
-    def _first_window(self) -> dict[str, Any]:
+    def _first_window(self) -> Statistics:
         """Statistics of the first window, which stand for all rows: nobody has seen the others yet."""
-        while (held := read_json(self.files, "statistics.json")) is None:
+        while (held := self.place.read("statistics.npz")) is None:
             with self._changed:
                 self._raise_failure()
                 self._changed.wait(_POLL_SECONDS)
-        return held
+        facts, moments = read_record(self.layout, held)
+        means, squares = averages(self.layout, moments, facts["rows"])
+        read = lambda values: {site: torch.from_numpy(x).float() for site, x in values.items()}
+        return Statistics(read(means), read(squares), self.rows)
 
-    def order(self, epoch: int) -> StreamOrder:
+    def order(self, epoch: int) -> Order:
+        """Windows in turn, the blocks of a window in an order of the epoch."""
         held = self._order
         if held is None or held[0] != epoch:
-            seed = self.harvester.settings.seed
-            held = epoch, StreamOrder(self.window_rows, self.window_limits, self.layout.block_rows, seed, epoch)
-            self._order = held
+            seed, size = self.harvester.settings.seed, self.layout.block_rows
+            parts = [Blocks.of([w], size).shuffled(seed, epoch, index) for index, w in enumerate(self.windows)]
+            lengths = np.concatenate([np.diff(part.ends, prepend=0) for part in parts])
+            held = self._order = epoch, Order(np.concatenate([part.blocks for part in parts]), lengths)
         return held[1]
 
-    def stored_order(self) -> Straight:
-        return Straight(self.rows, self.layout.block_rows)
+    def stored_order(self) -> Order:
+        return self._shards.stored_order()
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -294,7 +269,7 @@ class RingSource:
     def _next(self) -> int | None:
         """The first window of this process that is wanted and not there."""
         if self._at is None:
-            first = self.process_index == 0 and self.files.read("statistics.json") is None
+            first = self.process_index == 0 and self.place.read("statistics.npz") is None
             return 0 if first and 0 not in self._present else None
         at, before = self._at, (self._at - 1) % self.count
         asked = {window for window, readers in self._reading.items() if readers}
@@ -313,54 +288,42 @@ class RingSource:
                 done = False
                 continue
             self._present.discard(window)
-            first, shards = self._shards_of(window)
             if window % self.process_count == self.process_index:
                 self._remove(window)
             else:
-                for shard in range(first, first + shards):
-                    for spec in self.layout.arrays.values():
-                        self.files.forget(spec.shard_key(shard))
-            self._shards.forget(first, shards)
+                self.place.forget(self._keys(window))
+            self._shards.forget(self._shards_of(window))
         return done
 
     def _positions(self, own: int) -> list[int]:
         """Where every process reads."""
         if self.process_count == 1:
             return [own]
-        held = [read_json(self.files, f"position-{index}.json") for index in range(self.process_count)]
+        held = [read_json(self.place, f"position-{index}.json") for index in range(self.process_count)]
         return [own] + [position for position in held if position is not None]
 
     def _publish(self) -> None:
         if self.process_count > 1:
-            write_json(self.files, f"position-{self.process_index}.json", self._at, sync=False)
+            write_json(self.place, f"position-{self.process_index}.json", self._at, durable=False)
 
     def _harvest(self, window: int) -> None:
-        content = self._collect(window)
-        content.close()
-        first, shards = self._shards_of(window)
-        with room(self.files):
-            for shard in range(shards):
-                for name, spec in self.layout.arrays.items():
-                    content.write_shard(self.files, spec.shard_key(first + shard), name, shard, False)
-            record = content.record()
-            if window == 0 and self.files.read("statistics.json") is None:
-                _, moments = read_record(self.layout, record)
-                facts = statistics_attributes(self.layout, moments, content.filled)
-                write_json(self.files, "statistics.json", facts)
-            with self.files.writing(_record_name(window), sync=False) as out:
-                out.write(record)
+        start, rows = self.windows[window]
+        # a window that memory has no room for waits beside the ring, or where the user has said
+        beside = Path(self.harvester.settings.scratch or self.place.root, f"spill-{window}")
+        scratch = beside if rows * self.layout.row_bytes > self.memory else None
+        with room(self.place):
+            seed, scales = self.harvester.settings.seed, self.harvester.channel_scale
+            content = Window(self.layout, rows, seed, window, scales, scratch)
+            self.harvester.fill(self._exact(self._planned(window)), content)
+            if not content.filled:
+                raise UserError(f"every position of window {window} is masked: mask fewer with store.sinks=first")
+            content.close(rows)
+            self._writer.write(start, rows, content, False)
+            record = content.record(start)
+            if window == 0 and self.place.read("statistics.npz") is None:
+                self.place.write("statistics.npz", record)
+            self.place.write(_record_name(window), record, durable=False)
         content.drop()
-
-    def _collect(self, window: int) -> Window:
-        rows = self.window_limits[window]
-        scales = self.harvester.channel_scale
-        order = window_order(rows, self.harvester.settings.seed, window)
-        if rows * self.layout.row_bytes <= self.memory:
-            content = Window(self.layout, rows, order, scales)
-        else:
-            content = SpilledWindow(self.layout, rows, order, scales, self.files, f"spill-{window}")
-        self.harvester.fill(self._exact(self._planned(window)), content)
-        return content
 
     def _planned(self, window: int) -> PlannedWindow:
         """The sequences of a window; windows come in turn, and any other one costs reading the corpus up to it."""
@@ -369,24 +332,28 @@ class RingSource:
                 return planned
             if planned.index > window:
                 break
-        self._plans = self.harvester.windows("train", self.window_rows)
+        sizes = window_sizes([self.harvester.settings.train_rows], self.window_rows)
+        self._plans = self.harvester.windows("train", sizes)
         return next(planned for planned in self._plans if planned.index == window)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    def _shards_of(self, window: int) -> tuple[int, int]:
-        return window * self.window_rows // self.layout.shard_rows, self.layout.shards(self.window_limits[window])
+    def _shards_of(self, window: int) -> range:
+        start, rows = self.windows[window]
+        first = start // self.layout.shard_rows
+        return range(first, first + self.layout.shards(rows))
+
+    def _keys(self, window: int) -> list[str]:
+        specs = self.layout.arrays.values()
+        return [f"rows/{spec.shard_key(shard)}" for shard in self._shards_of(window) for spec in specs]
 
     def _on_disk(self, window: int) -> bool:
-        return self.files.read(_record_name(window)) is not None
+        return self.place.read(_record_name(window)) is not None
 
     def _remove(self, window: int) -> None:
         # the record first: a window without one is none
-        self.files.remove(_record_name(window))
-        first, shards = self._shards_of(window)
-        for shard in range(first, first + shards):
-            for spec in self.layout.arrays.values():
-                self.files.remove(spec.shard_key(shard))
+        for name in (_record_name(window), *self._keys(window), f"spill-{window}"):
+            self.place.remove(name)
 
     def _clear_remains(self) -> None:
         """Remove what a killed process left of windows that were being written or removed."""

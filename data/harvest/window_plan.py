@@ -2,7 +2,8 @@
 
 All windows but the last have a fixed number of rows, so that each process knows where its shards begin without
 hearing of the others. The rows that the norm of the residual stream will mask are not known before the model runs:
-a window gets some more sequences than it needs, and what is left over at its end is not used.
+a window gets some more sequences than it needs, and what is left over at its end is not used. One that has more sinks
+than that is shorter.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,9 @@ from ..text import TokenSequence
 
 class Text(Protocol):
     """What a harvest asks of a corpus; `corpus.Corpus` is one."""
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def fingerprint(self) -> str: ...
@@ -54,40 +58,43 @@ class PlannedWindow(NamedTuple):
 
     index: int
     rows: int
-    """At most; exactly, in every window but the last."""
-    last: bool
+    """At most: fewer where more rows are sinks than was foreseen."""
     candidates: int
     sequences: list[tuple[int, TokenSequence]]
 
 
 def plan_windows(
-    sequences: Iterable[TokenSequence], sampling: Sampling, rows: int, window_rows: int, margin: float
+    sequences: Iterable[TokenSequence], sampling: Sampling, sizes: list[list[int]], margin: float
 ) -> Iterator[PlannedWindow]:
-    """Windows of `window_rows` for a store of at most `rows`; the last also takes what is too little for a window."""
-    count = max(1, rows // window_rows)
+    """Windows of the wanted `sizes`, a list for each time that the store was to grow. A corpus that ends before gives
+    fewer; what is left of it joins the window before, if that one was asked for at the same time."""
     waiting: PlannedWindow | None = None  # held back until it is known that the next one is not the corpus' short rest
     held: list[tuple[int, TokenSequence]] = []
+    numbered = enumerate(sequences)
     index = candidates = 0
-    for number, sequence in enumerate(sequences):
-        held.append((number, sequence))
-        candidates += int(sampling.candidates(sequence.tokens, number).sum())
-        last = index == count - 1
-        wanted = rows - index * window_rows if last else window_rows
-        if candidates >= wanted * (1 + margin):
+    for stage in sizes:
+        for place, wanted in enumerate(stage):
+            for number, sequence in numbered:
+                held.append((number, sequence))
+                candidates += int(sampling.candidates(sequence.tokens, number).sum())
+                if candidates >= wanted * (1 + margin):
+                    break
+            else:  # the corpus has ended
+                rest = sum(stage[place:])
+                if waiting:
+                    total = waiting.candidates + candidates
+                    limit = min(total, waiting.rows + rest)
+                    yield PlannedWindow(waiting.index, limit, total, waiting.sequences + held)
+                elif held:
+                    yield PlannedWindow(index, min(candidates, rest), candidates, held)
+                return
             if waiting:
                 yield waiting
-            waiting = PlannedWindow(index, wanted, last, candidates, held)
+            waiting = PlannedWindow(index, wanted, candidates, held)
             index, candidates, held = index + 1, 0, []
-            if last:
-                break
-    if waiting and waiting.last:
-        yield waiting
-    elif waiting or held:
-        # the corpus has ended: its rest joins the window before it
-        before = waiting or PlannedWindow(0, 0, True, 0, [])
-        total = before.candidates + candidates
-        limit = min(total, rows - before.index * window_rows)
-        yield PlannedWindow(before.index, limit, True, total, before.sequences + held)
+        if waiting:
+            yield waiting
+        waiting = None
 
 
 def batches(

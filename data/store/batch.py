@@ -1,19 +1,22 @@
 """What a store hands out, and what it asks of whatever holds the rows: a disk, memory, or a ring that is refilled."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from .shuffle import EpochOrder, Span
+from .codecs import Int8Rows
+from .shuffle import Blocks, Order, Span
 
 
 class Statistics(NamedTuple):
     """Averages over all rows of a store, per site."""
 
-    mean: dict[str, torch.Tensor]
+    mean: dict[str, Tensor]
     """[L, D] float32."""
-    mean_square: dict[str, torch.Tensor]
+    mean_square: dict[str, Tensor]
     """[L] float32, E|x|^2."""
     rows: int
 
@@ -26,56 +29,70 @@ class Statistics(NamedTuple):
         )
 
 
-@dataclass
 class Batch:
-    """Some rows: activations [B, L, D] of each site, and where each row came from [B].
+    """Some rows: activations [B, L, D] of each site, and, read when asked for, where each row came from [B].
 
-    In memory the activations lie layer by layer (`x[:, l]` is contiguous), as training reads them.
+    In memory the activations lie layer by layer (`x[:, l]` is contiguous), as training reads them. As a source hands
+    them out they may still be int8; `to` makes them numbers, on the device.
     """
 
-    sites: dict[str, torch.Tensor]
-    token: torch.Tensor
-    position: torch.Tensor
-    document: torch.Tensor
+    def __init__(self, sites: dict[str, Any], column: Callable[[str], Tensor]):
+        self.sites: dict[str, Tensor] = sites
+        self._column, self._columns = column, {}
 
     def __len__(self) -> int:
-        return len(self.token)
+        first: Any = next(iter(self.sites.values()))
+        return len(first.values if isinstance(first, Int8Rows) else first)
+
+    def column(self, name: str) -> Tensor:
+        """`token`, `position` or `document` of each row, on the CPU."""
+        if name not in self._columns:
+            self._columns[name] = self._column(name)
+        return self._columns[name]
 
     @property
-    def resid(self) -> torch.Tensor:
+    def token(self) -> Tensor:
+        return self.column("token")
+
+    @property
+    def position(self) -> Tensor:
+        return self.column("position")
+
+    @property
+    def document(self) -> Tensor:
+        return self.column("document")
+
+    @property
+    def resid(self) -> Tensor:
         return self.sites["resid"]
 
     @property
-    def mlp_in(self) -> torch.Tensor:
+    def mlp_in(self) -> Tensor:
         return self.sites["mlp_in"]
 
     @property
-    def mlp_out(self) -> torch.Tensor:
+    def mlp_out(self) -> Tensor:
         return self.sites["mlp_out"]
 
     @property
-    def x(self) -> torch.Tensor:
+    def x(self) -> Tensor:
         """What a transcoder reads: the first site that is not `mlp_out`."""
         return next(values for site, values in self.sites.items() if site != "mlp_out")
 
     @property
-    def y(self) -> torch.Tensor:
+    def y(self) -> Tensor:
         """What a transcoder writes."""
         return self.mlp_out
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None, non_blocking: bool = False) -> "Batch":
-        """The same rows on a device; `dtype` concerns the activations alone and is changed there."""
+        """The same activations on a device; `dtype` is changed there."""
         sites = {}
         for site, values in self.sites.items():
-            sites[site] = values.to(device, non_blocking=non_blocking).to(dtype or values.dtype)
-        rest = (t.to(device, non_blocking=non_blocking) for t in (self.token, self.position, self.document))
-        return Batch(sites, *rest)
-
-
-class Order(Protocol):
-    """The rows of one epoch in order."""
-
-    def spans(self, start: int, stop: int) -> list[Span]: ...
+            if isinstance(values, Int8Rows):
+                sites[site] = values.to(device, dtype, non_blocking)
+            else:
+                sites[site] = values.to(device, non_blocking=non_blocking).to(dtype or values.dtype)
+        return Batch(sites, self.column)
 
 
 class RowSource(Protocol):
@@ -94,7 +111,7 @@ class RowSource(Protocol):
     def stored_order(self) -> Order: ...
 
     def read(self, spans: list[Span], sites: tuple[str, ...], places: list[int], pin: bool = False) -> Batch:
-        """Rows in the order of the spans, for some layers by their place in `layers`."""
+        """Rows in the order of the spans, for some layers by their place in `layers`; int8 as it is stored."""
         ...
 
     def verify(self, progress: Any) -> None:
@@ -109,24 +126,25 @@ class RowSource(Protocol):
 class MemorySource:
     """Rows that are tensors [N, L, D] already: tests and small experiments."""
 
-    def __init__(self, sites: dict[str, torch.Tensor], where: dict[str, torch.Tensor], layers: list[int], seed: int):
+    def __init__(self, sites: dict[str, Tensor], where: dict[str, Tensor], layers: list[int], seed: int):
         first = next(iter(sites.values()))
         self.rows, _, self.d_model = first.shape
         self.sites, self.layers, self.dtype = tuple(sites), tuple(layers), first.dtype
         self.seed = seed
         self.attributes: dict[str, Any] = {}
         self.tensors, self.where = sites, where
+        self.blocks = Blocks(np.arange(self.rows), np.ones(self.rows, np.int64))
         self.statistics = Statistics(
             {site: x.double().mean(0).float() for site, x in sites.items()},
             {site: x.double().square().sum(-1).mean(0).float() for site, x in sites.items()},
             self.rows,
         )
 
-    def order(self, epoch: int) -> EpochOrder:
-        return EpochOrder(self.rows, 1, self.seed, epoch)
+    def order(self, epoch: int) -> Order:
+        return self.blocks.shuffled(self.seed, epoch)
 
     def stored_order(self) -> Order:
-        return Straight(self.rows, 1)
+        return self.blocks.in_order()
 
     def read(self, spans: list[Span], sites: tuple[str, ...], places: list[int], pin: bool = False) -> Batch:
         rows = torch.tensor([span.block for span in spans], dtype=torch.long)
@@ -135,26 +153,10 @@ class MemorySource:
         for site in sites:
             values = self.tensors[site]
             picked[site] = values[rows] if every else values[:, places][rows]
-        return Batch(picked, *(self.where[name][rows] for name in ("token", "position", "document")))
+        return Batch(picked, lambda name: self.where[name][rows])
 
     def verify(self, progress: Any) -> None:
         """Memory is not checked."""
 
     def close(self) -> None:
         """Nothing goes on behind them."""
-
-
-class Straight:
-    """Rows as they lie, block after block."""
-
-    def __init__(self, rows: int, block_rows: int):
-        self.rows, self.block_rows = rows, block_rows
-
-    def spans(self, start: int, stop: int) -> list[Span]:
-        found = []
-        while start < stop:
-            block, first = divmod(start, self.block_rows)
-            last = min(self.block_rows, first + stop - start)
-            found.append(Span(block, first, last))
-            start += last - first
-        return found

@@ -1,8 +1,8 @@
-"""How one activation becomes bytes: the four dtypes of a store, int8 by row and channel group, and the checksum."""
+"""How one activation becomes bytes: the four dtypes of a store, int8 by row and channel group."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import google_crc32c
 import numpy as np
 import torch
 
@@ -10,7 +10,6 @@ from ..errors import UserError
 
 GROUP = 32  # channels that share one scale of an int8 row
 FLOAT16_MAX = 65504.0
-DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -22,18 +21,17 @@ class Codec:
     """What lies in the Zarr array; bfloat16 lies there as its 16 bits."""
     read: torch.dtype
     """What a batch comes in."""
-
-    def check_range(self, largest: float) -> None:
-        """Refuse an activation that the dtype has no number for."""
-        if self.name == "float16" and largest > FLOAT16_MAX:
-            raise UserError(
-                f"an activation of {largest:.3g} is beyond float16: cache with store.dtype=bfloat16 or float32"
-            )
+    says: str
+    """What its numbers are, for whoever opens the array without Crosslace."""
 
     def to_stored(self, x: torch.Tensor) -> np.ndarray:
         """The bytes of activations, for every dtype but int8."""
         if self.name == "float16" and x.dtype != torch.float16 and x.numel():
-            self.check_range(x.abs().amax().item())
+            largest = x.abs().amax().item()
+            if largest > FLOAT16_MAX:
+                raise UserError(
+                    f"an activation of {largest:.3g} is beyond float16: cache with store.dtype=bfloat16 or float32"
+                )
         x = x.detach().to(dtype=self.read).cpu().contiguous()
         return (x.view(torch.uint16) if self.name == "bfloat16" else x).numpy()
 
@@ -44,15 +42,42 @@ class Codec:
 
 
 CODECS = {
-    "float32": Codec("float32", np.dtype("<f4"), torch.float32),
-    "float16": Codec("float16", np.dtype("<f2"), torch.float16),
-    "bfloat16": Codec("bfloat16", np.dtype("<u2"), torch.bfloat16),
-    "int8": Codec("int8", np.dtype("i1"), torch.float32),
+    codec.name: codec
+    for codec in (
+        Codec("float32", np.dtype("<f4"), torch.float32, "float32"),
+        Codec("float16", np.dtype("<f2"), torch.float16, "float16"),
+        Codec("bfloat16", np.dtype("<u2"), torch.bfloat16, "bfloat16: the upper halves of float32s"),
+        Codec(
+            "int8",
+            np.dtype("i1"),
+            torch.float32,
+            f"int8: number * SITE_scale[row, layer, channel // {GROUP}] * SITE_channel_scale[layer, channel]",
+        ),
+    )
 }
+DTYPES = tuple(CODECS)
 
 
 def group_count(width: int) -> int:
     return -(-width // GROUP)
+
+
+class Int8Rows(NamedTuple):
+    """Activations as int8, and what it takes to read them: on the device a quarter of float32 has to travel."""
+
+    values: torch.Tensor
+    """[B, L, D] int8"""
+    scale: torch.Tensor
+    """[B, L, groups] float16"""
+    channel_scale: torch.Tensor
+    """[L, D] float32"""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None, non_blocking: bool = False):
+        """[B, L, D] activations on a device, by default as float32."""
+        values, scale, channel = (part.to(device, non_blocking=non_blocking) for part in self)
+        spread = scale.transpose(0, 1).float().repeat_interleave(GROUP, -1)[..., : values.shape[-1]]
+        x = values.transpose(0, 1).float().mul_(spread).mul_(channel.unsqueeze(-2))
+        return x.to(dtype or torch.float32).transpose(0, 1)
 
 
 def channel_scale(x: torch.Tensor) -> torch.Tensor:
@@ -76,15 +101,3 @@ def quantise(x: torch.Tensor, channel_scale: torch.Tensor) -> tuple[np.ndarray, 
     scale = (grouped.abs().amax(-1) / 127 * (1 + 2**-10)).clamp(min=2.0**-24).half()
     values = (grouped / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
     return values.flatten(-2)[..., :width].cpu().contiguous().numpy(), scale.cpu().numpy()
-
-
-def dequantise(values: torch.Tensor, scale: torch.Tensor, channel_scale: torch.Tensor) -> torch.Tensor:
-    """Activations [L, B, D] of int8 values [L, B, D], scales [L, B, groups] and channel scales [L, D]."""
-    width = values.shape[-1]
-    spread = scale.float().repeat_interleave(GROUP, -1)[..., :width]
-    return values.float().mul_(spread).mul_(channel_scale.unsqueeze(-2))
-
-
-def crc32c(data: np.ndarray) -> int:
-    """The checksum of Zarr's crc32c codec."""
-    return google_crc32c.value(data)  # type: ignore[arg-type]

@@ -1,26 +1,36 @@
-"""Where each byte of a store lies: Zarr v3 arrays whose inner chunks are one shuffle block of one layer.
+"""What is in a store and how it is cut: Zarr v3 arrays whose inner chunks are one shuffle block of one layer.
 
-    resid/c/K/0/0 =  [block 0: layer 0 | crc32c, layer 1 | crc32c, ...] [block 1: ...] ...  index | crc32c
+    STORE/            attributes: what it is, model, text, versions, `complete`
+      train/          attributes: rows, what was masked
+        resid, mlp_out            [row, layer, channel]     in shards; int8 has SITE_scale [row, layer, group] beside it
+        token, position, document [row]                     in shards; -1 in rows that no activation belongs to
+        windows                   [window, 2]               first row and number of rows of each window
+        resid_mean, ...           [layer, channel]          statistics: SITE_mean, SITE_mean_square [layer]
+        layer                     [layer]                   the model's numbers of the layers
+      held_out/       the same again
 
-Blocks are uncompressed and in order, so a reader of all layers reads one run of bytes per block, a reader of one layer
-one run per block and layer, and both know the places without asking: what the shard's index says is checked once
-against what it must say. To every other reader of Zarr it is an ordinary sharded array.
+A shard is a run of blocks, a block has a chunk and its crc32c for each layer in turn, and the shard's index stands at
+its end. A window begins at a shard of its own and may be shorter than was foreseen: the rows from there to the next
+window are empty.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from zarr.codecs import Crc32cCodec
+from zarr.errors import ContainsArrayError
 
 from ..errors import UserError, check_choice
-from .codecs import CODECS, DTYPES, crc32c, group_count
+from .codecs import CODECS, DTYPES, group_count
 
 FORMAT = "crosslace-activations"
-VERSION = 1
+VERSION = 2
 BLOCK_ROWS = 256
 SHARD_BYTES = 128 << 20
 CRC_BYTES = 4
-_ABSENT = 2**64 - 1
+COLUMNS = ("token", "position", "document")
 
 
 class ArraySpec(NamedTuple):
@@ -31,8 +41,19 @@ class ArraySpec(NamedTuple):
     layers: int
     """Inner chunks per block."""
     width: int
-    flat: bool
-    """The array has rows alone."""
+    dimensions: tuple[str, ...]
+    numbers: str
+    """What its numbers are."""
+
+    @property
+    def flat(self) -> bool:
+        """The array has rows alone."""
+        return len(self.dimensions) == 1
+
+    @property
+    def fill(self) -> int:
+        """What stands where nothing was written."""
+        return -1 if self.flat else 0
 
     @property
     def run_bytes(self) -> int:
@@ -42,6 +63,9 @@ class ArraySpec(NamedTuple):
     @property
     def row_bytes(self) -> int:
         return self.layers * self.run_bytes
+
+    def shape(self, rows: int) -> tuple[int, ...]:
+        return (rows,) if self.flat else (rows, self.layers, self.width)
 
     def shard_key(self, shard: int) -> str:
         return f"{self.name}/c/{shard}" if self.flat else f"{self.name}/c/{shard}/0/0"
@@ -72,13 +96,15 @@ class StoreLayout:
         object.__setattr__(self, "arrays", {spec.name: spec for spec in self._specs()})
 
     def _specs(self):
-        count = len(self.layers)
+        count, codec = len(self.layers), CODECS[self.dtype]
         for site in self.sites:
-            yield ArraySpec(site, CODECS[self.dtype].stored, count, self.d_model, False)
+            says = codec.says.replace("SITE", site)
+            yield ArraySpec(site, codec.stored, count, self.d_model, ("row", "layer", "channel"), says)
             if self.dtype == "int8":
-                yield ArraySpec(f"{site}_scale", np.dtype("<f2"), count, group_count(self.d_model), False)
-        for name, dtype in (("token", "<i4"), ("position", "<i4"), ("document", "<i8")):
-            yield ArraySpec(name, np.dtype(dtype), 1, 1, True)
+                groups, half = group_count(self.d_model), np.dtype("<f2")
+                yield ArraySpec(f"{site}_scale", half, count, groups, ("row", "layer", "group"), f"scales of {site}")
+        for name, dtype in zip(COLUMNS, ("<i4", "<i4", "<i8")):
+            yield ArraySpec(name, np.dtype(dtype), 1, 1, ("row",), f"{name} of each row")
 
     @property
     def blocks_per_shard(self) -> int:
@@ -91,68 +117,59 @@ class StoreLayout:
     def shards(self, rows: int) -> int:
         return -(-rows // self.shard_rows)
 
-    def blocks_in(self, shard: int, rows: int) -> int:
-        """Blocks that a shard of a store of `rows` rows really holds."""
-        held = min(self.shard_rows, rows - shard * self.shard_rows)
-        return -(-held // self.block_rows)
-
     def chunk_bytes(self, spec: ArraySpec) -> int:
         """One block of one layer, with its checksum."""
         return self.block_rows * spec.run_bytes + CRC_BYTES
-
-    def index(self, spec: ArraySpec, blocks: int) -> bytes:
-        """The index at the end of a shard: (offset, length) of every chunk, and its checksum."""
-        entries = np.full((self.blocks_per_shard * spec.layers, 2), _ABSENT, dtype="<u8")
-        present, size = blocks * spec.layers, self.chunk_bytes(spec)
-        entries[:present, 0] = np.arange(present) * size
-        entries[:present, 1] = size
-        body = entries.tobytes()
-        return body + crc32c(np.frombuffer(body, np.uint8)).to_bytes(CRC_BYTES, "little")
-
-    def shard_bytes(self, spec: ArraySpec, blocks: int) -> int:
-        """What the file of a shard weighs."""
-        return blocks * spec.layers * self.chunk_bytes(spec) + self.index_bytes(spec)
 
     def index_bytes(self, spec: ArraySpec) -> int:
         return self.blocks_per_shard * spec.layers * 16 + CRC_BYTES
 
     def total_bytes(self, rows: int) -> int:
-        """What all shards weigh."""
-        whole, rest = divmod(rows, self.shard_rows)
-        size = sum(whole * self.shard_bytes(spec, self.blocks_per_shard) for spec in self.arrays.values())
-        if rest:
-            size += sum(self.shard_bytes(spec, -(-rest // self.block_rows)) for spec in self.arrays.values())
-        return size
+        """What the shards of so many rows weigh."""
+        blocks, shards = -(-rows // self.block_rows), self.shards(rows)
+        return sum(
+            blocks * spec.layers * self.chunk_bytes(spec) + shards * self.index_bytes(spec)
+            for spec in self.arrays.values()
+        )
 
-    def array_metadata(self, spec: ArraySpec, rows: int) -> dict[str, Any]:
-        """The `zarr.json` of an array."""
-        tail = [] if spec.flat else [spec.layers, spec.width]
-        inner = [self.block_rows] + ([] if spec.flat else [1, spec.width])
-        little = {"name": "bytes", "configuration": {"endian": "little"}}
-        codec = little if spec.dtype.itemsize > 1 else {"name": "bytes"}
-        sharding = {
-            "chunk_shape": inner,
-            "codecs": [codec, {"name": "crc32c"}],
-            "index_codecs": [little, {"name": "crc32c"}],
-            "index_location": "end",
-        }
-        return {
-            "zarr_format": 3,
-            "node_type": "array",
-            "shape": [rows, *tail],
-            "data_type": spec.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.shard_rows, *tail]}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": 0,
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-            "attributes": {},
-            "dimension_names": ["row"] if spec.flat else ["row", "layer", "channel"],
-        }
+    def chunk_shape(self, spec: ArraySpec) -> tuple[int, ...]:
+        return (self.block_rows,) if spec.flat else (self.block_rows, 1, spec.width)
+
+    def create(self, group: Any, rows: int) -> None:
+        """The arrays of a split, or the ones that are there with room for so many rows."""
+        for spec in self.arrays.values():
+            if spec.name in group:
+                if rows > group[spec.name].shape[0]:
+                    group[spec.name].resize(spec.shape(rows))
+                continue
+            with suppress(ContainsArrayError):  # by another process, just now
+                group.create_array(
+                    spec.name,
+                    shape=spec.shape(rows),
+                    chunks=self.chunk_shape(spec),
+                    shards=spec.shape(self.shard_rows),
+                    dtype=spec.dtype,
+                    filters=None,
+                    compressors=Crc32cCodec(),
+                    fill_value=spec.fill,
+                    dimension_names=spec.dimensions,
+                    attributes={"numbers": spec.numbers},
+                )
+
+    def is_direct(self, spec: ArraySpec, metadata: dict[str, Any]) -> bool:
+        """Whether an array is cut as `create` does it: another program may have compressed or re-cut a copy."""
+        sharding, grid = metadata["codecs"][0], metadata["chunk_grid"]["configuration"]
+        inside = sharding.get("configuration", {})
+        return (
+            sharding["name"] == "sharding_indexed"
+            and inside["index_location"] == "end"
+            and tuple(inside["chunk_shape"]) == self.chunk_shape(spec)
+            and [codec["name"] for codec in inside["codecs"]] == ["bytes", "crc32c"]
+            and tuple(grid["chunk_shape"]) == spec.shape(self.shard_rows)
+        )
 
     def to_attributes(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
-            "version": VERSION,
             "sites": list(self.sites),
             "layers": list(self.layers),
             "d_model": self.d_model,
@@ -166,16 +183,12 @@ class StoreLayout:
         """The layout that a store's attributes tell of, or the sentence that says why it cannot be read."""
         if attributes.get("format") != FORMAT:
             raise UserError(f"{path} is a Zarr group but no activation store; make one with `crosslace cache`")
-        if attributes.get("version") != VERSION:
+        version = attributes.get("version")
+        if version != VERSION:
+            name = attributes.get("model", {}).get("name", "MODEL")
             raise UserError(
-                f"{path} has version {attributes.get('version')} of the store format and this crosslace reads version "
-                f"{VERSION}: write the store again or use the crosslace that wrote it"
+                f"{path} has version {version} of the store format and this crosslace reads version {VERSION}: harvest "
+                f"it anew with `crosslace cache model={name} dataset=... store=NEW` and the settings in its config.yaml"
             )
-        return cls(
-            sites=tuple(attributes["sites"]),
-            layers=tuple(attributes["layers"]),
-            d_model=attributes["d_model"],
-            dtype=attributes["dtype"],
-            block_rows=attributes["block_rows"],
-            shard_rows=attributes["shard_rows"],
-        )
+        kept = {name: attributes[name] for name in ("d_model", "dtype", "block_rows", "shard_rows")}
+        return cls(tuple(attributes["sites"]), tuple(attributes["layers"]), **kept)

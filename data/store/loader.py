@@ -29,6 +29,8 @@ class Loader:
         self.stall_seconds = 0.0
         self._fetch = fetch
         self._device, self._dtype = device, dtype
+        # one stream for as long as the loader lives: memory that the allocator has given a stream stays that stream's
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: deque[Future[Batch]] = deque()
         self._asked = start_step
         self._prefetch = max(1, prefetch)
@@ -45,6 +47,10 @@ class Loader:
         begun = time.perf_counter()
         batch = self._ahead.popleft().result()
         self.stall_seconds += time.perf_counter() - begun
+        if self._stream is not None:
+            reader = torch.cuda.current_stream(self._device)
+            for values in batch.sites.values():
+                values.record_stream(reader)  # the copy stream may not write there before the reader's work is done
         self.step += 1
         self._ask()
         return batch
@@ -56,13 +62,15 @@ class Loader:
 
     def _get(self, step: int) -> Batch:
         batch = self._fetch(step)
-        if self._device.type != "cuda":
+        if self._stream is None:
             return batch.to(self._device, self._dtype)
-        # a stream of its own, so that the copy runs beside the training step; it is over before the batch is handed
-        # out and before the pinned memory goes back to its pool
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
+        # beside the training step; int8 travels as it is and becomes numbers there. The copy is over before the batch
+        # is handed out, and before the pinned memory goes back
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             moved = batch.to(self._device, self._dtype, non_blocking=True)
-            torch.cuda.current_stream().synchronize()
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        done.synchronize()
         return moved
 
     def close(self) -> None:

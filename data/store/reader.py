@@ -1,307 +1,280 @@
-"""Rows straight from the shards of a store on disk or at a URL, every byte checked before its first use."""
+"""Rows straight from the shards of a store on disk or at a URL, every byte checked before its first use.
 
-import os
+The one loop over a store's bytes that is written by hand. Places come from the index of each shard; neighbouring
+layers of a block are one read, from the page cache into the batch, layer by layer; at a URL all reads of a batch are
+asked for at once. An array that another program has compressed or cut anew is read by Zarr, to the same rows.
+"""
+
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from os import PathLike
-from pathlib import Path
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 import torch
+import zarr
 
 from ..errors import Progress, UserError
-from . import kernels
-from .batch import Batch, Statistics, Straight
-from .codecs import CODECS, crc32c, dequantise
-from .files import Files, LocalFiles, open_files, read_json
+from .batch import Batch, Statistics
+from .codecs import CODECS, Int8Rows
 from .layout import CRC_BYTES, ArraySpec, StoreLayout
-from .shuffle import EpochOrder, Span
+from .place import Place
+from .shuffle import Blocks, Order, Span
 
-HELD_OUT = "held_out"
-
-
-class BufferPool:
-    """Memory for batches that goes round: a fresh batch of 100 MB costs more in page faults than in copying.
-
-    No lock: arrays come back from wherever the last reference to them dies, the middle of `take` included, and the
-    operations of a list are atomic.
-    """
-
-    def __init__(self, keep: int = 16):
-        self._free: dict[tuple[int, bool], list[torch.Tensor]] = {}
-        self._keep = keep
-
-    def take(self, size: int, pin: bool) -> np.ndarray:
-        """`size` bytes that come back to the pool when nobody holds the array, or a tensor made of it, any more."""
-        try:
-            owner = self._free[size, pin].pop()
-        except (KeyError, IndexError):
-            # numpy asks for huge pages, which are sooner there
-            owner = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pin else torch.from_numpy(_bytes(size))
-        lent = owner.numpy()
-        weakref.finalize(lent, self._back, owner, pin).atexit = False
-        return lent
-
-    def _back(self, owner: torch.Tensor, pin: bool) -> None:
-        waiting = self._free.setdefault((len(owner), pin), [])
-        if len(waiting) < self._keep:
-            waiting.append(owner)
+_AT_ONCE = 32  # blocks that Zarr reads side by side
+_KEPT = 16
 
 
-def _bytes(*shape: int) -> np.ndarray:
-    return np.empty(shape, np.uint8)
+class Run(NamedTuple):
+    """Neighbouring bytes of a shard and where they go."""
 
-
-_POOL = BufferPool()
-
-
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]  # several times as fast as `array.ctypes.data`
+    shard: int
+    offset: int
+    buffers: list[np.ndarray]
 
 
 class ArrayReader:
     """One array of a store: blocks of rows into given memory, checked against their crc32c on first touch."""
 
-    def __init__(self, files: Files, prefix: str, layout: StoreLayout, spec: ArraySpec, rows: int):
-        self.files, self.layout, self.spec, self.rows = files, layout, spec, rows
-        self.prefix = prefix
+    def __init__(self, place: Place, prefix: str, layout: StoreLayout, spec: ArraySpec, foreign: zarr.Array | None):
+        self.place, self.prefix, self.layout, self.spec = place, prefix, layout, spec
+        self.foreign = foreign
+        """The array as Zarr reads it, where its bytes do not lie as `layout` has them."""
         self._chunk = layout.chunk_bytes(spec)
-        self._index_checked = np.zeros(layout.shards(rows), dtype=bool)
-        self._checked = np.zeros((layout.shards(rows) * layout.blocks_per_shard, spec.layers), dtype=bool)
+        self._offsets: dict[int, np.ndarray] = {}
+        self._checked: dict[int, np.ndarray] = {}
 
     def read(self, spans: list[Span], places: list[int], into: np.ndarray) -> None:
         """Rows of some blocks, for each wanted layer, into uint8 memory [layers, bytes]."""
-        for shard in {span.block // self.layout.blocks_per_shard for span in spans}:
-            self._check_index(shard)
-        run = self.spec.run_bytes
-        lengths = [len(span) * run for span in spans]
-        begins = np.cumsum([0, *lengths[:-1]])
-        # a chunk comes whole, so that it can be checked, even where only some of its rows are wanted
-        parts = {i: self._whole(len(places)) for i, span in enumerate(spans) if len(span) < self.layout.block_rows}
-        if isinstance(self.files, LocalFiles) and kernels.load() is not None:
-            at = _address(into) + begins[:, None] + np.arange(len(places)) * into.strides[0]
-            for i, whole in parts.items():
-                at[i] = _address(whole) + np.arange(len(places)) * whole.strides[0]
-            self._read_chunks(self.files, [span.block for span in spans], places, at)
-        else:
-            for i, span in enumerate(spans):
-                self._read_block(span.block, places, parts.get(i, into[:, begins[i] : begins[i] + lengths[i]]))
-        for i, whole in parts.items():
-            span = spans[i]
-            into[:, begins[i] : begins[i] + lengths[i]] = whole[:, span.start * run : span.stop * run]
-
-    def _whole(self, layers: int) -> np.ndarray:
-        return np.empty((layers, self.layout.block_rows * self.spec.run_bytes), np.uint8)
-
-    def forget(self, first_shard: int, shards: int) -> None:
-        per_shard = self.layout.blocks_per_shard
-        self._index_checked[first_shard : first_shard + shards] = False
-        self._checked[first_shard * per_shard : (first_shard + shards) * per_shard] = False
-
-    def _read_chunks(self, files: LocalFiles, blocks: list[int], places: list[int], into: np.ndarray) -> None:
-        """Chunks of every block and layer to addresses [blocks, layers], in one call without Python's lock."""
-        which, columns = np.array(blocks)[:, None], np.array(places)
-        shards, within = np.divmod(which, self.layout.blocks_per_shard)
-        used, number = np.unique(shards, return_inverse=True)
-        with self._descriptors(files, used.tolist()) as held:
-            chunks = kernels.Chunks(
-                files=np.repeat(np.array(held, np.int32)[number.ravel()], len(places)),
-                offsets=((within * self.spec.layers + columns) * self._chunk).ravel(),
-                into=into.ravel().astype(np.uintp),
-                trusted=self._checked[which, columns].ravel(),
-            )
-            outcome, at, code = kernels.read_chunks(chunks, self._chunk - CRC_BYTES)
-        block, place = blocks[at // len(places)], places[at % len(places)]
-        shard = block // self.layout.blocks_per_shard
-        if outcome == "damaged":
-            self._refuse(shard, block, place)
-        if outcome == "short":
-            raise self._cut_short(self._name(shard))
-        if outcome == "failed":
-            raise OSError(code, os.strerror(code), self._name(shard))
-        self._checked[which, columns] = True
-
-    def _read_block(self, block: int, places: list[int], target: np.ndarray) -> None:
-        """The same for one block, in plain Python, wherever the files are."""
-        shard, within = divmod(block, self.layout.blocks_per_shard)
-        sums = np.empty((len(places), CRC_BYTES), np.uint8)
-        first = 0
-        while first < len(places):
-            # neighbouring layers lie side by side: one read
-            last = first + 1
-            while last < len(places) and places[last] == places[last - 1] + 1:
-                last += 1
-            buffers = [b for i in range(first, last) for b in (target[i], sums[i])]
-            self._fetch(shard, (within * self.spec.layers + places[first]) * self._chunk, buffers)
-            first = last
-        for place, run, expected in zip(places, target, sums.view("<u4")[:, 0]):
-            if not self._checked[block, place]:
-                if crc32c(run) != expected:
-                    self._refuse(shard, block, place)
-                self._checked[block, place] = True
-
-    def _check_index(self, shard: int) -> None:
-        if self._index_checked[shard]:
+        if self.foreign is not None:
+            self._read_foreign(self.foreign, spans, places, into)
             return
-        blocks = self.layout.blocks_in(shard, self.rows)
-        index = np.empty(self.layout.index_bytes(self.spec), np.uint8)
-        self._fetch(shard, blocks * self.spec.layers * self._chunk, [index])
-        if index.tobytes() != self.layout.index(self.spec, blocks):
-            start = shard * self.layout.shard_rows
-            stop = min(start + self.layout.shard_rows, self.rows)
-            raise UserError(
-                f"{self.files.root} is damaged: the index of shard {self._name(shard)} (rows {start} to {stop - 1}) is "
-                "not what was written; copy the shard again or cache the store anew"
-            )
-        self._index_checked[shard] = True
+        run, per_shard = self.spec.run_bytes, self.layout.blocks_per_shard
+        begins = np.cumsum([0, *(len(span) * run for span in spans)]).tolist()
+        self._learn(sorted({span.block // per_shard for span in spans}))
+        sums = np.empty((len(spans), len(places), CRC_BYTES), np.uint8)
+        targets, runs = [], []
+        for i, span in enumerate(spans):
+            target = into[:, begins[i] : begins[i + 1]]
+            if len(span) < self.layout.block_rows:  # a chunk comes whole, so that it can be checked
+                target = np.empty((len(places), self.layout.block_rows * run), np.uint8)
+            targets.append(target)
+            runs += self._runs(span.block, places, target, sums[i])
+        self._fetch(runs)
+        for i, span in enumerate(spans):
+            self._check(span.block, places, targets[i], sums[i])
+            if len(span) < self.layout.block_rows:
+                into[:, begins[i] : begins[i + 1]] = targets[i][:, span.start * run : span.stop * run]
 
-    @contextmanager
-    def _descriptors(self, files: LocalFiles, shards: list[int]) -> Iterator[list[int]]:
-        try:
-            with files.descriptors([self._name(shard) for shard in shards]) as held:
-                yield held
-        except FileNotFoundError as cause:
-            raise self._cut_short(str(Path(cause.filename).relative_to(files.folder))) from cause
+    def _runs(self, block: int, places: list[int], target: np.ndarray, sums: np.ndarray) -> list[Run]:
+        """The reads of one block; chunks that were never written are what Zarr's fill value says."""
+        shard, within = divmod(block, self.layout.blocks_per_shard)
+        offsets = self._offsets[shard][within]
+        found: list[Run] = []
+        end = -1
+        for i, place in enumerate(places):
+            offset = int(offsets[place])
+            if offset < 0:
+                target[i].view(self.spec.dtype)[:] = self.spec.fill
+                continue
+            if offset == end:
+                found[-1].buffers.extend((target[i], sums[i]))
+            else:
+                found.append(Run(shard, offset, [target[i], sums[i]]))
+            end = offset + self._chunk
+        return found
 
-    def _fetch(self, shard: int, offset: int, buffers: list[np.ndarray]) -> None:
+    def _fetch(self, runs: list[Run]) -> None:
         try:
-            self.files.read_into(self._name(shard), offset, buffers)
+            if self.place.local:
+                for run in runs:
+                    self.place.read_into(self._name(run.shard), run.offset, run.buffers)
+                return
+            wanted = [(self._name(run.shard), run.offset, sum(b.nbytes for b in run.buffers)) for run in runs]
+            for run, got in zip(runs, self.place.ranges(wanted)):
+                for buffer in run.buffers:
+                    buffer[:], got = got[: buffer.nbytes], got[buffer.nbytes :]
         except (FileNotFoundError, EOFError) as cause:
-            raise self._cut_short(self._name(shard)) from cause
+            raise self._cut_short(cause) from cause
+
+    def _learn(self, shards: list[int]) -> None:
+        """Read and check the indices of shards, where that has not been done."""
+        new = [shard for shard in shards if shard not in self._offsets]
+        size = self.layout.index_bytes(self.spec)
+        try:
+            if self.place.local:
+                found = [np.empty(size, np.uint8) for _ in new]
+                for shard, index in zip(new, found):
+                    self.place.read_into(self._name(shard), self._weight(shard) - size, [index])
+            else:
+                found = self.place.ranges([(self._name(shard), -size, size) for shard in new])
+        except (OSError, EOFError) as cause:
+            raise self._cut_short(cause) from cause
+        for shard, index in zip(new, found):
+            entries = index[:-CRC_BYTES].view("<u8").reshape(-1, self.spec.layers, 2).astype(np.int64)  # absent: -1
+            written = entries[..., 0] >= 0
+            whole = google_crc32c.value(index[:-CRC_BYTES]) == int(index[-CRC_BYTES:].view("<u4")[0])
+            if not whole or not (entries[written, 1] == self._chunk).all():
+                raise self._damaged(f"the index of shard {self._name(shard)} ({self._rows_of(shard)}) is not")
+            self._offsets[shard] = entries[..., 0]
+            self._checked[shard] = ~written
+
+    def is_whole(self, shard: int, size: int) -> bool:
+        """Whether a file of this size has all that its index speaks of: chunks of zeros are left out of it."""
+        self._learn([shard])
+        written = int((self._offsets[shard] >= 0).sum())
+        return size == written * self._chunk + self.layout.index_bytes(self.spec)
+
+    def _weight(self, shard: int) -> int:
+        return (self.place.folder / self._name(shard)).stat().st_size
+
+    def _check(self, block: int, places: list[int], target: np.ndarray, sums: np.ndarray) -> None:
+        shard, within = divmod(block, self.layout.blocks_per_shard)
+        checked, expected = self._checked[shard][within], sums.view("<u4")[:, 0]
+        for i, place in enumerate(places):
+            if checked[place]:
+                continue
+            if google_crc32c.value(target[i]) != expected[i]:
+                start = block * self.layout.block_rows
+                layer = "" if self.spec.flat else f" of layer {self.layout.layers[place]}"
+                rows = f"rows {start} to {start + self.layout.block_rows - 1}{layer}"
+                raise self._damaged(f"in shard {self._name(shard)}, {rows} are not")
+            checked[place] = True
+
+    def _read_foreign(self, array: zarr.Array, spans: list[Span], places: list[int], into: np.ndarray) -> None:
+        def read(span: Span) -> np.ndarray:
+            start = span.block * self.layout.block_rows
+            rows = slice(start + span.start, start + span.stop)
+            return np.asarray(array[rows])[None] if self.spec.flat else np.asarray(array[rows]).swapaxes(0, 1)[places]
+
+        shaped = into.view(self.spec.dtype).reshape(len(places), -1, self.spec.width)
+        begin = 0
+        try:
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                for part in pool.map(read, spans):
+                    shaped[:, begin : begin + part.shape[1]] = part.reshape(len(places), -1, self.spec.width)
+                    begin += part.shape[1]
+        except (ValueError, RuntimeError) as cause:
+            raise UserError(f"{self.place.root} is damaged: {self.prefix}{self.spec.name}: {cause}") from cause
+
+    def forget(self, shards: range) -> None:
+        """These shards are no longer the files that were checked."""
+        for shard in shards:
+            self._offsets.pop(shard, None)
 
     def _name(self, shard: int) -> str:
         return self.prefix + self.spec.shard_key(shard)
 
-    def _cut_short(self, name: str) -> UserError:
+    def _rows_of(self, shard: int) -> str:
+        start = shard * self.layout.shard_rows
+        return f"rows {start} to {start + self.layout.shard_rows - 1}"
+
+    def _damaged(self, what: str) -> UserError:
         return UserError(
-            f"{self.files.root} is damaged: shard {name} is missing or cut short; copy it again or cache the store anew"
+            f"{self.place.root} is damaged: {what} what was written (checksum); copy the shard again or cache the "
+            "store anew"
         )
 
-    def _refuse(self, shard: int, block: int, place: int) -> None:
-        start = block * self.layout.block_rows
-        stop = min(start + self.layout.block_rows, self.rows)
-        layer = "" if self.spec.flat else f" of layer {self.layout.layers[place]}"
-        raise UserError(
-            f"{self.files.root} is damaged: in shard {self._name(shard)}, rows {start} to {stop - 1}{layer} do not "
-            "match their checksum; copy the shard again or cache the store anew"
+    def _cut_short(self, cause: Exception) -> UserError:
+        name = getattr(cause, "filename", None) or str(cause).split(" ends")[0]
+        name = str(name).removeprefix(f"{self.place.folder}/")
+        return UserError(
+            f"{self.place.root} is damaged: shard {name} is missing or cut short; copy it again or cache the store anew"
         )
 
 
 class ShardedRows:
-    """Rows in the shards of one group, wherever an order of them comes from."""
+    """Rows in the shards of one split, wherever an order of them comes from."""
 
-    def __init__(self, files: Files, prefix: str, layout: StoreLayout, rows: int, attributes: dict[str, Any]):
-        self.layout, self.rows = layout, rows
+    def __init__(
+        self,
+        place: Place,
+        prefix: str,
+        layout: StoreLayout,
+        windows: list[tuple[int, int]],
+        channel_scale: dict[str, torch.Tensor],
+        foreign: dict[str, zarr.Array] | None = None,
+    ):
+        self.place, self.prefix, self.layout, self.channel_scale = place, prefix, layout, channel_scale
+        self.blocks = Blocks.of(windows, layout.block_rows)
+        self.rows = int(self.blocks.lengths.sum())
         self.sites, self.layers, self.d_model = layout.sites, layout.layers, layout.d_model
         self.codec = CODECS[layout.dtype]
         self.dtype = self.codec.read
-        self.arrays = {name: ArrayReader(files, prefix, layout, spec, rows) for name, spec in layout.arrays.items()}
-        if layout.dtype == "int8":
-            scales = attributes["int8"]["channel_scale"]
-            self.channel_scale = {site: torch.tensor(scales[site], dtype=torch.float32) for site in self.sites}
+        self.arrays = {
+            name: ArrayReader(place, prefix, layout, spec, (foreign or {}).get(name))
+            for name, spec in layout.arrays.items()
+        }
 
-    def forget(self, first_shard: int, shards: int) -> None:
-        """Check these shards again when they are next read: they are no longer the files that were checked."""
+    def forget(self, shards: range) -> None:
+        """Check these shards again when they are next read."""
         for array in self.arrays.values():
-            array.forget(first_shard, shards)
+            array.forget(shards)
 
-    def stored_order(self) -> Straight:
-        return Straight(self.rows, self.layout.block_rows)
+    def stored_order(self) -> Order:
+        return self.blocks.in_order()
 
     def read(self, spans: list[Span], sites: tuple[str, ...], places: list[int], pin: bool = False) -> Batch:
-        found = {}
+        found: dict[str, Any] = {}
         for site in sites:
             values = self._gather(site, spans, places, pin)
             if self.layout.dtype == "int8":
-                scale = self._gather(f"{site}_scale", spans, places, False)
-                values = dequantise(values, scale, self.channel_scale[site][places])
-            found[site] = values.transpose(0, 1)
-        where = (self._gather(name, spans, [0], False)[0, :, 0] for name in ("token", "position", "document"))
-        return Batch(found, *where)
+                scale = self._gather(f"{site}_scale", spans, places, pin)
+                found[site] = Int8Rows(values, scale, self.channel_scale[site][places])
+            else:
+                found[site] = values
+        return Batch(found, lambda name: self._gather(name, spans, [0])[:, 0, 0])
 
-    def _gather(self, name: str, spans: list[Span], places: list[int], pin: bool) -> torch.Tensor:
-        """[layers, rows, width] of one array."""
+    def _gather(self, name: str, spans: list[Span], places: list[int], pin: bool = False) -> torch.Tensor:
+        """[rows, layers, width] of one array; in memory layer by layer."""
         array = self.arrays[name]
         run, count = array.spec.run_bytes, sum(map(len, spans))
-        raw = _POOL.take(len(places) * count * run, pin)
+        raw = _memory(len(places) * count * run, pin)
         array.read(spans, places, raw.reshape(len(places), count * run))
         shaped = raw.view(array.spec.dtype).reshape(len(places), count, array.spec.width)
-        return self.codec.to_torch(shaped) if name in self.sites else torch.from_numpy(shaped)
+        return (self.codec.to_torch(shaped) if name in self.sites else torch.from_numpy(shaped)).transpose(0, 1)
 
     def verify(self, progress: Progress) -> None:
         """Check every block of every array against its checksum, used before or not."""
-        blocks = -(-self.rows // self.layout.block_rows)
-        self.forget(0, self.layout.shards(self.rows))
-        for block in range(blocks):
-            span = Span(block, 0, min(self.layout.block_rows, self.rows - block * self.layout.block_rows))
+        self.forget(range(1 + int(self.blocks.ids.max(initial=0)) // self.layout.blocks_per_shard))
+        for number, (block, length) in enumerate(zip(self.blocks.ids.tolist(), self.blocks.lengths.tolist())):
             for name, array in self.arrays.items():
-                self._gather(name, [span], list(range(array.spec.layers)), False)
-            progress("checking the store", block + 1, blocks)
+                self._gather(name, [Span(block, 0, length)], list(range(array.spec.layers)))
+            progress("checking the store", number + 1, len(self.blocks.ids))
 
 
-class DiskSource(ShardedRows):
-    """A store in a folder or at an fsspec URL."""
-
-    def __init__(self, path: str | PathLike, split: str = "train"):
-        self.files = open_files(path)
-        self.prefix = "" if split == "train" else f"{split}/"
-        self.attributes = self._attributes(split)
-        layout = StoreLayout.from_attributes(self.attributes, self.files.root)
-        super().__init__(self.files, self.prefix, layout, self.attributes["rows"], self.attributes)
-        self._check_files()
-        self.statistics = read_statistics(self.attributes)
-        self._order: tuple[int, EpochOrder] | None = None
-
-    def close(self) -> None:
-        """Nothing goes on behind the files."""
-
-    def _attributes(self, split: str) -> dict[str, Any]:
-        root = self.files.root
-        try:
-            top, own = read_json(self.files, "zarr.json"), read_json(self.files, f"{self.prefix}zarr.json")
-        except ValueError as cause:
-            raise UserError(f"{root} is damaged: its zarr.json is no JSON; cache the store anew") from cause
-        if top is None:
-            raise UserError(f"there is no store at {root}; make one with `crosslace cache store={root}`")
-        attributes = top.get("attributes", {})
-        if "format" in attributes and not attributes.get("complete"):
-            raise UserError(f"{root} is incomplete: run `crosslace cache` with the same settings and it goes on")
-        if own is None:
-            raise UserError(f"{root} has no {split} split; cache it with held-out tokens or use split=train")
-        return own["attributes"]
-
-    def _check_files(self) -> None:
-        """Every shard stands there with its size: what was lost or cut off is found before training starts."""
-        found = {}
-        for spec in self.layout.arrays.values():
-            found |= self.files.sizes(self.prefix + spec.name)
-        for spec in self.layout.arrays.values():
-            for shard in range(self.layout.shards(self.rows)):
-                name = self.prefix + spec.shard_key(shard)
-                expected = self.layout.shard_bytes(spec, self.layout.blocks_in(shard, self.rows))
-                if found.get(name) != expected:
-                    state = "is missing" if name not in found else f"has {found[name]} bytes instead of {expected}"
-                    start = shard * self.layout.shard_rows
-                    stop = min(start + self.layout.shard_rows, self.rows)
-                    raise UserError(
-                        f"{self.files.root} is damaged: shard {name} (rows {start} to {stop - 1}) {state}; copy it "
-                        "again or cache the store anew"
-                    )
-
-    def order(self, epoch: int) -> EpochOrder:
-        held = self._order
-        if held is None or held[0] != epoch:
-            held = epoch, EpochOrder(self.rows, self.layout.block_rows, self.attributes["seed"], epoch)
-            self._order = held
-        return held[1]
+_spare: dict[int, list[torch.Tensor]] = {}  # without a lock: the operations of a list are atomic
 
 
-def read_statistics(attributes: dict[str, Any]) -> Statistics:
-    held = attributes["statistics"]
+def _memory(size: int, pin: bool) -> np.ndarray:
+    """Memory for a batch. PyTorch keeps pinned memory for the next one; pages of other memory that the system has just
+    given cost more than what is copied into them, so that comes back here when nobody holds it any more."""
+    if pin:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    waiting = _spare.setdefault(size, [])
+    try:
+        owner = waiting.pop()
+    except IndexError:
+        owner = torch.from_numpy(np.empty(size, np.uint8))  # numpy asks for huge pages, which are sooner there
+    lent = owner.numpy()  # every view of it keeps this very array alive
+    weakref.finalize(lent, lambda: waiting.append(owner) if len(waiting) < _KEPT else None).atexit = False
+    return lent
+
+
+def read_small(group: Any, name: str) -> torch.Tensor:
+    """A small array, whole."""
+    try:
+        return torch.from_numpy(np.asarray(group[name][...]))
+    except (KeyError, ValueError, RuntimeError) as cause:
+        raise UserError(
+            f"the store is damaged: {group.path}/{name} is missing or not what was written ({cause}); copy it again or "
+            "cache the store anew"
+        ) from cause
+
+
+def read_statistics(group: Any, sites: tuple[str, ...], rows: int) -> Statistics:
+    """From a split's arrays."""
+    read = lambda name: read_small(group, name).float()
     return Statistics(
-        {site: torch.tensor(held[site]["mean"], dtype=torch.float32) for site in attributes["sites"]},
-        {site: torch.tensor(held[site]["mean_square"], dtype=torch.float32) for site in attributes["sites"]},
-        attributes["rows"],
+        {site: read(f"{site}_mean") for site in sites}, {site: read(f"{site}_mean_square") for site in sites}, rows
     )

@@ -5,6 +5,7 @@ when they are read, whole blocks of rows are visited in an order of the epoch's 
 which sorts hashed counters: unlike the generators of numpy or torch, its result cannot change with a version.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -43,21 +44,14 @@ def permutation(n: int, *key: int) -> np.ndarray:
     return np.argsort(hashed(np.arange(n), *key), kind="stable")
 
 
-class EpochOrder:
-    """All rows of a store in the order of one epoch: blocks permuted, rows of a block together."""
+class Order:
+    """Rows block after block: `blocks` says which, `lengths` how many rows each of them has."""
 
-    def __init__(self, rows: int, block_rows: int, *key: int):
-        blocks = -(-rows // block_rows)
-        self.blocks = permutation(blocks, *key)
-        lengths = np.full(blocks, block_rows, dtype=np.int64)
-        if blocks:
-            # the store's last block may be short, wherever it falls in this epoch
-            lengths[self.blocks == blocks - 1] = rows - (blocks - 1) * block_rows
-        self.ends = np.cumsum(lengths)
-        self.rows = rows
+    def __init__(self, blocks: np.ndarray, lengths: np.ndarray):
+        self.blocks, self.ends = blocks, np.cumsum(lengths)
 
     def spans(self, start: int, stop: int) -> list[Span]:
-        """The rows at places `start:stop` of the epoch."""
+        """The rows at places `start:stop`."""
         found = []
         place = int(np.searchsorted(self.ends, start, side="right"))
         while start < stop:
@@ -67,3 +61,27 @@ class EpochOrder:
             found.append(Span(int(self.blocks[place]), start - begin, take - begin))
             start, place = take, place + 1
         return found
+
+
+class Blocks(NamedTuple):
+    """The blocks of some rows as they lie, the last one of each window perhaps short."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def of(cls, windows: Iterable[tuple[int, int]], block_rows: int) -> "Blocks":
+        """Of windows (first row, rows); each begins at a block of its own."""
+        ids, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for start, rows in windows:
+            count = -(-rows // block_rows)
+            ids.append(start // block_rows + np.arange(count))
+            lengths.append(np.minimum(block_rows, rows - np.arange(count) * block_rows))
+        return cls(np.concatenate(ids), np.concatenate(lengths))
+
+    def in_order(self) -> Order:
+        return Order(*self)
+
+    def shuffled(self, *key: int) -> Order:
+        picked = permutation(len(self.ids), *key)
+        return Order(self.ids[picked], self.lengths[picked])

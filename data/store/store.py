@@ -15,16 +15,15 @@ leaves it out, so that each training step has a full batch, and other rows are i
 
 from collections.abc import Iterator, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import Progress, UserError, silent
 from .batch import Batch, MemorySource, RowSource, Statistics
-from .files import open_files, read_json
+from .disk import DiskSource, JoinedSource
 from .loader import Loader
-from .reader import DiskSource
+from .place import Place, read_json
 
 __all__ = ["ActivationStore", "Batch", "Loader", "Statistics", "in_memory_store"]
 
@@ -44,13 +43,16 @@ class ActivationStore:
     @classmethod
     def open(
         cls,
-        path: str | PathLike,
+        path: str | PathLike | Sequence[str | PathLike],
         split: str = "train",
         layers: Sequence[int] | None = None,
         sites: Sequence[str] | None = None,
     ) -> "ActivationStore":
-        """A store in a folder or at an fsspec URL, if it is whole; `split` is `train` or `held_out`."""
-        return cls(DiskSource(path, split), layers, sites)
+        """A store in a folder or at an fsspec URL, if it is whole; `split` is `train` or `held_out`. Several stores of
+        one model, a list of them or `a + b`, are read as one."""
+        paths = str(path).split(" + ") if isinstance(path, str | PathLike) else list(path)
+        parts = [DiskSource(part, split) for part in paths]
+        return cls(parts[0] if len(parts) == 1 else JoinedSource(parts), layers, sites)
 
     def __len__(self) -> int:
         return self.source.rows
@@ -113,9 +115,14 @@ class ActivationStore:
         layers: Sequence[int] | None = None,
         rank: int = 0,
         world: int = 1,
-        pin: bool = False,
     ) -> Batch:
         """Rank's part of one batch; `layers` are the model's numbers."""
+        return self._batch(epoch, step, size, layers, rank, world, False).to("cpu")
+
+    def _batch(
+        self, epoch: int, step: int, size: int, layers: Sequence[int] | None, rank: int, world: int, pin: bool
+    ) -> Batch:
+        """The same as it is stored, perhaps int8."""
         start, stop = step * size, min((step + 1) * size, len(self))
         if not 0 <= start < stop:
             raise UserError(f"step {step} of {size} rows is outside an epoch of {len(self)} rows")
@@ -141,7 +148,7 @@ class ActivationStore:
 
         def fetch(step: int) -> Batch:
             epoch, within = divmod(step, per_epoch)
-            return self.batch(epoch, within, size, layers, rank, world, pin)
+            return self._batch(epoch, within, size, layers, rank, world, pin)
 
         return Loader(fetch, start_step, steps, prefetch, torch.device(device), dtype)
 
@@ -149,7 +156,8 @@ class ActivationStore:
         """All rows once as they lie, `size` at a time, the last batch short: for evaluation."""
         order = self.source.stored_order()
         for start in range(0, len(self), size):
-            yield self.source.read(order.spans(start, min(start + size, len(self))), self.sites, self._find(layers))
+            spans = order.spans(start, min(start + size, len(self)))
+            yield self.source.read(spans, self.sites, self._find(layers)).to("cpu")
 
     def verify(self, progress: Progress = silent) -> None:
         """Read all of the store and refuse it, naming shard and rows, if a byte is not what was written."""
@@ -192,7 +200,7 @@ def in_memory_store(
     return ActivationStore(source)
 
 
-def is_complete(path: str | Path) -> bool:
+def is_complete(path: str | PathLike) -> bool:
     """Whether a store is there and whole."""
-    held = read_json(open_files(str(path)), "zarr.json")
+    held = read_json(Place(path), "zarr.json")
     return bool(held and held["attributes"].get("complete"))

@@ -1,208 +1,306 @@
 """Fills a store so that it may be killed at any instant and goes on to the same bytes.
 
 While a store is being written its folder has a `.progress`: what the processes agreed on, one record for each window
-whose shards are all in place, the spilled rows of windows that are not, and a lock for each writing process. Shards
-and records appear under their names only when they are whole. Windows fall to processes in turn; each finds out by
-itself which of its windows are done. Whoever sees the last record writes the arrays' metadata, then the group's with
-`complete`, and removes `.progress`.
+whose shards are all in place, the rows of windows that memory has no room for, and a lock for each writing process.
+Windows fall to processes in turn; each finds out by itself which of its windows are done. Whoever sees the last record
+writes statistics and `complete`, and removes `.progress`. A store that is whole grows by further windows: `tokens` in
+its attributes lists how many rows each split was asked for, time after time.
 """
 
-import fcntl
-import os
+import json
 import re
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from os import PathLike
+from os import PathLike, cpu_count
 from pathlib import Path, PurePath
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
-import torch
+import zarr
+from torch import Tensor
+from zarr.codecs import Crc32cCodec
 
 from ..errors import UserError
-from .codecs import GROUP, channel_scale
-from .files import Files, LocalFiles, open_files, read_json, room, write_json
-from .layout import StoreLayout
-from .reader import HELD_OUT
-from .window import Moments, SpilledWindow, Window, read_record, window_order
+from ..memory import host_memory
+from .codecs import channel_scale
+from .layout import COLUMNS, FORMAT, VERSION, StoreLayout
+from .lock import StoreLock
+from .place import Place, read_json, room, write_json
+from .window import Moments, Window, pack_record, read_record
 
 PROGRESS = ".progress"
+HELD_OUT = "held_out"
 SHUFFLE_ROWS = 1 << 20
-REMOTE_LOCK_SECONDS = 120.0
-_THREADS = 2
-_RECORD = re.compile(rf"(?:.*/)?{re.escape(PROGRESS)}/window-\d+\.npz").fullmatch
-_ASIDE = re.compile(r"\..+\.\d+-\d+\.part").fullmatch  # a file that was being written by a process that was killed
+_RECORD = re.compile(rf"{re.escape(PROGRESS)}/(\w+-\d+|before-.*)\.npz").fullmatch
+_ASIDE = re.compile(r"\..+\.\d+-\d+\.part|.+\.[0-9a-f]{32}\.partial").fullmatch  # what a killed process was writing
+
+
+def window_sizes(stages: list[int], window_rows: int) -> list[list[int]]:
+    """The rows of every window, for each time that a split was asked for so many rows. What is too little for a window
+    of its own joins the one before it."""
+    sizes = []
+    for rows in stages:
+        count = max(1, rows // window_rows)
+        sizes.append([window_rows] * (count - 1) + [rows - (count - 1) * window_rows] if rows else [])
+    return sizes
+
+
+class ShardWriter:
+    """Writes windows into the arrays of one split. At a URL their shards are made in a local folder first: there zarrs
+    writes them, and they arrive whole."""
+
+    def __init__(self, place: Place, layout: StoreLayout, split: str, rows: int, aside: Path | None):
+        self.place, self.layout, self.prefix = place, layout, f"{split}/"
+        layout.create(place.group(split, mode="a"), rows)
+        self.made = place if aside is None else Place(aside)
+        if aside is not None:
+            layout.create(self.made.group(split, mode="a"), rows)
+        self.arrays = self.made.shard_writers(split, layout.arrays)
+
+    def write(self, start: int, rows: int, window: Window, durable: bool) -> None:
+        """A closed window, from row `start` on."""
+        size = self.layout.shard_rows
+        tasks = [(name, shard) for shard in range(self.layout.shards(rows)) for name in self.layout.arrays]
+
+        def put(task: tuple[str, int]) -> None:
+            name, shard = task
+            first = start + shard * size
+            key = self.prefix + self.layout.arrays[name].shard_key(first // size)
+            values, place = window.arrays[name][shard * size : (shard + 1) * size], slice(first, first + size)
+            self.arrays[name][place] = values
+            if not (self.made.folder / key).exists():  # zeros throughout, which Zarr leaves out
+                self.arrays[name].with_config({"write_empty_chunks": True})[place] = values
+            if durable:
+                self.made.flush(key)
+            if self.made is not self.place:
+                self.place.write(key, (self.made.folder / key).read_bytes())
+                self.made.remove(key)
+
+        with ThreadPoolExecutor(min(4, cpu_count() or 1), thread_name_prefix="crosslace-shards") as pool:
+            for _ in pool.map(put, tasks):
+                pass
 
 
 class StoreWriter:
-    """One store being written, by this process and perhaps by others beside it."""
+    """One store being written, by this process and perhaps by others beside it; `rows` says how many, by split."""
 
     def __init__(
         self,
         path: str | PathLike,
         layout: StoreLayout,
         identity: dict[str, Any],
+        rows: dict[str, int],
         shuffle_rows: int = SHUFFLE_ROWS,
         memory: int | None = None,
+        scratch: str = "",
         process_index: int = 0,
         process_count: int = 1,
-        sync: bool = True,
+        durable: bool = True,
         dtype_open: bool = False,
+        facts: dict[str, Any] | None = None,
     ):
         """`dtype_open`: the layout's dtype is a guess, and `settle` will say the true one."""
-        self.files = open_files(path)
-        self.layout = layout
-        self.identity = identity
+        self.place, self.layout, self.identity = Place(path), layout, identity
+        self.asked = {split: count for split, count in rows.items() if count}
         self.shuffle_rows = layout.shards(shuffle_rows) * layout.shard_rows
-        self.memory = default_memory() // process_count if memory is None else memory
-        self.process_index, self.process_count = process_index, process_count
-        self.sync = sync
+        self.memory = host_memory() // 4 // process_count if memory is None else memory
+        self.process_index, self.process_count, self.durable = process_index, process_count, durable
         self.dtype_open = dtype_open
-        self.channel_scale: dict[str, torch.Tensor] = {}
+        self.facts = facts or {}
+        """What the attributes say besides."""
+        self.channel_scale: dict[str, Tensor] = {}
         self.complete = False
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="crosslace-writer")
+        self.stages: dict[str, list[int]] = {}
+        self._scratch = scratch
+        self._temporary: tempfile.TemporaryDirectory | None = None
+        self._before: dict[str, tuple[dict[str, Any], Moments]] = {}
+        self._shards: dict[str, ShardWriter] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="crosslace-writer")
         self._writing: list[Future[None]] = []
-        self._lock = StoreLock(self.files, process_index)
-        self._spare: list[dict[str, np.ndarray]] = []
-        self._aside: tempfile.TemporaryDirectory | None = None
+        self._lock = StoreLock(self.place, f"{PROGRESS}/lock-{process_index}")
 
     def __enter__(self) -> "StoreWriter":
         """Take the lock, and go on with what is there if it is the same store."""
-        held = read_json(self.files, "zarr.json")
-        if held is None:
+        if self.place.read("zarr.json") is None:
             self._check_folder()
-        elif self._check_identity(held.get("attributes", {})):
-            self.complete = held["attributes"]["complete"]
-        else:
-            held = None
-        with room(self.files):
+        with room(self.place):
             self._lock.take()
-            if self.complete:
-                self._tidy()
-            elif held is None:
-                self._make_way()
-                self._write_beginning()
+            try:
+                self._open()
+            except BaseException:
+                self._lock.release()
+                raise
         return self
 
-    def _make_way(self) -> None:
-        """Remove what was begun under other settings and has no finished window."""
-        held = read_json(self.files, "zarr.json")
-        if held is None or self._check_identity(held["attributes"]):  # nothing, or another process of this harvest
+    def _open(self) -> None:
+        held = (read_json(self.place, "zarr.json") or {}).get("attributes")
+        if held is not None and not self._goes_on_with(held):
+            for name in self.place.sizes(""):
+                own = name.startswith(("train/", f"{HELD_OUT}/", f"{PROGRESS}/")) or name == "zarr.json"
+                if own and not name.startswith(f"{PROGRESS}/lock-"):
+                    self.place.remove(name)
+            held = None
+        self.stages = {split: [rows] for split, rows in self.asked.items()}
+        if held is not None:
+            self._grow(held)
+        if self.complete:
+            self._tidy()
             return
-        own = ("zarr.json", *(f"{name}/" for name in (PROGRESS, HELD_OUT, *self.layout.arrays)))
-        for name in self.files.sizes(""):
-            if name.startswith(own) and not name.startswith(f"{PROGRESS}/lock-"):
-                self.files.remove(name)
+        attributes = {"format": FORMAT, "version": VERSION} | self.facts | (held or {}) | {"identity": self.identity}
+        self._write_beginning(attributes | {"tokens": self.stages, "complete": False})
+        for split, stages in self.stages.items():
+            found = self.place.read(self._before_name(split)) if len(stages) > 1 else None
+            if found is not None:
+                self._before[split] = read_record(self.layout, found)
 
-    def _write_beginning(self) -> None:
-        attributes = self.layout.to_attributes() | {"identity": self.identity, "complete": False}
-        write_json(self.files, "zarr.json", group_metadata(attributes))
+    def _write_beginning(self, attributes: dict[str, Any]) -> None:
+        attributes |= self.layout.to_attributes()
+        write_json(self.place, "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
     def settle(self, layout: StoreLayout) -> None:
         """The layout with the dtype that the sample told."""
         if layout.dtype != self.layout.dtype:
             self.layout = layout
-            with room(self.files):
-                self._write_beginning()
+            with room(self.place):
+                self._write_beginning((read_json(self.place, "zarr.json") or {})["attributes"])
+
+    def _goes_on_with(self, attributes: dict[str, Any]) -> bool:
+        """Refuse to go on with another store; False for one that has no finished window yet."""
+        held = StoreLayout.from_attributes(attributes, self.place.root)
+        if self.dtype_open and held.dtype in ("float16", "bfloat16"):
+            self.layout = replace(self.layout, dtype=held.dtype)
+        had, wanted = held.to_attributes() | attributes["identity"], self.layout.to_attributes() | self.identity
+        had, wanted = _flat(had), _flat(wanted)
+        different = sorted(key for key in had.keys() | wanted.keys() if had.get(key) != wanted.get(key))
+        if not different:
+            return True
+        if not attributes["complete"] and not any(map(_RECORD, self.place.sizes(PROGRESS))):
+            return False
+        key = different[0]
+        raise UserError(
+            f"{self.place.root} holds a store with {key}={had.get(key)} and this would be {key}={wanted.get(key)}: "
+            "choose another path, or remove that store"
+        )
+
+    def _grow(self, held: dict[str, Any]) -> None:
+        """What is asked for beyond what the store was asked for before."""
+        self.stages = {split: list(stages) for split, stages in held["tokens"].items()}
+        self.complete = held["complete"]
+        more = {split: rows - sum(self.stages.get(split, [])) for split, rows in self.asked.items()}
+        grows = {split: rows for split, rows in more.items() if rows > 0}
+        if not self.complete:
+            if any(grows.values()) or more.get("train", 0) < 0:
+                asked = sum(self.stages["train"])
+                raise UserError(
+                    f"{self.place.root} is not whole yet: finish it with store.tokens={asked} and store.held_out="
+                    f"{sum(self.stages.get(HELD_OUT, []))}, then it can grow"
+                )
+            return
+        if grows:
+            # what the first sample told decides which rows are masked in the further windows, too
+            scales: dict[str, Any] = {}
+            if self.layout.dtype == "int8":
+                group: Any = self.place.group("train")
+                scales = {site: np.asarray(group[f"{site}_channel_scale"][...]).tolist() for site in self.layout.sites}
+            sample = held.get("sample", {}) | {"channel_scale": scales}
+            self.place.create(f"{PROGRESS}/sample.json", json.dumps(sample, indent=1, sort_keys=True).encode())
+        for split, rows in grows.items():
+            self.complete = False
+            self.stages.setdefault(split, []).append(rows)
+            if len(self.stages[split]) > 1:
+                self.place.create(self._before_name(split), self._record_of_all(split))
+
+    def _record_of_all(self, split: str) -> bytes:
+        """All windows of a split that is whole, as one record."""
+        group: Any = self.place.group(split)
+        windows, moments = np.asarray(group["windows"][...]), Moments(self.layout)
+        rows = int(windows[:, 1].sum())
+        for site in self.layout.sites:
+            moments.total[site] = np.asarray(group[f"{site}_mean"][...]) * rows
+            moments.square[site] = np.asarray(group[f"{site}_mean_square"][...]) * rows
+        return pack_record({"windows": windows.tolist(), "counts": group.attrs["masked_rows"]}, moments)
+
+    def _before_name(self, split: str) -> str:
+        return f"{PROGRESS}/before-{split}-{len(self.stages[split])}.npz"
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         for future in self._writing:
             future.cancel()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._lock.release()
-        if self._aside is not None:
-            self._aside.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def _check_folder(self) -> None:
         """A store shares its folder with nothing."""
-        folder = Path(self.files.root)
-        if isinstance(self.files, LocalFiles) and folder.is_dir():
+        folder = self.place.folder
+        if self.place.local and folder.is_dir():
             other = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS and not _ASIDE(path.name))
             if other:
                 raise UserError(f"{folder} holds other files ({other[0]}) and no store: name a new or an empty folder")
 
-    def _check_identity(self, attributes: dict[str, Any]) -> bool:
-        """Refuse to go on with another store; False for one that has no finished window yet."""
-        layout = StoreLayout.from_attributes(attributes, self.files.root)
-        if self.dtype_open and layout.dtype in ("float16", "bfloat16"):
-            self.layout = replace(self.layout, dtype=layout.dtype)
-        held, wanted = layout.to_attributes() | attributes["identity"], self.layout.to_attributes() | self.identity
-        different = sorted(key for key in held.keys() | wanted.keys() if held.get(key) != wanted.get(key))
-        if not different:
-            return True
-        if not attributes.get("complete") and not any(_RECORD(name) for name in self.files.sizes("")):
-            return False
-        key = different[0]
-        raise UserError(
-            f"{self.files.root} holds a store with {key}={held.get(key)} and this would be {key}={wanted.get(key)}"
-            ": choose another path, or remove that store"
-        )
-
     def agree(self, name: str, find: Callable[[], Any]) -> Any:
         """What the first process to come here found, now and after any restart."""
         name = f"{PROGRESS}/{name}.json"
-        held = read_json(self.files, name)
-        if held is None:
+        if self.place.read(name) is None:
             value = find()
-            with room(self.files):
-                if isinstance(self.files, LocalFiles):
-                    _create_first(self.files, name, value)
-                else:
-                    write_json(self.files, name, value)
-            held = read_json(self.files, name)
-        return held
+            with room(self.place):
+                write_json(self.place, f"{name}.{self.process_index}", value)
+                self.place.create(name, self.place.read(f"{name}.{self.process_index}") or b"")
+        return read_json(self.place, name)
+
+    def sizes(self, split: str) -> list[list[int]]:
+        """The rows of every window, for each time that the store was asked to grow."""
+        return window_sizes(self.stages.get(split, []), self.shuffle_rows)
+
+    def starts(self, split: str) -> list[int]:
+        """Where each window begins, and where the last one's shards end."""
+        whole = [self.layout.shards(size) * self.layout.shard_rows for stage in self.sizes(split) for size in stage]
+        return np.cumsum([0, *whole]).tolist()
 
     def mine(self, window: int) -> bool:
         return window % self.process_count == self.process_index
 
     def done(self, split: str, window: int) -> bool:
         """All shards of this window are in place."""
-        return self.files.read(_record_name(split, window)) is not None
+        before = self._before.get(split)
+        earlier = sum(len(stage) for stage in self.sizes(split)[:-1])
+        return (before is not None and window < earlier) or self.place.read(_record_name(split, window)) is not None
 
     def window(self, split: str, window: int, rows: int) -> Window:
-        """An empty window of at most `rows` rows, or one that was cut off."""
-        order = window_order(rows, self.identity["seed"], window)
-        if 2 * rows * self.layout.row_bytes <= self.memory:
-            return Window(self.layout, rows, order, self.channel_scale, self._spare.pop() if self._spare else None)
-        if isinstance(self.files, LocalFiles):
-            files: Files = self.files
-        else:
-            self._aside = self._aside or tempfile.TemporaryDirectory(prefix="crosslace-")
-            files = LocalFiles(self._aside.name)
-        with room(files):
-            name = f"{_prefix(split)}{PROGRESS}/spill-{window}"
-            return SpilledWindow(self.layout, rows, order, self.channel_scale, files, name)
+        """An empty window of at most `rows` rows, in memory if two of them fit."""
+        fits = 2 * rows * self.layout.row_bytes <= self.memory
+        scratch = None if fits else self._folder() / f"{split}-{window}"
+        with room(self.place if scratch is None else Place(scratch)):
+            return Window(self.layout, rows, self.identity["seed"], window, self.channel_scale, scratch)
+
+    def _folder(self) -> Path:
+        """Where rows wait that memory has no room for: `store.scratch`, else beside the shards."""
+        if self.place.local and not self._scratch:
+            return self.place.folder / PROGRESS / "scratch"
+        if self._temporary is None:
+            if self._scratch:
+                Path(self._scratch).mkdir(parents=True, exist_ok=True)
+            self._temporary = tempfile.TemporaryDirectory(prefix="crosslace-", dir=self._scratch or None)
+        return Path(self._temporary.name)
 
     def write(self, split: str, window: int, content: Window) -> None:
-        """Shuffle a window and write its shards, beside whatever the caller does next; one window at a time."""
+        """Write a window's shards, beside whatever the caller does next; one window at a time."""
         self.wait()
         self._writing = [self._pool.submit(self._write, split, window, content)]
 
     def _write(self, split: str, window: int, content: Window) -> None:
-        layout = self.layout
-        first_shard = window * self.shuffle_rows // layout.shard_rows
         content.close()
-
-        def write(shard: int, name: str) -> None:
-            key = _prefix(split) + layout.arrays[name].shard_key(first_shard + shard)
-            content.write_shard(self.files, key, name, shard, self.sync)
-            self._lock.refresh()
-
-        with room(self.files):
-            with ThreadPoolExecutor(_THREADS, thread_name_prefix="crosslace-shards") as pool:
-                shards = range(layout.shards(content.filled))
-                tasks = [pool.submit(write, shard, name) for shard in shards for name in layout.arrays]
-                for task in tasks:
-                    task.result()
-            with self.files.writing(_record_name(split, window)) as out:
-                out.write(content.record())
-        left = content.drop()
-        if left:
-            self._spare = [left]
+        start = self.starts(split)[window]
+        with room(self.place):
+            if split not in self._shards:
+                aside = None if self.place.local else self._folder() / "shards"
+                self._shards[split] = ShardWriter(self.place, self.layout, split, self.starts(split)[-1], aside)
+            self._shards[split].write(start, content.filled, content, self.durable)
+            self.place.write(_record_name(split, window), content.record(start))
+        content.drop()
 
     def wait(self) -> None:
         """Wait for the shards that are being written."""
@@ -213,52 +311,102 @@ class StoreWriter:
     def finish(self, windows: dict[str, int], attributes: dict[str, Any]) -> bool:
         """Close the store if the windows of every split are all in place; False while other processes still write."""
         self.wait()
+        closing = StoreLock(self.place, f"{PROGRESS}/closing")
+        try:
+            closing.take()
+        except UserError:
+            return False  # another process is closing it
+        try:
+            return self._finish(windows, attributes)
+        finally:
+            closing.release()
+
+    def _finish(self, windows: dict[str, int], attributes: dict[str, Any]) -> bool:
         records = {}
         for split, count in windows.items():
-            found = [self.files.read(_record_name(split, window)) for window in range(count)]
+            earlier = sum(len(stage) for stage in self.sizes(split)[:-1]) if split in self._before else 0
+            found = [self.place.read(_record_name(split, window)) for window in range(earlier, count)]
             records[split] = [read_record(self.layout, data) for data in found if data is not None]
-            if len(records[split]) < count:
+            if len(records[split]) < len(found):
                 # another process may have closed the store and removed the records since
-                held = read_json(self.files, "zarr.json")
+                held = read_json(self.place, "zarr.json")
                 self.complete = bool(held and held["attributes"]["complete"])
                 return self.complete
-        with room(self.files):
-            for split in sorted(windows):
-                self._close(split, records[split], attributes)
+        with room(self.place):
+            for split, found in records.items():
+                self._close(split, found)
+            held = (read_json(self.place, "zarr.json") or {})["attributes"] | attributes | {"complete": True}
+            write_json(self.place, "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": held})
             self._tidy()
         self.complete = True
         return True
 
-    def _close(self, split: str, records: list[tuple[dict[str, Any], Moments]], attributes: dict[str, Any]) -> None:
-        """The metadata of one split; `held_out` sorts before `train`, whose group is the root and comes last."""
-        rows = sum(facts["filled"] for facts, _ in records)
-        counts: dict[str, int] = {}
-        moments = Moments(self.layout)
+    def _close(self, split: str, records: list[tuple[dict[str, Any], Moments]]) -> None:
+        """The windows of one split, its statistics, and the shape that its arrays came to have."""
+        before, moments = self._before.get(split, ({"windows": [], "counts": {}}, Moments(self.layout)))
+        windows, counts = list(before["windows"]), dict(before["counts"])
         for facts, part in records:
             moments.merge(part)
+            windows.append([facts["start"], facts["rows"]])
             for reason, count in facts["counts"].items():
                 counts[reason] = counts.get(reason, 0) + count
-        whole = self.layout.to_attributes() | {"identity": self.identity} | self.identity | attributes
-        whole["masked"] = {**attributes.get("masked", {}), "rows": counts}
-        whole |= {"rows": rows, "statistics": statistics_attributes(self.layout, moments, rows), "complete": True}
-        for spec in self.layout.arrays.values():
-            write_json(self.files, f"{_prefix(split)}{spec.name}/zarr.json", self.layout.array_metadata(spec, rows))
-        write_json(self.files, f"{_prefix(split)}zarr.json", group_metadata(whole))
+        group = self.place.group(split, mode="a")
+        rows = sum(count for _, count in windows)
+        end = max((start + count for start, count in windows), default=0)
+        for name, spec in self.layout.arrays.items():
+            group[name].resize(spec.shape(end))  # type: ignore[union-attr]
+        put_array(group, "windows", np.array(windows, np.int64).reshape(-1, 2), ("window", "first_and_rows"))
+        put_array(group, "layer", np.array(self.layout.layers, np.int64), ("layer",))
+        means, squares = averages(self.layout, moments, rows)
+        for site in self.layout.sites:
+            put_array(group, f"{site}_mean", means[site], ("layer", "channel"))
+            put_array(group, f"{site}_mean_square", squares[site], ("layer",))
+        for site, scale in self.channel_scale.items():
+            put_array(group, f"{site}_channel_scale", scale.numpy(), ("layer", "channel"))
+        group.attrs.put({"rows": rows, "masked_rows": counts})
 
     def _tidy(self) -> None:
-        for name in self.files.sizes(""):
+        for name in self.place.sizes(""):
             if _ASIDE(PurePath(name).name):
-                self.files.remove(name)
-        self.files.remove(f"{HELD_OUT}/{PROGRESS}")
-        self.files.remove(PROGRESS)
+                self.place.remove(name)
+        self.place.remove(PROGRESS)
+
+
+def put_array(group: zarr.Group, name: str, values: np.ndarray, dimensions: tuple[str, ...]) -> None:
+    """A small array, in one chunk."""
+    array = group.create_array(
+        name,
+        shape=values.shape,
+        chunks=tuple(max(1, size) for size in values.shape),
+        dtype=values.dtype,
+        compressors=Crc32cCodec(),
+        filters=None,
+        fill_value=0,
+        dimension_names=dimensions,
+        overwrite=True,
+    )
+    array[...] = values
+
+
+def averages(layout: StoreLayout, moments: Moments, rows: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Mean and mean square of each site, or the sentence that says where a number left its dtype's range."""
+    for site in layout.sites:
+        if not np.isfinite(moments.square[site]).all():
+            layer = layout.layers[int(np.argmin(np.isfinite(moments.square[site])))]
+            raise UserError(
+                f"{site} of layer {layer} is not finite (in {layout.dtype}, or in the model itself): cache with "
+                "store.dtype=bfloat16 or float32, and the model with model.dtype=float32 if that does not help"
+            )
+    mean = lambda sums: {site: sums[site] / max(rows, 1) for site in layout.sites}
+    return mean(moments.total), mean(moments.square)
 
 
 def write_store(
     path: str | PathLike,
-    sites: dict[str, torch.Tensor],
-    token: torch.Tensor,
-    position: torch.Tensor,
-    document: torch.Tensor,
+    sites: dict[str, Tensor],
+    token: Tensor,
+    position: Tensor,
+    document: Tensor,
     layout: StoreLayout,
     identity: dict[str, Any] | None = None,
     held_out: int = 0,
@@ -268,121 +416,35 @@ def write_store(
 
     `options` are those of `StoreWriter`.
     """
-    rows = len(token) - held_out
-    splits = {"train": slice(0, rows)} | ({"held_out": slice(rows, None)} if held_out else {})
-    with StoreWriter(path, layout, {"seed": 0} | (identity or {}), **options) as writer:
-        extra: dict[str, Any] = {}
+    count = len(token) - held_out
+    parts = {"train": slice(0, count), HELD_OUT: slice(count, None)}
+    rows = {"train": count, HELD_OUT: held_out}
+    columns = dict(zip(COLUMNS, (token, position, document)))
+    with StoreWriter(path, layout, {"seed": 0} | (identity or {}), rows, **options) as writer:
+        if writer.complete:
+            return
         if layout.dtype == "int8":
             writer.channel_scale = {site: channel_scale(x) for site, x in sites.items()}
-            extra["int8"] = int8_attributes(writer.channel_scale)
         windows = {}
-        for split, part in splits.items():
-            places = range(len(token))[part]
-            # the last window takes what would be too few for one of its own
-            starts = [
-                *range(places.start, max(places.start + 1, places.stop - writer.shuffle_rows + 1), writer.shuffle_rows)
-            ]
-            windows[split] = len(starts)
-            for index, (start, stop) in enumerate(zip(starts, [*starts[1:], places.stop])):
-                if not writer.done(split, index):
-                    window = writer.window(split, index, stop - start)
-                    if not window.batches:
-                        chosen = {site: x[start:stop] for site, x in sites.items()}
-                        window.append(chosen, token[start:stop], position[start:stop], document[start:stop])
-                    writer.write(split, index, window)
-        writer.finish(windows, extra)
+        for split in writer.stages:
+            sizes = writer.sizes(split)[0]
+            windows[split] = len(sizes)
+            for number, (begin, size) in enumerate(zip(np.cumsum([parts[split].start, *sizes]).tolist(), sizes)):
+                if not writer.done(split, number):
+                    window = writer.window(split, number, size)
+                    own = slice(begin, begin + size)
+                    window.append({n: x[own] for n, x in sites.items()}, {n: x[own] for n, x in columns.items()})
+                    writer.write(split, number, window)
+        writer.finish(windows, {})
 
 
-def int8_attributes(scales: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """How to read int8: value * SITE_scale[row, layer, channel // group] * channel_scale[layer, channel]."""
-    return {"group": GROUP, "channel_scale": {site: scale.tolist() for site, scale in scales.items()}}
-
-
-def _prefix(split: str) -> str:
-    return "" if split == "train" else f"{split}/"
-
-
-def _record_name(split: str, window: int) -> str:
-    return f"{_prefix(split)}{PROGRESS}/window-{window}.npz"
-
-
-def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The `zarr.json` of a group."""
-    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-
-
-def statistics_attributes(layout: StoreLayout, moments: Moments, rows: int) -> dict[str, Any]:
-    """Mean and mean square of each site, or the sentence that says where a number left its dtype's range."""
-    found = {}
-    for site in layout.sites:
-        if not np.isfinite(moments.square[site]).all():
-            layer = layout.layers[int(np.argmin(np.isfinite(moments.square[site])))]
-            raise UserError(
-                f"{site} of layer {layer} is not finite (in {layout.dtype}, or in the model itself): cache with "
-                "store.dtype=bfloat16 or float32, and the model with model.dtype=float32 if that does not help"
-            )
-        found[site] = {
-            "mean": (moments.total[site] / max(rows, 1)).astype(np.float32).tolist(),
-            "mean_square": (moments.square[site] / max(rows, 1)).astype(np.float32).tolist(),
-        }
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings in settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
 
 
-def default_memory() -> int:
-    """A quarter of the machine's memory: what windows may take before they spill to disk."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-
-
-def _create_first(files: LocalFiles, name: str, value: Any) -> None:
-    """Write a file unless somebody has written it: a hard link cannot replace one."""
-    aside = f"{name}.{uuid4().hex}.part"
-    write_json(files, aside, value)
-    try:
-        os.link(files.folder / aside, files.folder / name)
-    except FileExistsError:
-        return
-    finally:
-        files.remove(aside)
-
-
-class StoreLock:
-    """Keeps a second writer out. On a disk the system lets go of it when the process dies; at a URL it is a note that
-    grows old."""
-
-    def __init__(self, files: Files, process_index: int):
-        self._files = files
-        self._name = f"{PROGRESS}/lock-{process_index}"
-        self._descriptor: int | None = None
-        self._id = uuid4().hex
-        self._written = 0.0
-
-    def take(self) -> None:
-        if isinstance(self._files, LocalFiles):
-            path = Path(self._files.root, self._name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.release()
-                self._refuse()
-            return
-        held = read_json(self._files, self._name)
-        if held and held["id"] != self._id and time.time() - held["time"] < REMOTE_LOCK_SECONDS:
-            self._refuse()
-        self.refresh()
-
-    def refresh(self) -> None:
-        if not self._files.local and time.time() - self._written > REMOTE_LOCK_SECONDS / 4:
-            self._written = time.time()
-            write_json(self._files, self._name, {"id": self._id, "time": self._written})
-
-    def release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-        elif not self._files.local and self._written:
-            self._files.remove(self._name)
-
-    def _refuse(self) -> None:
-        raise UserError(f"another process is writing {self._files.root}: wait for it, or choose another path")
+def _record_name(split: str, window: int) -> str:
+    return f"{PROGRESS}/{split}-{window}.npz"

@@ -3,4 +3,5 @@
 from .corpus import Corpus as Corpus
 from .corpus import TokenSequence as TokenSequence
 from .corpus import load_corpus as load_corpus
+from .corpus import tokenizer_fingerprint as tokenizer_fingerprint
 from .dataset import DatasetSettings as DatasetSettings

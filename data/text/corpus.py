@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,11 @@ class Corpus:
         kept = {key: value for key, value in asdict(settings).items() if key not in ("name", "revision", "streaming")}
         parts = [source.identity, json.dumps(kept, sort_keys=True), tokenizer_fingerprint(tokenizer)]
         self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """The dataset's, a local one's without its folder."""
+        return Path(self.settings.name).name if Path(self.settings.name).exists() else self.settings.name
 
     def documents(self, split: str) -> Iterator[Document]:
         check_choice("split", split, ("train", "held_out"))
@@ -146,8 +152,10 @@ def cut(text: str, longest: int = LONGEST_TEXT) -> list[str]:
     return [*parts, text] if text else parts
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Changes when a text could become other tokens."""
+    if tokenizer is None:
+        return "none"
     fast = isinstance(tokenizer, PreTrainedTokenizerFast)
     whole = tokenizer.backend_tokenizer.to_str() if fast else sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(repr((whole, tokenizer.bos_token, tokenizer.eos_token)).encode()).hexdigest()[:16]

@@ -27,7 +27,7 @@ FORMATS = {
     ".md": "text",
     ".arrow": "arrow",
 }
-NETWORK = (ConnectionError, TimeoutError, HfHubHTTPError.__bases__[0])
+NETWORK: tuple[type[Exception], ...] = (ConnectionError, TimeoutError, HfHubHTTPError.__bases__[0])
 """What a network fails with; the last is the root of all errors of the HTTP library that the hub's client uses."""
 UNREADABLE = (DatasetsError, pyarrow.ArrowInvalid)
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")

@@ -19,7 +19,7 @@ from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.harvest.harvest import HarvestSettings, harvest, weigh
 from crosslace.data.models.attention_sinks import SinkRule
 from crosslace.data.models.language_model import LanguageModel
-from crosslace.data.store import image, kernels, window
+from crosslace.data.store import window, writer
 from crosslace.data.store.store import ActivationStore
 from crosslace.data.text.corpus import TokenSequence
 from crosslace.train.settings import TranscoderSettings
@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 class RandomText:
     """Documents of 5 to 39 random tokens, one a sequence."""
 
-    fingerprint = "random"
+    name = fingerprint = "random"
 
     def __init__(self, documents: int = 900):
         self.documents = documents
@@ -194,7 +194,7 @@ def test_a_row_beyond_what_the_sample_foretold_is_left_out(tmp_path):
 class Late:
     """A text that has one token only after its first documents."""
 
-    fingerprint = "late"
+    name = fingerprint = "late"
 
     def __init__(self, text: RandomText, token: int, document: int):
         self.text, self.token, self.document = text, token, document
@@ -269,33 +269,35 @@ def test_says_what_it_will_weigh(lm, tmp_path, monkeypatch):
     assert re.match(r"the store will weigh 7\.\d+ MB, .* are free", notes[0])
     size, _ = weigh(lm, to(tmp_path / "s"))
     there = sum(file.stat().st_size for file in (tmp_path / "s").rglob("c/**/*") if file.is_file())
-    assert there == size
-    monkeypatch.setattr("crosslace.data.store.files.LocalFiles.free", lambda self: 1_000_000)
+    assert size <= there < 1.01 * size  # statistics lie there, too
+    monkeypatch.setattr("crosslace.data.store.place.Place.free", lambda self: 1_000_000)
     with pytest.raises(UserError, match=r"would weigh 7\.\d+ MB.* has room for 1 MB: lower store.tokens"):
         harvest(lm, RandomText(), to(tmp_path / "t"))
 
 
 @pytest.mark.parametrize("spilled", [False, True])
 def test_full_disk_ends_with_a_sentence_and_goes_on(lm, tmp_path, monkeypatch, spilled):
+    """What the system says, and what zarrs makes of it; the next test has a real disk."""
     assert harvest(lm, RandomText(), to(tmp_path / "whole"))
     settings = to(tmp_path / "s", memory="1B" if spilled else "auto")
-    monkeypatch.setattr(kernels, "load", lambda: None)  # every write goes through Python; the next test has a real disk
-    calls, write = [0], window.write_parts
+    for failure in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("No space left on device (os error 28)"),
+    ):
+        calls, write = [0], writer.ShardWriter.write
 
-    def fill_up(out, parts):
-        calls[0] += 1
-        if calls[0] > 40:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(out, parts)
+        def fill_up(self, *args, calls=calls, failure=failure, write=write):
+            calls[0] += 1
+            if calls[0] > 2:
+                raise failure
+            write(self, *args)
 
-    for module in (image, window):
-        monkeypatch.setattr(module, "write_parts", fill_up)
-    with pytest.raises(UserError, match=r"no room is left for .* with the same settings"):
-        harvest(lm, RandomText(), settings)
-    with pytest.raises(UserError, match="is incomplete: run `crosslace cache`"):
-        ActivationStore.open(tmp_path / "s")
-    for module in (image, window):
-        monkeypatch.setattr(module, "write_parts", write)
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.ShardWriter, "write", fill_up)
+            with pytest.raises(UserError, match=r"no room is left for .* with the same settings"):
+                harvest(lm, RandomText(), settings)
+        with pytest.raises(UserError, match="is incomplete: run `crosslace cache`"):
+            ActivationStore.open(tmp_path / "s")
     assert harvest(lm, RandomText(), settings)
     assert tree(tmp_path / "s") == tree(tmp_path / "whole")
 
@@ -356,7 +358,7 @@ def test_other_model_does_not_go_on_with_a_store(lm, tmp_path):
     other = tiny_model()
     other.model.get_input_embeddings().weight.data *= 2
     other = LanguageModel(other.model, None, "other")
-    with pytest.raises(UserError, match="holds a store with model="):
+    with pytest.raises(UserError, match="holds a store with model.fingerprint="):
         harvest(other, RandomText(), to(tmp_path / "s"))
     with pytest.raises(UserError, match="cache this model's or load that one"):
         ActivationStore.open(tmp_path / "s").check_model(other.fingerprint, "other")
@@ -365,14 +367,10 @@ def test_other_model_does_not_go_on_with_a_store(lm, tmp_path):
 KILLS = """
     import importlib.util, os, random, shutil, signal, sys, time
     import torch
-    from crosslace.data.store import files, window
-
     torch.set_num_threads(1)
     spec = importlib.util.spec_from_file_location("harvest_tests", {test!r})
     tests = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tests)
-    window.JOURNAL_SECONDS = 0.0
-    files.LEAST_BYTES = {least}  # in one case as if the shards were large
     os.fsync = lambda descriptor: None  # what a killed process has written stays; only a power cut would take it
     lm, settings = tests.tiny_model(), tests.to(tests.Path({path!r}), memory={memory!r})
 
@@ -414,7 +412,7 @@ KILLS = """
 @pytest.mark.parametrize(("memory", "processes"), [("auto", 1), ("1B", 1), ("1B", 2)])
 def test_killed_at_any_instant_it_goes_on_to_the_same_bytes(lm, tmp_path, memory, processes):
     kills = 20 if memory == "1B" and processes == 1 else 8
-    options = {"memory": memory, "kills": kills, "processes": processes, "least": 1 if memory == "auto" else 1 << 40}
+    options = {"memory": memory, "kills": kills, "processes": processes}
     script = KILLS.format(test=__file__, path=str(tmp_path / "s"), **options)
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr

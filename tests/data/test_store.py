@@ -60,11 +60,11 @@ def store(request, store_path, rows) -> ActivationStore:
 
 def test_is_an_ordinary_zarr_group(store_path, rows):
     group: Any = zarr.open_group(str(store_path), mode="r")
-    token = np.asarray(group["token"][:])
+    token = np.asarray(group["train/token"][:])
     for site in SITES:
-        assert group[site].shape == (2700, L, D)
-        np.testing.assert_array_equal(group[site][:], rows[site].numpy()[token])
-        np.testing.assert_array_equal(group[site][100:900:7, 1], rows[site].numpy()[token[100:900:7], 1])
+        assert group["train"][site].shape == (2700, L, D)
+        np.testing.assert_array_equal(group["train"][site][:], rows[site].numpy()[token])
+        np.testing.assert_array_equal(group["train"][site][100:900:7, 1], rows[site].numpy()[token[100:900:7], 1])
     assert sorted(token) == list(range(2700))
     assert group["held_out"]["resid"].shape == (303, L, D)
     assert group.attrs["complete"] and group.attrs["format"] == "crosslace-activations"
@@ -73,7 +73,9 @@ def test_is_an_ordinary_zarr_group(store_path, rows):
 def test_zarrs_reads_it(store_path, rows):
     with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
         group: Any = zarr.open_group(str(store_path), mode="r")
-        np.testing.assert_array_equal(group["mlp_out"][:], rows["mlp_out"].numpy()[np.asarray(group["token"][:])])
+        np.testing.assert_array_equal(
+            group["train/mlp_out"][:], rows["mlp_out"].numpy()[np.asarray(group["train/token"][:])]
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
@@ -98,8 +100,8 @@ def test_round_trip(rows, tmp_path, dtype, place):
 def test_bfloat16_lies_as_its_bits(rows, tmp_path):
     make(tmp_path / "s", rows, "bfloat16")
     group: Any = zarr.open_group(str(tmp_path / "s"), mode="r")
-    bits = torch.from_numpy(np.asarray(group["resid"][:])).view(torch.bfloat16)
-    assert torch.equal(bits, rows["resid"].bfloat16()[torch.from_numpy(np.asarray(group["token"][:])).long()])
+    bits = torch.from_numpy(np.asarray(group["train/resid"][:])).view(torch.bfloat16)
+    assert torch.equal(bits, rows["resid"].bfloat16()[torch.from_numpy(np.asarray(group["train/token"][:])).long()])
 
 
 def test_int8_outlier_channel_costs_the_others_nothing(rows, tmp_path):
@@ -217,18 +219,18 @@ def test_rows_of_a_document_are_spread_as_by_chance(tmp_path):
 
 
 def test_damaged_chunk_is_named_and_never_handed_out(copy):
-    shard = copy / "mlp_out/c/1/0/0"
+    shard = copy / "train/mlp_out/c/1/0/0"
     data = bytearray(shard.read_bytes())
     place = 5 * L * (32 * D * 4 + 4) + (32 * D * 4 + 4) + 77  # block 5 of the shard, second layer
     data[place] ^= 1
     shard.write_bytes(data)
     store = ActivationStore.open(copy)
     first = 512 + 5 * 32
-    with pytest.raises(UserError, match=rf"shard mlp_out/c/1/0/0, rows {first} to {first + 31} of layer 5"):
+    with pytest.raises(UserError, match=rf"shard train/mlp_out/c/1/0/0, rows {first} to {first + 31} of layer 5"):
         for step in range(store.steps_per_epoch(100) + 1):
             batch = store.batch(0, step, 100)
             assert not ((batch.token >= 10**9).any())
-    with pytest.raises(UserError, match="do not match their checksum"):
+    with pytest.raises(UserError, match="are not what was written"):
         store.verify()
     ActivationStore.open(copy, layers=[2]).batch(0, 0, 2700, layers=[2])  # what is whole can still be read
 
@@ -242,7 +244,7 @@ def test_any_flipped_byte_is_found(copy, seed):
     data = bytearray(shard.read_bytes())
     data[random.integers(len(data))] ^= 1 << random.integers(8)
     shard.write_bytes(data)
-    with pytest.raises(UserError, match=str(shard.relative_to(copy))):
+    with pytest.raises(UserError, match=str(shard.relative_to(copy)).split("/c/")[0]):
         ActivationStore.open(copy).verify()
 
 
@@ -255,10 +257,10 @@ def test_refusals(copy, tmp_path):
         store = ActivationStore.open(copy)
         store.attributes["model"] = {"name": "m", "fingerprint": "abc"}
         store.check_model("xyz", "n")
-    (copy / "resid/c/2/0/0").write_bytes(b"short")
-    with pytest.raises(UserError, match=r"shard resid/c/2/0/0 \(rows 1024 to 1535\) has 5 bytes"):
+    (copy / "train/resid/c/2/0/0").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"shard train/resid/c/2/0/0 \(rows 1024 to 1535\) has 5 bytes"):
         ActivationStore.open(copy)
-    (copy / "resid/c/2/0/0").unlink()
+    (copy / "train/resid/c/2/0/0").unlink()
     with pytest.raises(UserError, match="is missing"):
         ActivationStore.open(copy)
     metadata = json.loads((copy / "zarr.json").read_text())
@@ -292,7 +294,7 @@ def test_other_settings_do_not_go_on_with_a_store(rows, tmp_path):
 
 
 def test_a_store_that_was_only_begun_may_become_another(rows, tmp_path):
-    with StoreWriter(tmp_path / "s", layout("float16"), {"seed": 3}):
+    with StoreWriter(tmp_path / "s", layout("float16"), {"seed": 3}, {"train": 9}):
         pass
     make(tmp_path / "s", rows)
     assert ActivationStore.open(tmp_path / "s").dtype == torch.float32
@@ -310,13 +312,11 @@ def test_a_folder_of_other_files_is_left_alone(rows, tmp_path):
     assert [path.name for path in (tmp_path / "s").rglob("*.part")] == ["mine.part"]
 
 
-def test_weighs_what_its_shards_do():
-    for rows in (1, 31, 512, 513, 3003):
-        parts = layout("int8")
-        blocks = [parts.blocks_in(shard, rows) for shard in range(parts.shards(rows))]
-        assert parts.total_bytes(rows) == sum(
-            parts.shard_bytes(spec, n) for spec in parts.arrays.values() for n in blocks
-        )
+def test_weighs_what_its_shards_do(rows, tmp_path):
+    for dtype in ("float32", "int8"):
+        make(tmp_path / dtype, rows, dtype)
+        shards = [path for spec in layout(dtype).arrays for path in (tmp_path / dtype / "train" / spec).rglob("c/**/*")]
+        assert layout(dtype).total_bytes(N) == sum(path.stat().st_size for path in shards if path.is_file())
     assert layout().total_bytes(10**15) > 10**15  # at once
 
 
@@ -324,10 +324,10 @@ def test_weighs_what_its_shards_do():
 def test_second_writer_is_refused(rows, tmp_path, path):
     path = str(tmp_path / "s") if path == "disk" else path
     with (
-        StoreWriter(path, layout(), {"seed": 0}),
+        StoreWriter(path, layout(), {"seed": 0}, {"train": 9}),
         pytest.raises(UserError, match="another process is writing"),
-        StoreWriter(path, layout(), {"seed": 0}),
+        StoreWriter(path, layout(), {"seed": 0}, {"train": 9}),
     ):
         pass
-    with StoreWriter(path, layout(), {"seed": 0}):
+    with StoreWriter(path, layout(), {"seed": 0}, {"train": 9}):
         pass

@@ -10,7 +10,7 @@ from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.harvest.harvest import Harvester, HarvestSettings, harvest
 from crosslace.data.harvest.streaming import RingSource, open_streaming
 from crosslace.data.models.language_model import LanguageModel
-from crosslace.data.store.files import LocalFiles
+from crosslace.data.store.place import Place
 from crosslace.data.store.store import ActivationStore
 from crosslace.data.text.corpus import TokenSequence
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,7 +28,7 @@ BATCH = 256
 
 
 class RandomText:
-    fingerprint = "random"
+    name = fingerprint = "random"
 
     def sequences(self, split: str = "train", limit_tokens: int | None = None) -> Iterator[TokenSequence]:
         generator = torch.Generator().manual_seed(1 if split == "train" else 2)
@@ -76,7 +76,7 @@ def rows(batch) -> list[tuple[int, int]]:
 
 
 def weight(path: Path) -> int:
-    return sum(LocalFiles(str(path)).sizes("ring").values())  # files come and go meanwhile
+    return sum(Place(str(path)).sizes("ring").values())  # files come and go meanwhile
 
 
 def test_same_rows_as_a_full_store_none_twice(lm, disk, tmp_path):
