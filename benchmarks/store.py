@@ -79,15 +79,15 @@ def write_store(folder: Path, content: dict[str, np.ndarray], rows: int, layout:
     folder.mkdir(exist_ok=True)
     sites = {site: torch.from_numpy(values) for site, values in content.items()}
     where = torch.arange(PIECE_ROWS)
-    options: dict[str, Any] = {"shuffle_rows": rows // WINDOWS, "memory": 1 << 40, "sync": sync}
-    with StoreWriter(folder / "store", layout, {"seed": 0}, **options) as writer:
-        starts = range(0, rows, writer.shuffle_rows)
-        for index, start in enumerate(starts):
-            window = writer.window("train", index, min(writer.shuffle_rows, rows - start))
+    options: dict[str, Any] = {"shuffle_rows": rows // WINDOWS, "memory": 1 << 40, "durable": sync}
+    with StoreWriter(folder / "store", layout, {"seed": 0}, {"train": rows}, **options) as writer:
+        sizes = writer.sizes("train")[0]
+        for index, size in enumerate(sizes):
+            window = writer.window("train", index, size)
             while window.filled < window.rows:
-                window.append(sites, where, where, where)
+                window.append(sites, dict.fromkeys(("token", "position", "document"), where))
             writer.write("train", index, window)
-        writer.finish({"train": len(starts)}, {})
+        writer.finish({"train": len(sizes)}, {})
 
 
 def drop(folder: Path) -> None:
