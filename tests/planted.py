@@ -15,7 +15,7 @@ SINK = VOCABULARY - 2
 class RandomText:
     """Documents of 5 to 39 random tokens, one a sequence; the sinks' token is one in 150, from a document on."""
 
-    fingerprint = "planted"
+    name = fingerprint = "planted"
 
     def __init__(self, documents: int = 900, sinks_from: int = 0, share: float = 1 / 150):
         self.documents, self.sinks_from, self.share = documents, sinks_from, share
