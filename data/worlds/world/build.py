@@ -68,7 +68,7 @@ def _build(
     progress: Progress,
     device: torch.device | str,
 ) -> None:
-    started = time.monotonic()
+    started, began = time.monotonic(), time.process_time()
     shape = replace(size.shape, steps=settings.steps or size.shape.steps)
     tokenizer = make_tokenizer(size, questions)
     model = small_llama(shape, tokenizer, settings.seed)
@@ -94,6 +94,7 @@ def _build(
         record["accuracy"][split] = world.accuracy(logits, split, device)
         record["splits"][split] = {family: len(world.questions(family, split)) for family in world.families}
     record["seconds"] = {"train": trained - started, "total": time.monotonic() - started}
+    record["seconds"]["cpu"] = time.process_time() - began
     save_model(model, tokenizer, folder)
     write_record(folder, record, questions)
 
