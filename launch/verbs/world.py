@@ -27,7 +27,9 @@ def run(job: Job) -> Closing:
     return Closing(
         "the world",
         tables=[table("questions answered", ("family", "held out", "answered", "of those in training"), rows)],
-        notes=[f"trained in {record['seconds']['cpu']:.0f} CPU seconds; it answers with its weights rounded to 16 bits"],
+        notes=[
+            f"trained in {record['seconds']['cpu']:.0f} CPU seconds; it answers with its weights rounded to 16 bits"
+        ],
         wrote=[
             (str(world.folder), "the model, ready to be used"),
             *([(str(out), "the same as shipped")] if out else []),
