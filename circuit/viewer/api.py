@@ -15,9 +15,10 @@ from starlette.routing import Route
 from ...data.errors import UserError
 from ..features import DashboardReader, Labels, labels_path
 from ..graph import Graph
+from ..replacement import MODES
 from .kept import edit_kept, read_kept
 from .payload import MOST_FEATURES, MOST_LINKS, graph_payload
-from .picture import render_graph_svg
+from .picture import plain_label, render_graph_svg
 from .runs import Run, Runs, inside
 from .security import PICTURE_POLICY, json_object, refusal
 
@@ -39,6 +40,7 @@ class Api:
             Route("/api/kept", answer(self.kept)),
             Route("/api/kept", answer(self.edit), methods=["POST"]),
             Route("/api/feature", answer(self.feature)),
+            Route("/api/labels", answer(self.labels)),
             Route("/api/picture", answer(self.picture)),
             Route("/api/neuronpedia", answer(self.neuronpedia)),
             Route("/api/neuronpedia", answer(self.take_qparams), methods=["POST"]),
@@ -56,7 +58,7 @@ class Api:
             ask.whole("links", MOST_LINKS, LINKS_LIMIT),
         )
         payload = _payload(*_state(run, folder), ask.share("node", 0.95), ask.share("edge", 0.98), *sizes)
-        more = {"kept": read_kept(folder), "live": run.has_transcoder, "dashboards": run.features is not None}
+        more = {"kept": read_kept(folder), "live": run.has_transcoder, "modes": list(MODES)}
         text = payload[:-1] + "," + json.dumps(more, ensure_ascii=False)[1:]
         return Response(text.encode("utf-8", "replace"), media_type="application/json")
 
@@ -77,6 +79,13 @@ class Api:
         if run.features is None:
             raise UserError(f"run {run.name!r} has no feature dashboards; `crosslace features run=...` writes them")
         return JSONResponse(feature_answer(run, layer, feature))
+
+    def labels(self, ask: "Ask") -> Response:
+        """Labels that hold a text, each with its features and how strongly they fire at most."""
+        run = self.found.run(ask.text("run"))
+        if run.features is None:
+            raise UserError(f"run {run.name!r} has no feature dashboards; `crosslace features run=...` writes them")
+        return JSONResponse(labelled(run, ask.text("q").strip().lower()))
 
     def picture(self, ask: "Ask") -> Response:
         run, folder = self.found.graph(ask.text("run"), ask.text("slug"))
@@ -109,6 +118,19 @@ def feature_answer(run: Run, layer: int, feature: int) -> dict[str, Any]:
         "source": label.source if label else "",
         "features": reader.features,
     }
+
+
+def labelled(run: Run, text: str, most: int = 12) -> list[dict[str, Any]]:
+    """The features of each label that holds a text, the shortest labels first."""
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for place, label in Labels.load(run.folder).items():
+        if text and text in label.text.lower():
+            groups.setdefault(plain_label(label.text), []).append(place)
+    reader = DashboardReader(run.folder / "features")
+    return [
+        {"label": name, "features": [[*place, reader.record(*place)["act_max"]] for place in sorted(groups[name])[:40]]}
+        for name in sorted(groups, key=lambda name: (len(name), name))[:most]
+    ]
 
 
 class Ask:
@@ -170,6 +192,11 @@ def _state(run: Run, folder: Path) -> State:
         raise UserError("the labels of this run lie outside the folder that is shown")
     written = labels.stat().st_mtime_ns if labels.exists() else 0
     return folder, (folder / "graph.json").stat().st_mtime_ns, labels, written
+
+
+def load_graph(run: Run, folder: Path) -> tuple[Graph, Labels]:
+    """A graph and the run's labels, as they are now."""
+    return _load(*_state(run, folder))
 
 
 @lru_cache(maxsize=2)

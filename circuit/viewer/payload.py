@@ -79,6 +79,7 @@ def graph_payload(
             "feature_influence": features,
         },
         "weight_name": graph.weight_name,
+        "partial": graph.partial,
         "model": str(_name(graph)),
         "transcoder": graph.metadata.get("transcoder", {}),
     }
@@ -102,13 +103,12 @@ def _key(node: Node) -> str:
 
 def masked_positions(graph: Graph) -> list[dict[str, Any]]:
     """Positions that are left to the model, with the reason, where the graph says so."""
-    kept = getattr(graph, "kept", None) or []
-    return [{"position": int(one[0]), "reason": str(one[1])} for one in kept]
+    return [{"position": position, "reason": reason} for position, reason in sorted(graph.kept.items())]
 
 
 def n_layers(graph: Graph) -> int:
     """Layers of the model that the graph speaks of."""
-    layers = graph.nodes.layer[graph.nodes.mask("feature", "error", "bias")]
+    layers = graph.nodes.layer[graph.nodes.mask("feature", "error", "kept", "bias")]
     return int(layers.max()) + 1 if len(layers) else 0
 
 

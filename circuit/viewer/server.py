@@ -22,10 +22,13 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from ...data.errors import UserError, check_range
+from ..model import ReplacementModel
 from .api import STATIC, Api
 from .live import Live
 from .runs import Runs
 from .security import Guard, bracketed, refusal
+
+OpenModel = Callable[[Path], ReplacementModel]
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,11 @@ class ViewSettings:
 class Viewer:
     """A server that runs beside other work, as in a notebook: `address` opens it, `stop` ends it."""
 
-    def __init__(self, folder: str | Path, settings: ViewSettings = ViewSettings()):
+    def __init__(
+        self, folder: str | Path, settings: ViewSettings = ViewSettings(), open_model: OpenModel | None = None
+    ):
         token = secrets.token_urlsafe(24)
-        self.live = Live(Runs(_checked(Path(folder))))
+        self.live = Live(Runs(_checked(Path(folder))), open_model)
         app = _build(self.live, settings, token)
         self._listener = _listen(settings)
         host, port = self._listener.getsockname()[:2]
@@ -75,10 +80,14 @@ class Viewer:
 
 
 def serve(
-    folder: str | Path, settings: ViewSettings = ViewSettings(), announce: Callable[[str], None] | None = None
+    folder: str | Path,
+    settings: ViewSettings = ViewSettings(),
+    announce: Callable[[str], None] | None = None,
+    open_model: OpenModel | None = None,
 ) -> None:
-    """Serve until interrupted; `announce` is told the page's address once it can be opened."""
-    viewer = Viewer(folder, settings)
+    """Serve until interrupted; `announce` is told the page's address once it can be opened, and `open_model` opens the
+    model of a run's folder."""
+    viewer = Viewer(folder, settings, open_model)
     # The socket listens already: a browser that is quicker than the server waits a moment.
     if announce is not None:
         announce(viewer.address)

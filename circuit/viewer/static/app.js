@@ -8,6 +8,7 @@ import { address } from "./core/address.js";
 import { RunsPage } from "./pages/runs.js";
 import { GraphPage } from "./pages/graph.js";
 import { FeaturePage } from "./pages/feature.js";
+import { JobBar, LivePage } from "./pages/live.js";
 import { Help } from "./panels/help.js";
 import { Exports } from "./panels/exports.js";
 
@@ -15,6 +16,7 @@ function App() {
   const route = store.route.value;
   return html`<${Bar} route=${route} />
     <main id="page">${store.problem.value ? html`<p class="card problem" role="alert">${store.problem.value}</p>` : html`<${Page} route=${route} />`}</main>
+    <${JobBar} job=${store.job.value} act=${act} />
     <div class="status" role="status" aria-live="polite">${store.status.value}</div>
     ${store.help.value && html`<${Help} close=${() => { store.help.value = false; }} />`}`;
 }
@@ -24,10 +26,11 @@ function Page({ route }) {
     if (!store.model.value) return html`<p class="soft">loading…</p>`;
     return html`<${GraphPage} ...${{
       route, act, fixed, model: store.model.value, drawn: store.drawn.value, own: store.hasKept.value, shown: store.shown.value, chosen: store.chosen.value,
-      found: store.found.value, query: store.query.value, share: store.share.value, feature: store.feature.value, steer: store.steer.value, theme: theme(route),
+      found: store.found.value, query: store.query.value, share: store.share.value, feature: store.feature.value, steer: store.steer.value, labels: store.labels.value, heads: store.heads.value, theme: theme(route),
     }} />`;
   }
   if (route.page === "feature") return html`<${FeaturePage} route=${route} feature=${store.feature.value} act=${act} />`;
+  if (route.page === "live") return html`<${LivePage} route=${route} live=${{ ...store.live.value, job: store.job.value }} act=${act} />`;
   if (route.page === "") return store.runs.value ? html`<${RunsPage} list=${store.runs.value} />` : html`<p class="soft">loading…</p>`;
   return html`<p class="card problem" role="alert">there is no such page</p>`;
 }

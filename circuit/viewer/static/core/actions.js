@@ -64,7 +64,93 @@ const quiet = () => {
   return some;
 };
 
+// -- with the model ------------------------------------------------------------------------------------------------
+
+const setSteer = (change) => { store.steer.value = { ...store.steer.value, ...change }; };
+
+function multiply(keys, times) {
+  const changes = { ...store.steer.value.changes };
+  for (const key of keys) { if (times === 1) delete changes[key]; else changes[key] = times; }
+  setSteer({ changes });
+}
+
+function dropChanges(keys) {
+  setSteer({ changes: Object.fromEntries(Object.entries(store.steer.value.changes).filter(([key]) => !keys.includes(key))) });
+}
+
+function switchOn(one, position) {
+  const more = one.features.map(([layer, index, most]) => [`${layer}/${position}/${index}`, { value: most, label: one.label }]);
+  setSteer({ changes: { ...store.steer.value.changes, ...Object.fromEntries(more) } });
+}
+
+async function findLabels(text) {
+  if (!text.trim()) { store.labels.value = []; return; }
+  store.labels.value = await ask("labels", { run: store.route.value.run, q: text }).catch(() => []);
+}
+
+async function runSteer() {
+  const { run, slug, node } = store.route.value, { changes, mode, tokens } = store.steer.value;
+  const plain = Object.fromEntries(Object.entries(changes).map(([key, change]) => [key, typeof change === "object" ? { value: change.value } : change]));
+  const groups = {};
+  for (const [key, id] of Object.entries(store.drawn.value.members)) if (store.model.value.byKey.has(key)) (groups[id] ??= []).push(key);
+  for (const key of Object.keys(store.drawn.value.pins)) if (!(key in store.drawn.value.members) && store.model.value.nodes[store.model.value.byKey.get(key)]?.kind === "feature") groups[key] = [key];
+  setSteer({ working: true });
+  try {
+    const answer = await send("steer", { run, slug, changes: plain, mode: mode || "steer", tokens, groups, target: node });
+    const levels = Object.fromEntries(Object.entries(answer.levels).filter(([, level]) => level !== null));
+    setSteer({ working: false, answer: { ...answer, levels } });
+    store.say("steered");
+  } catch (error) {
+    setSteer({ working: false });
+    store.say(error.message);
+  }
+}
+
+async function findHeads(target, source) {
+  const { run, slug } = store.route.value, { nodes } = store.model.value;
+  const ends = { target: nodes[target].key, source: nodes[source].key };
+  store.heads.value = { ...ends, answer: null };
+  const found = await send("heads", { run, slug, ...ends }).then((answer) => ({ answer }), (error) => ({ problem: error.message }));
+  if (store.heads.value.target === ends.target && store.heads.value.source === ends.source) store.heads.value = { ...ends, ...found };
+}
+
+async function askModel() {
+  const { run, prompt } = store.route.value;
+  store.live.value = { answer: null, working: true, problem: "" };
+  const found = await send("answer", { run, prompt, tokens: 12 }).then((answer) => ({ answer: { ...answer, run }, problem: "" }), (error) => ({ answer: null, problem: error.message }));
+  store.live.value = { working: false, ...found };
+}
+
+// Trace what came at a position: everything before it is the prompt, and the token itself is explained.
+async function traceAt(ids, position) {
+  const { run } = store.route.value;
+  if (position <= 0) return store.say("nothing comes before the first token");
+  try {
+    store.job.value = await send("trace", { run, ids: ids.slice(0, position), token: ids[position] ?? null });
+    return follow(store.job.value.id);
+  } catch (error) { return store.say(error.message); }
+}
+
+async function follow(id) {
+  for (;;) {
+    await new Promise((done) => setTimeout(done, 250));
+    const job = await ask("job", { id }).catch((error) => ({ id, state: "failed", error: error.message }));
+    if (store.job.value?.id !== id) return;
+    store.job.value = job;
+    if (job.state === "running") continue;
+    if (job.state === "done") store.go({ page: "graph", run: job.run, slug: job.slug, node: "", picked: "", q: "", zoom: "", share: "", side: "node", prompt: "" }, { push: true });
+    return;
+  }
+}
+
+async function cancelJob() {
+  await send("cancel", { id: store.job.value.id }).catch((error) => store.say(error.message));
+}
+
 export const act = {
+  setSteer, multiply, dropChanges, switchOn, findLabels, runSteer, findHeads, askModel, traceAt, cancelJob,
+  closeJob: () => { store.job.value = null; },
+  traceToken: (position) => traceAt(store.model.value.token_ids, position),
   go: store.go, say: store.say, edit: store.edit, choose, togglePin, watchFeature, takeQParams, order, quiet,
   pick: (ids) => store.go({ picked: ids.join(" ") }),
 };

@@ -14,6 +14,7 @@ export function number(value, digits = 3) {
 export function percent(share) {
   if (share === null || share === undefined || Number.isNaN(share)) return "–";
   const value = 100 * share;
+  if (value !== 0 && Math.abs(value) < 0.1) return value > 0 ? "<0.1%" : ">−0.1%";
   return `${value >= 10 || value === 0 ? Math.round(value) : Number(value.toPrecision(2))}%`;
 }
 

@@ -18,9 +18,11 @@ export const problem = signal("");
 export const help = signal(false);
 export const feature = signal(null); // the dashboard of the chosen feature, {key, answer, problem}
 export const steer = signal({ changes: {}, mode: "", tokens: 12, answer: null, working: false });
-export const live = signal({ prompt: "", answer: null, job: null });
+export const labels = signal([]); // what a search for labels found
+export const heads = signal(null); // the heads of one edge, {target, source, answer, problem}
+export const live = signal({ answer: null, working: false, problem: "" });
+export const job = signal(null); // the trace at work
 export const other = signal(null); // the graph that this one is compared with
-export const size = signal(0);
 
 // -- the address ----------------------------------------------------------------------------------------------
 

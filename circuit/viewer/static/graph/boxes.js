@@ -28,7 +28,7 @@ function describe(model, box) {
   box.layer = strongest.kind === "logit" ? model.layers : nodes.reduce((sum, node) => sum + node.layer, 0) / nodes.length;
   box.position = strongest.position;
   box.note = noteOf(box, nodes, strongest, low, high);
-  box.width = Math.max(70, Math.min(220, Math.max(7.4 * Math.min(26, box.name.length), 6 * box.note.length) + 22));
+  box.width = Math.max(96, Math.min(220, Math.max(7.4 * Math.min(26, box.name.length), 6 * box.note.length) + 22));
 }
 
 function noteOf(box, nodes, strongest, low, high) {

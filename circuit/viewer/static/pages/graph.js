@@ -29,9 +29,9 @@ export function GraphPage(view) {
       </div>
       <aside class="side" aria-label="Details">
         <${Tabs} name="details" tabs=${sides} open=${side} choose=${(id) => act.go({ side: id })}>
-          ${side === "node" && html`<${NodePanel} ...${{ model, kept: drawn, own: view.own, i: chosen, feature: view.feature, act, fixed, run: route.run, steer: view.steer }} />`}
+          ${side === "node" && html`<${NodePanel} ...${{ model, kept: drawn, own: view.own, i: chosen, feature: view.feature, heads: view.heads, act, fixed, run: route.run, steer: view.steer }} />`}
           ${side === "list" && html`<${NodeList} ...${{ model, kept: drawn, shown, found: view.query ? found : null, chosen, act }} />`}
-          ${side === "steer" && html`<${Steer} ...${{ model, kept: drawn, chosen, steer: view.steer, act }} />`}
+          ${side === "steer" && html`<${Steer} ...${{ model, kept: drawn, chosen, steer: view.steer, labels: view.labels, act }} />`}
         <//>
       </aside>
     </div></article>`;

@@ -8,7 +8,7 @@ import { group, pin, unpin } from "../core/edits.js";
 import { Dashboard } from "./dashboard.js";
 import { Heads } from "./heads.js";
 
-export function NodePanel({ model, kept, own, i, feature, act, fixed, run, steer }) {
+export function NodePanel({ model, kept, own, i, feature, heads, act, fixed, run, steer }) {
   if (i < 0) return html`<${Hint} model=${model} fixed=${fixed} />`;
   const node = model.nodes[i];
   return html`
@@ -17,7 +17,7 @@ export function NodePanel({ model, kept, own, i, feature, act, fixed, run, steer
     <${Actions} ...${{ model, kept, own, i, act, steer, fixed }} />
     <h3>What feeds it</h3><${Edges} ...${{ model, kept, i, side: "into", act }} />
     <h3>What it feeds</h3><${Edges} ...${{ model, kept, i, side: "outOf", act }} />
-    <${Heads} ...${{ model, kept, i, act }} />
+    ${!fixed && html`<${Heads} ...${{ model, kept, i, heads, act }} />`}
     <${Note} key=${`note ${node.key}`} ...${{ kept, node, act }} />
     ${node.kind === "feature" && html`<${Feature} ...${{ node, feature, run, fixed }} />`}`;
 }
@@ -76,8 +76,8 @@ function Actions({ model, kept, own, i, act, steer, fixed }) {
   </div>`;
 }
 
-export function Multiplier({ name, value, set }) {
-  return html`<label class="multiplier">${name} <input type="number" step="0.5" min="-20" max="20" value=${value} aria-label=${name}
+export function Multiplier({ name, label = name, value, set }) {
+  return html`<label class="multiplier">${name} <input type="number" step="0.5" min="-20" max="20" value=${value} aria-label=${label}
     onChange=${(event) => { const times = Number(event.target.value); if (event.target.value !== "" && Number.isFinite(times)) set(Math.max(-20, Math.min(20, times))); }} /></label>`;
 }
 
