@@ -70,7 +70,7 @@ def test_steering_is_what_intervene_says(client, view_run, model):
 
 def test_the_edges_say_what_happens_with_all_else_frozen(client, view_run):
     """Predicted equals direct for every target; and it is no comparison of a number with itself."""
-    graph, features = features_of(view_run)
+    _, features = features_of(view_run)
     last = features[-1][0]
     early = [key for key, node in features if node.layer == 0][:2]
     answer = client.post("/api/steer", json={**DALLAS, "changes": dict.fromkeys(early, 3), "target": last}).json()
@@ -152,7 +152,10 @@ def test_one_trace_at_a_time_and_it_can_be_called_off(client, live, model, monke
 
 
 def test_a_trace_that_fails_says_why(client, model, monkeypatch):
-    monkeypatch.setattr(model, "trace", lambda *more, **named: 1 / 0)
+    def broken(ids, targets, progress):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(model, "trace", broken)
     job = ended(client, client.post("/api/trace", json={"run": "demo/clt", "ids": PROMPT}).json())
     assert job["state"] == "failed" and "ZeroDivisionError" in job["error"]
     for ids in ([], "abc", [1.5], [True], [-1], None):
