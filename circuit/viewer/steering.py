@@ -27,7 +27,7 @@ def key_ids(graph: Graph, keys: Sequence[str]) -> list[int]:
 
 def steered(model: ReplacementModel, graph: Graph, body: dict[str, Any], mode: Mode, tokens: int) -> dict[str, Any]:
     """`changes` are multipliers by node key, or `{"value": activation}`, also of features that are silent here;
-    `groups` name nodes whose activations are watched; `target` is a node whose change is compared besides the logits'."""
+    `groups` name nodes whose activations are watched; `target` is a node that is compared besides the logits."""
     group = [_intervention(key, change) for key, change in _table(body, "changes", MOST_CHANGES).items()]
     if not group:
         raise UserError("change a multiplier first")
