@@ -1,9 +1,14 @@
 """The replacement model as a user meets it: graphs, interventions and text of one language model and transcoder."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ..data.cache import cache_root
+from ..data.models import LanguageModel, ModelSettings, load_model
+from ..train.transcoder import Transcoder
 from .attribution import Attention, EdgeHeads, Head, TraceSettings, attention, edge_heads, top_heads, trace
+from .formats import cached
 from .graph import Graph
 from .replacement import (
     Generation,
@@ -19,6 +24,17 @@ from .replacement import (
 
 class ReplacementModel(LocalModel):
     """A language model and a transcoder that reads and writes its raw activations."""
+
+    @classmethod
+    def from_pretrained(
+        cls, model: LanguageModel | ModelSettings | str, source: str | Path, force: bool = False
+    ) -> "ReplacementModel":
+        """A language model with somebody's transcoder: a folder, or `hub:OWNER/NAME[@revision][:subfolder]`, in any of
+        `formats.PROGRAMS`. It is imported once, a layer at a time, into the cache; its decoders stay in their file."""
+        if not isinstance(model, LanguageModel):
+            model = load_model(model if isinstance(model, ModelSettings) else ModelSettings(model)).widened(own=True)
+        folder = cached(source, cache_root() / "transcoders", model)
+        return cls(model, Transcoder.load(folder, lazy_decoders=True), force)
 
     def trace(self, prompt: Any, settings: TraceSettings | None = None, **named: Any) -> Any:
         """The attribution graph of a prompt; `named` are fields of TraceSettings. See `attribution.trace`."""

@@ -1,10 +1,13 @@
 """How many targets go through the frozen model together."""
 
+from pathlib import Path
+
 import torch
 
 CPU_TARGETS = 128  # products are wide enough for a few cores; more would only take memory
 CPU_BYTES = 2 * 2**30
 SHARE = 0.5  # of an accelerator's free memory: rows found later and the library's own buffers take the rest
+HOST_SHARE = 0.25  # of the machine's memory for rows: the model and the transcoder need theirs
 LEAST = 8
 
 
@@ -14,6 +17,23 @@ def free_memory(device: torch.device) -> int | None:
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def row_bytes(memory: float | None, device: torch.device) -> float:
+    """Bytes that a graph's rows may take: `memory` GiB, or a share of what the device has."""
+    if memory is not None:
+        return memory * 2**30
+    free = free_memory(device)
+    return free * SHARE if free is not None else host_memory() * HOST_SHARE
+
+
+def host_memory() -> int:
+    """Bytes that this machine has available; 16 GiB where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 16 * 2**30
 
 
 def bytes_per_target(length: int, width: int, heads_width: int, n_nodes: int, itemsize: int) -> int:

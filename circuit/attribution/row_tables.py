@@ -63,6 +63,8 @@ class RowTable:
         self.node_of = torch.empty(self.total, dtype=torch.long, device=self.device)
         self.cancelled = torch.zeros(self.total, dtype=dtype, device=self.device)
         self.filled = 0
+        self.dropped = 0
+        """Features whose columns went before it was known which features the graph keeps."""
 
     def add(self, ids: Tensor, edges: EdgeColumns, layers: list[int]) -> Tensor:
         """Store the rows of nodes `ids`, which read at `layers`, the last first; gives each one's sum."""
@@ -197,6 +199,7 @@ class CappedTable(RowTable):
         gone = before[: self.n_features].clone()
         gone[self.kept[self.kept < self.n_features]] = -1
         gone = (gone >= 0).nonzero().squeeze(1)
+        self.dropped += len(gone)
         needed = self.total * len(self.kept)
         memory = self.memory
         if needed > len(memory):  # not even the rows' own columns fit: more than was allowed

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.errors import Progress, check_choice, check_range, silent
+from ...data.errors import Progress, SettingsError, check_choice, check_range, silent
 from ..graph import Graph, Nodes
 from ..replacement import LocalModel, memory_named
 from .backward import Directions, FrozenModel, Places
-from .batching import bytes_per_target, fitting_batch, free_memory
+from .batching import bytes_per_target, fitting_batch, free_memory, row_bytes
 from .linear import record
 from .row_tables import CappedTable, RowTable, StrongestTable, WholeTable
 from .sources import active_features, find_sources
@@ -36,8 +36,9 @@ PHASES = 8
 class TraceSettings:
     """How a prompt is traced."""
 
-    max_nodes: int | None = None
-    """Most features that the graph keeps, the most influential ones; the others' effect goes to the errors."""
+    max_nodes: int | None = 8192
+    """Most features that the graph keeps, the most influential ones; the others' effect goes to the errors. null keeps
+    all that are active."""
 
     max_logits: int = 10
     """Most next tokens that the graph explains."""
@@ -59,9 +60,14 @@ class TraceSettings:
     top_k: int = 256
     """Edges from features that each target keeps under edges=top-k."""
 
-    memory: float = 4.0
-    """GiB that the rows of a graph may take in memory. With `max_nodes`, columns of the least influential features
-    are dropped to stay below; without, rows beyond it are mapped from a temporary file."""
+    memory: float | None = None
+    """GiB that the rows of a graph may take; by default half of what an accelerator has free, a quarter on a CPU. Where
+    `max_nodes` is less than what is active, columns of the least influential features are dropped early to stay
+    below; else rows beyond it are mapped from a temporary file."""
+
+    keep: str = "0.99"
+    """Share of the influence that the stored graph carries, or `all`: the rest is booked in the errors. For what
+    `crosslace trace` writes; in Python `graph.carrying(0.99)`."""
 
     def __post_init__(self) -> None:
         check_range("trace.max_logits", self.max_logits, 1)
@@ -69,10 +75,25 @@ class TraceSettings:
         if self.batch is not None:
             check_range("trace.batch", self.batch, 1)
         check_range("trace.top_k", self.top_k, 1)
-        check_range("trace.memory", self.memory, 0)
+        if self.memory is not None:
+            check_range("trace.memory", self.memory, 0)
+        self.share_to_keep()  # says what is wrong with `keep`
         check_choice("trace.edges", self.edges, ["all", "top-k"])
         if self.max_nodes is not None:
             check_range("trace.max_nodes", self.max_nodes, 0)
+
+    def share_to_keep(self) -> float:
+        """`keep` as a number."""
+        if self.keep == "all":
+            return 1.0
+        try:
+            share = float(self.keep)
+        except ValueError as error:
+            raise SettingsError(
+                f"trace.keep={self.keep} is not known; it takes a share such as 0.99, or all"
+            ) from error
+        check_range("trace.keep", share, 0, 1)
+        return share
 
 
 def trace(replacement: LocalModel, prompt: Any, settings: TraceSettings | None = None, **named: Any) -> Any:
@@ -146,7 +167,9 @@ class Tracer:
         if settings.edges == "top-k" and settings.top_k < n_features:
             rows = StrongestTable(*common, top_k=settings.top_k)
         else:
-            rows = (CappedTable if most < n_features else WholeTable)(*common, most_bytes=settings.memory * 2**30)
+            rows = (CappedTable if most < n_features else WholeTable)(
+                *common, most_bytes=row_bytes(settings.memory, lm.device)
+            )
         del recording
         self.batch = settings.batch or self._fitting_batch(len(nodes), rows.total)
 
@@ -166,6 +189,7 @@ class Tracer:
 
         progress("tracing", self.done, self.done)  # where no other feature has influence, sooner than planned
         nodes, found, cancelled = rows.finish()
+        dropped = rows.dropped
         kept = int(nodes.mask("feature").sum())
         return Graph(
             stored=found,
@@ -174,7 +198,8 @@ class Tracer:
             tokens=self.tokens.tolist(),
             token_strings=lm.token_strings(self.tokens),
             cancelled=cancelled,
-            metadata=self._metadata(n_features, n_features - kept, time.perf_counter() - started) | {"kept": reasons},
+            metadata=self._metadata(n_features, n_features - kept, dropped, time.perf_counter() - started)
+            | {"kept": reasons},
         )
 
     def _add(
@@ -215,7 +240,7 @@ class Tracer:
         relative = violation / value.abs().clamp(min=1)
         self.largest_relative = torch.maximum(relative.max(), self.largest_relative.to(violation))
 
-    def _metadata(self, active: int, left_out: int, seconds: float) -> dict[str, Any]:
+    def _metadata(self, active: int, left_out: int, dropped: int, seconds: float) -> dict[str, Any]:
         lm, transcoder = self.lm, self.transcoder
         prompt = self.prompt if isinstance(self.prompt, str) else "".join(lm.token_strings(self.tokens))
         return {
@@ -239,6 +264,7 @@ class Tracer:
                 "left_out_features": left_out,
                 "largest_violation": float(self.largest_violation),
                 "largest_relative_violation": float(self.largest_relative),
+                "dropped_early": dropped,
                 "dtype": str(self.dtype).removeprefix("torch."),
             },
         }

@@ -10,6 +10,7 @@ from .examples import LayerExamples as LayerExamples
 from .gather import FeatureSettings as FeatureSettings
 from .gather import build_features as build_features
 from .gather import gather_examples as gather_examples
+from .gather import name_by_tokens as name_by_tokens
 from .gather import padded as padded
 from .labels import Label as Label
 from .labels import Labels as Labels

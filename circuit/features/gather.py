@@ -20,6 +20,7 @@ from torch import Tensor
 from ...data.errors import Progress, UserError, check_range, silent
 from ...data.models import LanguageModel
 from ...train.transcoder import Transcoder
+from ..graph import Graph
 from ..replacement import LocalModel
 from .dashboards import DashboardWriter, Record
 from .examples import Keeper, LayerExamples
@@ -305,6 +306,17 @@ def _logit_words(
     return top, bottom
 
 
+def name_by_tokens(graph: Graph, model: LocalModel, most: int = 40, tokens: int = 3) -> None:
+    """Name the most influential features that have no label by the tokens that they make likelier."""
+    influence, nodes = graph.influence(), graph.nodes
+    bare = [id for id in nodes.ids("feature") if id not in nodes.labels]
+    for id in sorted(bare, key=lambda id: -float(influence[id]))[:most]:
+        node = nodes[id]
+        logits = direct_logits(model.lm, model.transcoder, node.layer, torch.tensor([node.index]))[0]
+        words = model.lm.token_strings(logits.topk(min(tokens, len(logits))).indices)
+        nodes.labels[id] = f"L{node.layer}:{node.index} says " + " ".join(map(repr, words))
+
+
 @torch.no_grad()
 def direct_logits(lm: LanguageModel, transcoder: Transcoder, layer: int, features: Tensor) -> Tensor:
     """[N, V]: what one unit of each feature of a model layer adds to the logits directly, up to the last norm's scale.
@@ -313,6 +325,6 @@ def direct_logits(lm: LanguageModel, transcoder: Transcoder, layer: int, feature
     """
     l = transcoder.layers.index(layer)
     written_ND = transcoder.W_dec[l][features].sum(1)
-    read_ND = lm.final_norm.centred(written_ND) * lm.final_norm.weight
+    read_ND = lm.final_norm.centred(written_ND.to(lm.dtype)) * lm.final_norm.weight
     logits_NV = read_ND.to(lm.W_U.dtype) @ lm.W_U.T
     return logits_NV - logits_NV.mean(1, keepdim=True)

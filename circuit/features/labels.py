@@ -140,11 +140,12 @@ def _quoted(token: str) -> str:
 def name_features(graph, labels: Labels) -> None:
     """Give the graph's features their names, and group features of one name and position into a supernode."""
     graph.label_features({key: label.text for key, label in labels.items()})
-    groups: dict[str, list[int]] = {}
+    groups: dict[tuple[str, int], list[int]] = {}
     for node in graph.nodes:
         if node.kind == "feature":
             label = labels.label(node.layer, node.index)
             if label is not None and label.source != "tokens":
-                groups.setdefault(label.text, []).append(node.id)
-    for name, ids in groups.items():
-        graph.group(name, ids)
+                groups.setdefault((label.text, node.position), []).append(node.id)
+    names = [name for name, _ in groups]
+    for (name, position), ids in groups.items():
+        graph.group(name if names.count(name) == 1 else f"{name} @{position}", ids)

@@ -1,9 +1,14 @@
-"""Foreign files, read and written: circuit-tracer folders, Neuronpedia graphs, SAELens transcoders."""
+"""Foreign files: transcoders of circuit-tracer, Gemma Scope, sparsify and SAELens, graphs of Neuronpedia."""
 
 from .circuit_tracer import export_circuit_tracer as export_circuit_tracer
 from .circuit_tracer import import_circuit_tracer as import_circuit_tracer
 from .explanations import read_explanations as read_explanations
 from .explanations import write_explanations as write_explanations
+from .importing import PROGRAMS as PROGRAMS
+from .importing import cached as cached
+from .importing import import_transcoder as import_transcoder
+from .importing import measured_nmse as measured_nmse
+from .importing import open_foreign as open_foreign
 from .neuronpedia import graph_to_neuronpedia as graph_to_neuronpedia
 from .neuronpedia import slugified as slugified
 from .neuronpedia import write_neuronpedia as write_neuronpedia

@@ -15,14 +15,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...data.errors import UserError
+from ...data.models import LanguageModel
 from ...train.transcoder import Transcoder
-from .folders import LayerWeights, WeightsFile, assemble, exportable, new_folder, stored
+from ..replacement import READS, WRITES, Hooks
+from .folders import (
+    Foreign,
+    ForeignLayer,
+    LayerWeights,
+    NumpyFile,
+    WeightsFile,
+    assemble,
+    exportable,
+    new_folder,
+    stored,
+)
+from .hub import hub_file
 
 PLT, CLT = "transcoder_set", "cross_layer_transcoder"
 CONFIG = "config.yaml"
 THRESHOLD = "activation_function.threshold"
-READS = {"hook_resid_mid": "resid", "hook_resid_pre": "resid", "mlp.hook_in": "mlp_in"}
-WRITES = ["mlp.hook_out", "hook_mlp_out"]
+SAFE_NAME = re.compile(r"(?:[\w-][\w.-]*/)*[\w-][\w.-]*\.(?:safetensors|npz)")
+K = ("activation_function.k", "k")  # a number by itself: topk
 
 
 def export_circuit_tracer(
@@ -58,26 +71,32 @@ def export_circuit_tracer(
     return Path(folder)
 
 
-def import_circuit_tracer(folder: str | Path, device: str = "cpu") -> Transcoder:
+def import_circuit_tracer(folder: str | Path, lm: LanguageModel | None = None) -> Transcoder:
     """Read a circuit-tracer folder as a transcoder of raw activations. Nothing in the folder is trusted."""
+    return assemble(open_circuit_tracer(folder), lm)
+
+
+def open_circuit_tracer(folder: str | Path) -> Foreign:
+    """A circuit-tracer folder, of which nothing but names and shapes is read yet. Per-layer files may also be Gemma
+    Scope's (npz, or safetensors with lower-case names)."""
     folder = Path(folder)
     config = _config(folder)
     for key, known in (("feature_input_hook", READS), ("feature_output_hook", WRITES)):
         if config.get(key) not in known:
             raise UserError(f"{folder / CONFIG}: {key} is {config.get(key)!r}; known are {', '.join(known)}")
-    read = READS[config["feature_input_hook"]]
+    hooks = Hooks(config["feature_input_hook"], config["feature_output_hook"])
+    model = str(config.get("model_name", "unknown"))
     if config["model_kind"] == PLT:
-        layers = {i: _read_plt(path, device) for i, path in enumerate(_plt_paths(folder, config))}
-        reach = "1"
+        layers = {i: open_layer(path) for i, path in enumerate(_plt_paths(folder, config))}
+        reach, k = "1", _k(folder, config)
     else:
         paths = _numbered(folder, r"W_enc_(\d+)\.safetensors")
-        layers = {i: _read_clt(folder, i, len(paths), device) for i in range(len(paths))}
-        reach = "all"
-    widths = {tuple(weights["W_enc"].shape) for weights in layers.values()}
+        layers = {i: _open_clt(folder, i, len(paths)) for i in range(len(paths))}
+        reach, k = "all", None
+    widths = {layer.shapes["W_enc"] for layer in layers.values()}
     if len(widths) > 1:
         raise UserError(f"{folder}: layers have different shapes {sorted(widths)}, which circuit-tracer does not allow")
-    meta = {"model": {"name": str(config.get("model_name", "unknown"))}, "imported_from": "circuit-tracer"}
-    return assemble(layers, reach, read, meta)
+    return Foreign("circuit-tracer", layers, hooks, reach, model, k)
 
 
 def model_of(meta: dict[str, Any]) -> str | None:
@@ -149,12 +168,28 @@ def _plt_paths(folder: Path, config: dict[str, Any]) -> list[Path]:
     if not isinstance(names, list) or not names:
         raise UserError(f"{folder / CONFIG}: transcoders must be a list of file names")
     for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+        if not isinstance(name, str) or not (name.startswith("hf://") or SAFE_NAME.fullmatch(name)):
             raise UserError(
-                f"{folder / CONFIG}: transcoders names {name!r}; only safetensors files in the folder itself are read, "
-                "so download the others into it first"
+                f"{folder / CONFIG}: transcoders names {name!r}; it takes safetensors or npz files below the folder, or"
+                " hf://OWNER/NAME/FILE"
             )
-    return [folder / name for name in names]
+    return [hub_file(name) if name.startswith("hf://") else folder / name for name in names]
+
+
+def _k(folder: Path, config: dict[str, Any]) -> int | None:
+    """Features a token where the activation is topk, from the configuration or the first layer's file."""
+    activation, k = config.get("activation_function", config.get("activation")), config.get("k")
+    if isinstance(activation, dict):
+        activation, k = activation.get("name", activation.get("type")), activation.get("k", k)
+    if k is None:
+        first = _plt_paths(folder, config)[0]
+        keys = [key for key in K if first.suffix == ".safetensors" and key in WeightsFile(first).keys]
+        k = int(WeightsFile(first).file.get_tensor(keys[0])) if keys else None
+    if k is None and str(activation).lower() == "topk":
+        raise UserError(f"{folder / CONFIG} says topk and no k: how many features fire is needed")
+    if k is not None and (not isinstance(k, int) or k < 1):
+        raise UserError(f"{folder / CONFIG}: k is {k!r}; it takes a number from 1")
+    return k
 
 
 def _numbered(folder: Path, pattern: str) -> list[Path]:
@@ -168,35 +203,74 @@ def _numbered(folder: Path, pattern: str) -> list[Path]:
     return [found[i] for i in range(len(found))]
 
 
-def _read_plt(path: Path, device: str) -> LayerWeights:
-    file = WeightsFile(path, device)
-    file.check_keys(["W_enc", "W_dec", "b_enc", "b_dec"], [THRESHOLD, "W_skip"])
+def open_layer(path: Path) -> ForeignLayer:
+    """One per-layer transcoder's file: circuit-tracer's own, Gemma Scope's npz, or Gemma Scope 2's."""
+    if path.suffix == ".npz":
+        return _open_gemma_scope(NumpyFile(path), "W_enc", "W_dec", {})
+    file = WeightsFile(path)
+    if "w_enc" in file.keys:
+        return _open_gemma_scope(file, "w_enc", "w_dec", {"affine_skip_connection": "W_skip"})
+    file.check_keys(["W_enc", "W_dec", "b_enc", "b_dec"], [THRESHOLD, "W_skip", *K])
     F, D = file.shape("W_enc", 2)
-    weights = LayerWeights(
-        W_enc=file.read("W_enc", F, D),
-        b_enc=file.read("b_enc", F),
-        W_dec=file.read("W_dec", F, D)[:, None],
-        b_dec=file.read("b_dec", D),
-    )
-    if THRESHOLD in file.keys:
-        weights["theta"] = file.read(THRESHOLD, F)
-    if "W_skip" in file.keys:
-        weights["W_skip"] = file.read("W_skip", D, D)
-    return weights
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (F, D), "b_enc": (F,), "W_dec": (F, 1, D), "b_dec": (D,)}
+    shapes |= {"theta": (F,)} if THRESHOLD in file.keys else {}
+    shapes |= {"W_skip": (D, D)} if "W_skip" in file.keys else {}
+
+    def read() -> LayerWeights:
+        weights = LayerWeights(
+            W_enc=file.read("W_enc", F, D),
+            b_enc=file.read("b_enc", F),
+            W_dec=file.read("W_dec", F, D)[:, None],
+            b_dec=file.read("b_dec", D),
+        )
+        if "theta" in shapes:
+            weights["theta"] = file.read(THRESHOLD, F)
+        if "W_skip" in shapes:
+            weights["W_skip"] = file.read("W_skip", D, D)
+        return weights
+
+    return ForeignLayer(shapes, file.dtype("W_enc"), read)
 
 
-def _read_clt(folder: Path, i: int, n_layers: int, device: str) -> LayerWeights:
-    encoder = WeightsFile(folder / f"W_enc_{i}.safetensors", device)
-    decoder = WeightsFile(folder / f"W_dec_{i}.safetensors", device)
+def _open_gemma_scope(file: WeightsFile | NumpyFile, enc: str, dec: str, skip: dict[str, str]) -> ForeignLayer:
+    """Encoders [D, F], thresholds linear; a skip is `x @ affine_skip_connection`, so ours is its transpose."""
+    file.check_keys([enc, dec, "b_enc", "b_dec", "threshold"], list(skip))
+    D, F = file.shape(enc, 2)
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (F, D), "b_enc": (F,), "W_dec": (F, 1, D), "b_dec": (D,)}
+    shapes |= {"theta": (F,)} | {ours: (D, D) for theirs, ours in skip.items() if theirs in file.keys}
+
+    def read() -> LayerWeights:
+        weights = LayerWeights(
+            W_enc=file.read(enc, D, F).T,
+            b_enc=file.read("b_enc", F),
+            W_dec=file.read(dec, F, D)[:, None],
+            b_dec=file.read("b_dec", D),
+            theta=file.read("threshold", F),
+        )
+        weights.update({ours: file.read(theirs, D, D).T for theirs, ours in skip.items() if theirs in file.keys})
+        return weights
+
+    return ForeignLayer(shapes, file.dtype(enc), read)
+
+
+def _open_clt(folder: Path, i: int, n_layers: int) -> ForeignLayer:
+    encoder = WeightsFile(folder / f"W_enc_{i}.safetensors")
+    decoder = WeightsFile(folder / f"W_dec_{i}.safetensors")
     encoder.check_keys([f"W_enc_{i}", f"b_enc_{i}", f"b_dec_{i}"], [f"threshold_{i}"])
     decoder.check_keys([f"W_dec_{i}"])
     F, D = encoder.shape(f"W_enc_{i}", 2)
-    weights = LayerWeights(
-        W_enc=encoder.read(f"W_enc_{i}", F, D),
-        b_enc=encoder.read(f"b_enc_{i}", F),
-        W_dec=decoder.read(f"W_dec_{i}", F, n_layers - i, D),
-        b_dec=encoder.read(f"b_dec_{i}", D),
-    )
-    if f"threshold_{i}" in encoder.keys:
-        weights["theta"] = encoder.read(f"threshold_{i}", F)
-    return weights
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (F, D), "b_enc": (F,), "W_dec": (F, n_layers - i, D), "b_dec": (D,)}
+    shapes |= {"theta": (F,)} if f"threshold_{i}" in encoder.keys else {}
+
+    def read() -> LayerWeights:
+        weights = LayerWeights(
+            W_enc=encoder.read(f"W_enc_{i}", F, D),
+            b_enc=encoder.read(f"b_enc_{i}", F),
+            W_dec=decoder.read(f"W_dec_{i}", F, n_layers - i, D),
+            b_dec=encoder.read(f"b_dec_{i}", D),
+        )
+        if "theta" in shapes:
+            weights["theta"] = encoder.read(f"threshold_{i}", F)
+        return weights
+
+    return ForeignLayer(shapes, encoder.dtype(f"W_enc_{i}"), read)

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,6 @@ def _metadata(
     source_set: str | None,
     n_layers: int,
 ) -> dict[str, Any]:
-    from ... import __version__
-
     metadata: dict[str, Any] = {
         "slug": slug,
         "scan": scan,
@@ -180,7 +179,7 @@ def _metadata(
         "prompt": str(graph.metadata.get("prompt", "".join(graph.token_strings))),
         "node_threshold": pruned["node"] if pruned else 1.0,
         "info": {
-            "generator": {"name": GENERATOR, "version": __version__},
+            "generator": {"name": GENERATOR, "version": installed_version()},
             "create_time_ms": int(time.time() * 1000),
         },
         "generation_settings": _plain(graph.metadata.get("settings", {})),
@@ -204,3 +203,11 @@ def _metadata(
 def _plain(value: Any) -> Any:
     """Only what JSON holds, and no number that it does not."""
     return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
+
+
+def installed_version() -> str:
+    """Of this package, as it was installed."""
+    try:
+        return version("crosslace")
+    except PackageNotFoundError:
+        return "unknown"

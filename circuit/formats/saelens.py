@@ -12,9 +12,11 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ...data.errors import UserError
+from ...data.models import LanguageModel
 from ...train.transcoder import Transcoder
+from ..replacement import READS, Hooks
 from .circuit_tracer import model_of
-from .folders import LayerWeights, WeightsFile, assemble, exportable, new_folder, stored
+from .folders import Foreign, ForeignLayer, LayerWeights, WeightsFile, assemble, exportable, new_folder, stored
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURES = {
@@ -24,8 +26,7 @@ ARCHITECTURES = {
     "jumprelu_transcoder": (True, False),
     "jumprelu_skip_transcoder": (True, True),
 }
-HOOKS = {"resid": "hook_resid_mid", "mlp_in": "ln2.hook_normalized"}
-READS = {"hook_resid_mid": "resid", "ln2.hook_normalized": "mlp_in", "mlp.hook_in": "mlp_in"}
+HOOKS = {"resid": "hook_resid_mid", "mlp_in": "mlp.hook_in"}
 
 
 def export_saelens(transcoder: Transcoder, folder: str | Path, model_name: str | None = None) -> Path:
@@ -69,8 +70,13 @@ def export_saelens(transcoder: Transcoder, folder: str | Path, model_name: str |
     return Path(folder)
 
 
-def import_saelens(folder: str | Path, device: str = "cpu") -> Transcoder:
+def import_saelens(folder: str | Path, lm: LanguageModel | None = None) -> Transcoder:
     """Read one SAELens transcoder, or a folder of them, one a layer. Nothing in the folder is trusted."""
+    return assemble(open_saelens(folder), lm)
+
+
+def open_saelens(folder: str | Path) -> Foreign:
+    """One SAELens transcoder, or a folder of them, of which nothing but names and shapes is read yet."""
     folder = Path(folder)
     if (folder / CONFIG).is_file():
         folders = [folder]
@@ -78,18 +84,23 @@ def import_saelens(folder: str | Path, device: str = "cpu") -> Transcoder:
         folders = sorted(path.parent for path in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
     if not folders:
         raise UserError(f"{folder} holds no {CONFIG}, nor do its folders; it is not a SAELens transcoder")
-    layers: dict[int, LayerWeights] = {}
+    layers: dict[int, ForeignLayer] = {}
     configs = [_config(path) for path in folders]
     for path, config in zip(folders, configs, strict=True):
         layer, _ = _hook(path, config)
         if layer in layers:
             raise UserError(f"{folder} holds two transcoders of layer {layer}; name the folder of the one to read")
-        layers[layer] = _read(path, config, device)
+        layers[layer] = _open(path, config)
     reads = {_hook(path, config)[1] for path, config in zip(folders, configs, strict=True)}
     if len(reads) > 1:
         raise UserError(f"{folder}: its transcoders read different sites ({', '.join(sorted(reads))}); all must agree")
-    meta = {"model": {"name": _metadata(configs[0]).get("model_name")}, "imported_from": "saelens"}
-    return assemble(layers, "1", reads.pop(), meta)
+    writes = {str(_metadata(config).get("hook_name_out") or "x.x.hook_mlp_out").split(".", 2)[2] for config in configs}
+    if len(writes) > 1:
+        raise UserError(
+            f"{folder}: its transcoders write different sites ({', '.join(sorted(writes))}); all must agree"
+        )
+    model = _metadata(configs[0]).get("model_name")
+    return Foreign("saelens", layers, Hooks(reads.pop(), writes.pop()), "1", model)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -128,24 +139,30 @@ def _hook(folder: Path, config: dict[str, Any]) -> tuple[int, str]:
     written = str(_metadata(config).get("hook_name_out", ""))
     if written and re.fullmatch(rf"blocks\.{match[1]}\.(hook_mlp_out|mlp\.hook_out)", written) is None:
         raise UserError(f"{folder / CONFIG}: hook_name_out is {written!r}; it takes blocks.{match[1]}.hook_mlp_out")
-    return int(match[1]), READS[match[2]]
+    return int(match[1]), match[2]
 
 
-def _read(folder: Path, config: dict[str, Any], device: str) -> LayerWeights:
+def _open(folder: Path, config: dict[str, Any]) -> ForeignLayer:
     thresholds, skip = ARCHITECTURES[config["architecture"]]
-    file = WeightsFile(folder / WEIGHTS, device)
+    file = WeightsFile(folder / WEIGHTS)
     file.check_keys(
         ["W_enc", "W_dec", "b_enc", "b_dec", *(["threshold"] if thresholds else []), *(["W_skip"] if skip else [])]
     )
     D, F = file.shape("W_enc", 2)
-    weights = LayerWeights(
-        W_enc=file.read("W_enc", D, F).T.contiguous(),
-        b_enc=file.read("b_enc", F),
-        W_dec=file.read("W_dec", F, D)[:, None],
-        b_dec=file.read("b_dec", D),
-    )
-    if thresholds:
-        weights["theta"] = file.read("threshold", F)
-    if skip:
-        weights["W_skip"] = file.read("W_skip", D, D)
-    return weights
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (F, D), "b_enc": (F,), "W_dec": (F, 1, D), "b_dec": (D,)}
+    shapes |= ({"theta": (F,)} if thresholds else {}) | ({"W_skip": (D, D)} if skip else {})
+
+    def read() -> LayerWeights:
+        weights = LayerWeights(
+            W_enc=file.read("W_enc", D, F).T,
+            b_enc=file.read("b_enc", F),
+            W_dec=file.read("W_dec", F, D)[:, None],
+            b_dec=file.read("b_dec", D),
+        )
+        if thresholds:
+            weights["theta"] = file.read("threshold", F)
+        if skip:
+            weights["W_skip"] = file.read("W_skip", D, D)
+        return weights
+
+    return ForeignLayer(shapes, file.dtype("W_enc"), read)

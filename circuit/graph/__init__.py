@@ -1,8 +1,16 @@
 """The attribution graph itself: nodes, rows, influence and scores, pruning, paths, groups, its file."""
 
+from .collapse import Collapsed as Collapsed
+from .collapse import collapsed as collapsed
+from .collapse import main_groups as main_groups
+from .collapse import widest_path as widest_path
 from .compare import Difference as Difference
 from .compare import difference as difference
+from .effects import Check as Check
+from .effects import check_node as check_node
+from .effects import total_effects as total_effects
 from .graph import Graph as Graph
+from .graph import Link as Link
 from .influence import find_influence as find_influence
 from .nodes import KINDS as KINDS
 from .nodes import Node as Node
@@ -15,7 +23,11 @@ from .rows import move_to_errors as move_to_errors
 from .rows import rows_at_once as rows_at_once
 from .supernodes import flow_between as flow_between
 from .supernodes import propose_supernodes as propose_supernodes
+from .tables import to_networkx as to_networkx
+from .tables import to_pandas as to_pandas
 from .text import account_holds as account_holds
+from .text import circuit_rows as circuit_rows
+from .text import flow_text as flow_text
 from .text import kept_text as kept_text
 from .text import later_place as later_place
 from .text import node_text as node_text

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...data.errors import UserError, check_range
+from ..replacement import Intervention
 from .influence import Influence, cumulative_share, fewest_edges, fewest_nodes, find_influence, shares_of
 from .nodes import NODE_COLUMNS, Nodes
 from .paths import GraphPath, top_paths
-from .rows import Rows, rows_of_tensors
+from .rows import DenseRows, Rows, rows_of_tensors
 
 FORMAT, VERSION = "crosslace-graph", 1
 
@@ -41,6 +42,16 @@ class Logit(NamedTuple):
     value: float
     """Demeaned logit, before any soft cap; a feature target's pre-activation."""
     position: int
+
+
+class Link(NamedTuple):
+    """One edge of a node."""
+
+    id: int
+    """The node at its other end."""
+    weight: float
+    """What the source adds to the target."""
+    share: float
 
 
 @dataclass(eq=False)
@@ -273,6 +284,60 @@ class Graph:
         nodes = replace(self.nodes, **{name: getattr(self.nodes, name).to(device) for name in NODE_COLUMNS})
         moved = {name: getattr(self, name).to(device) for name in ("stored", "probabilities", "cancelled")}
         return replace(self, nodes=nodes, **moved)
+
+    def carrying(self, share: float) -> "Graph":
+        """The part that carries `share` of the influence, for keeping: the fewest nodes, then the fewest edges of any
+        kind. What goes counts as input from errors in every score, each target's in one number, so that a graph of
+        thousands of features takes megabytes."""
+        check_range("share", share, 0, 1)
+        if share == 1:
+            return self
+        of_features = self.influence() * self.nodes.mask("feature")
+        part = self.subgraph(fewest_nodes(of_features, share).nonzero().squeeze(1).tolist())
+        edges = part.rows
+        gone = ~fewest_edges(edges, part.influence_per_input, share)
+        cancelled = part.cancelled + (edges.abs() * gone).sum(1)
+        part = part._replaced(stored=DenseRows(edges.masked_fill(gone, 0)), cancelled=cancelled)
+        part.metadata = part.metadata | {"carries": share}
+        return part
+
+    # -- asking -------------------------------------------------------------------------------------------------
+
+    def inputs(self, id: int, count: int = 10) -> list[Link]:
+        """The strongest edges into a feature or a logit, and the share of its absolute input that each is."""
+        if not self.has_row(id):
+            return []
+        row = id if id < self.n_features else id - len(self.nodes) + len(self.stored)
+        edges = self.rows_of(slice(row, row + 1))[0]
+        total = float(edges.abs().sum() + self.cancelled[row])
+        best = edges.abs().topk(min(count, len(edges))).indices.tolist()
+        return [
+            Link(source, float(edges[source]), abs(float(edges[source])) / total) for source in best if edges[source]
+        ]
+
+    def outputs(self, id: int, count: int = 10) -> list[Link]:
+        """The edges out of a node that carry the most influence, and the share of the node's influence that each is."""
+        edges = torch.cat([self.rows_of(some)[:, id] for some in self.stored.blocks()])
+        carried = edges.abs() * self.influence_per_input
+        total = float(carried.sum()) or 1.0
+        best = carried.topk(min(count, len(carried))).indices.tolist()
+        ids = self.row_ids.tolist()
+        return [Link(ids[row], float(edges[row]), float(carried[row]) / total) for row in best if edges[row]]
+
+    def interventions(
+        self, group: str | Iterable[int], times: float | None = None, value: float | None = None
+    ) -> list[Intervention]:
+        """Interventions on the features of a supernode, or of some nodes: `model.intervene(prompt, these)`."""
+        if isinstance(group, str):
+            if group not in self.supernodes:
+                known = ", ".join(self.supernodes) or "it has none"
+                raise UserError(f"the graph has no supernode {group!r}; {known}")
+            group = self.supernodes[group]
+        nodes = [self.nodes[id] for id in group]
+        found = [Intervention(n.layer, n.position, n.index, value, times) for n in nodes if n.kind == "feature"]
+        if not found:
+            raise UserError("none of these nodes is a feature, and only features can be set")
+        return found
 
     # -- names --------------------------------------------------------------------------------------------------
 

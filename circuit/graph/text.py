@@ -1,5 +1,8 @@
 """Nodes, paths and figures of a graph as lines for a terminal."""
 
+from itertools import pairwise
+
+from .collapse import collapsed, main_groups, widest_path
 from .graph import Graph
 from .nodes import Node
 from .paths import GraphPath
@@ -74,3 +77,56 @@ def summary_text(graph: Graph) -> str:
         f"edges miss what the model computed by at most {accounting['largest_violation']:.1e}"
         f"{'' if account_holds(graph) else ': more than rounding explains, do not trust this graph'}"
     )
+
+
+def circuit_rows(graph: Graph, most: int = 12) -> list[tuple[str, str, str, float, str, str]]:
+    """The groups of features that carry the most influence on the answer: name, layers, token, share of all features'
+    influence, what they read most from and where most of what they do goes."""
+    groups, influence = main_groups(graph, most), graph.influence()
+    total = float(influence[graph.nodes.mask("feature")].sum()) or 1.0
+    name_of = {id: name for name, ids in groups.items() for id in ids}
+    rows = []
+    for name, ids in groups.items():
+        nodes = [graph.nodes[id] for id in ids]
+        layers, positions = sorted({n.layer for n in nodes}), sorted({n.position for n in nodes})
+        span = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+        at = ", ".join(f"{graph.token_strings[p]!r} @{p}" for p in positions[:2]) + (
+            " ..." if len(positions) > 2 else ""
+        )
+        chief = max(ids, key=lambda id: float(influence[id]))
+        sides = [[link.id for link in links] for links in (graph.inputs(chief, 20), graph.outputs(chief, 20))]
+        shown = graph.nodes.mask("feature", "embedding", "logit")
+        ends = [next((id for id in side if id not in ids and shown[id]), None) for side in sides]
+        told = ["" if id is None else name_of.get(id) or node_text(graph, graph.nodes[id]) for id in ends]
+        rows.append((name, span, at, float(influence[ids].sum()) / total, *told))
+    return rows
+
+
+def flow_text(graph: Graph, most: int = 12) -> str:
+    """The widest path through groups to the likeliest logits, how much the groups carry, and what the rest is."""
+    groups = main_groups(graph, most)
+    if not groups:
+        return "no feature carries any influence on the answer"
+    found, lines = collapsed(graph, groups), []
+    for logit in graph.logits[:2]:
+        path = widest_path(found, f"logit {logit.label!r}")
+        if path:
+            least = min(abs(float(found.flow[t, s])) for s, t in pairwise(path))
+            steps = "  ->  ".join(found.names[g] for g in path)
+            lines.append(f"widest path: {steps}   (each step carries {least:.1%} of the answer or more)")
+    influence, nodes = graph.influence(), graph.nodes
+    share = lambda *kinds: float(influence[nodes.mask(*kinds)].sum())
+    errors = share("error") + float(graph.influence_per_input @ graph.cancelled)
+    ends = {"tokens": share("embedding", "position"), "errors": errors, "kept": share("kept"), "biases": share("bias")}
+    whole = sum(ends.values()) or 1.0
+    said = ", ".join(f"{name} {value / whole:.0%}" for name, value in ends.items())
+    lines.append(f"the {len(groups)} groups above hold {found.carried:.0%} of all features' influence")
+    lines.append(f"where the answer's influence comes from in the end: {said}")
+    by_token = []
+    for at in range(len(graph.tokens)):
+        by_token.append((float(influence[graph.nodes.ids("feature", position=at)].sum()), at))
+    features = sum(value for value, _ in by_token) or 1.0
+    best = [(value / features, at) for value, at in sorted(by_token, reverse=True)[:4] if value]
+    shown = ", ".join(f"{graph.token_strings[at]!r} @{at} {value:.0%}" for value, at in best)
+    lines.append(f"features by token: {shown}")
+    return "\n".join(lines)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ...data.errors import Progress, silent
 from ...train.parallel import SINGLE, Collectives
-from ..graph import Graph
+from ..graph import Graph, total_effects
 from ..model import ReplacementModel
-from ..precision import wide, widest
+from ..precision import wide
 from ..replacement import Intervention, InterventionResult
 from .behaviour import resampled
 
@@ -86,18 +86,6 @@ def _ranks(x: Tensor) -> Tensor:
     _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
     last = wide(counts.cumsum(0))
     return (last - (counts - 1) / 2)[inverse]
-
-
-def total_effects(graph: Graph, sources: Sequence[int]) -> Tensor:
-    """[R, sources]: what silencing each source feature does to every row's pre-activation or logit, over all paths."""
-    n = graph.n_features
-    rows = wide(graph.rows)
-    direct = -rows[:, list(sources)]
-    share = rows[:, :n] / wide(graph.nodes.activation[:n]).clamp_min(1e-12)
-    # features come in order of layer, so that the features' block is strictly lower triangular
-    eye = torch.eye(n, dtype=widest(rows.device), device=rows.device)
-    moved = torch.linalg.solve_triangular(eye - share[:n], direct[:n], upper=False, unitriangular=True)
-    return torch.cat([moved, direct[n:] + share[n:] @ moved])
 
 
 @dataclass(frozen=True)

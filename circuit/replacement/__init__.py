@@ -6,6 +6,11 @@ from .answer import Mode as Mode
 from .answer import who_answers as who_answers
 from .carry_out import generate_many as generate_many
 from .carry_out import intervene_many as intervene_many
+from .hooks import READS as READS
+from .hooks import WRITES as WRITES
+from .hooks import Hooks as Hooks
+from .hooks import check_hooks as check_hooks
+from .hooks import folded_gain as folded_gain
 from .local import CleanRun as CleanRun
 from .local import LocalModel as LocalModel
 from .memory import memory_named as memory_named

@@ -12,7 +12,7 @@ local replacement model of a clean run: patterns and denominators frozen, errors
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from ...data.errors import UserError
 from ...data.models import Captured, LanguageModel, ModelSettings, SinkRule, load_model
 from ...train.transcoder import Transcoder
+from .hooks import Hooks, check_hooks
 from .memory import memory_named
 from .requests import Prompt
 from .substitute import TranscoderOutput, add_written, own_part, skip_part, written_by
@@ -46,6 +47,16 @@ class CleanRun:
     """Norm -> its denominator [B, T, 1], keyed like `LanguageModel.norms`."""
 
 
+class NearThreshold(NamedTuple):
+    """A silent feature, and by how much."""
+
+    layer: int
+    feature: int
+    preactivation: float
+    lacks: float
+    """What its pre-activation lacks to reach the threshold."""
+
+
 class LocalModel:
     """A language model and a transcoder that reads and writes its raw activations."""
 
@@ -65,6 +76,8 @@ class LocalModel:
                 f"the transcoder was trained on {trained_on.get('name', 'a model')} with weight fingerprint {expected},"
                 f" but {lm.name or 'this model'} has {lm.fingerprint}; force=true uses it all the same"
             )
+        if "hooks" in transcoder.meta:  # made by another program
+            check_hooks(lm, Hooks(*transcoder.meta["hooks"]), transcoder.layers)
         masked = transcoder.meta.get("masked")
         self.sinks = SinkRule.from_attributes(masked) if masked else SinkRule(lm.bos)
 
@@ -173,6 +186,22 @@ class LocalModel:
         """Activations per covered layer of one prompt, [T, F]."""
         with memory_named("the prompt"):
             return [acts[0] for acts in self.features(self.clean(self.lm.tokenize(prompt)[None]))]
+
+    @torch.no_grad()
+    def near_threshold(self, prompt: Prompt, position: int = -1, count: int = 10) -> list[NearThreshold]:
+        """Silent features at a position that lack the least to fire: what a small change of the prompt may wake."""
+        run = self.clean(self.lm.tokenize(prompt)[None])
+        found: list[NearThreshold] = []
+        for l, layer in enumerate(self.transcoder.layers):
+            x = run.read[layer][0, position]
+            h, acts = self.transcoder.preactivation(x, l), self.transcoder.encode_layer(x, l)
+            need = (
+                self.transcoder.theta(l).to(h) if self.transcoder.settings.activation != "topk" else h[acts > 0].min()
+            )
+            lacks = (need - h).masked_fill(acts > 0, torch.inf)
+            best = lacks.topk(min(count, len(lacks)), largest=False).indices.tolist()
+            found += [NearThreshold(layer, f, float(h[f]), float(lacks[f])) for f in best if lacks[f].isfinite()]
+        return sorted(found, key=lambda one: one.lacks)[:count]
 
     @torch.no_grad()
     def errors(self, run: CleanRun) -> list[Tensor]:

@@ -15,9 +15,9 @@ def memory_named(setting: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(f"out of memory: make {setting} smaller, or use a smaller model.dtype") from error
+        raise UserError(f"out of memory: make {setting} smaller, or use a machine with more") from error
     except (RuntimeError, OSError) as error:
         # how the CPU allocator says it, and how a mapping does
         if "can't allocate memory" not in str(error) and getattr(error, "errno", None) != errno.ENOMEM:
             raise
-        raise UserError(f"out of memory: make {setting} smaller, or use a smaller model.dtype") from error
+        raise UserError(f"out of memory: make {setting} smaller, or use a machine with more") from error

@@ -3,6 +3,7 @@
 Everything else is configured by the groups (`crosslace.conf`), whose settings stand beside the code they configure.
 """
 
+import re
 from dataclasses import dataclass, field
 
 from ...data.errors import SettingsError, check_choice, check_range
@@ -10,6 +11,7 @@ from ...data.errors import SettingsError, check_choice, check_range
 MODES = ("steer", "free", "constrained", "direct")
 FREEZES = ("attention", "norms")
 FORMATS = ("circuit-tracer", "saelens", "neuronpedia")
+SOURCES = ("auto", "circuit-tracer", "gemma-scope", "saelens", "sparsify", "neuronpedia")
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class TraceVerbSettings(Common):
     def __post_init__(self) -> None:
         require("run", self.run, "the folder of a run")
         require("prompt", self.prompt, "the text whose next token is to be explained")
-        if self.slug is not None and not self.slug.replace("_", "").replace(".", "").replace("-", "").isalnum():
+        if self.slug is not None and re.fullmatch(r"[A-Za-z0-9_.-]+", self.slug) is None:
             raise SettingsError(f"slug={self.slug} cannot be used; it takes letters, digits, `_`, `.` and `-`")
 
 
@@ -133,6 +135,13 @@ class SteerSettings(Common):
     """The run, or any folder that holds a transcoder."""
     prompt: str = ""
     """The text to which the model answers."""
+    graph: str = ""
+    """A graph of the run, by its slug: `supernode` names the features to set, and its prompt is used where none is
+    given."""
+    supernode: str = ""
+    """A group of that graph, all of whose features are multiplied by `times`."""
+    times: float = 0.0
+    """What the supernode's activations are multiplied by: 0 ablates, -2 turns them round twice as strong."""
     set: list[dict] = field(default_factory=list)
     """The features to set: each entry has layer, position (a number, or "2:5"), feature, and `value`, `times` (0
     ablates) or `patch_from` (another prompt). Lists of `times` or `value` are tried one by one, side by side."""
@@ -155,7 +164,8 @@ class SteerSettings(Common):
 
     def __post_init__(self) -> None:
         require("run", self.run, "the folder of a run")
-        require("prompt", self.prompt, "the text to which the model answers")
+        if not self.graph:
+            require("prompt", self.prompt, "the text to which the model answers")
         check_choice("mode", self.mode, MODES)
         for what in self.freeze:
             check_choice("freeze", what, FREEZES)
@@ -195,16 +205,20 @@ class ImportSettings(Common):
     """Import."""
 
     path: str = ""
-    """The folder (or file) to read."""
-    format: str = "circuit-tracer"
-    """Its format: circuit-tracer, saelens, or neuronpedia (one graph); `from=` is short for it."""
+    """The folder (or file) to read; not needed where `from` names a place."""
+    format: str = "auto"
+    """Its format: auto (told by what is there), circuit-tracer, gemma-scope, saelens, sparsify, or neuronpedia (one
+    graph); or the place itself, `hub:OWNER/NAME[@revision][:subfolder]`, or a folder. `from=` is short for it."""
     run: str = ""
     """The run to make of it."""
+    l0: int | None = None
+    """Gemma Scope: of each layer's transcoders, the one whose average L0 is nearest."""
 
     def __post_init__(self) -> None:
-        require("path", self.path, "the folder or file to read")
         require("run", self.run, "the folder of the run to make")
-        check_choice("format", self.format, FORMATS)
+        if self.path or self.format in SOURCES:
+            require("path", self.path, "the folder or file to read")
+            check_choice("format", self.format, SOURCES)
 
 
 @dataclass(frozen=True)

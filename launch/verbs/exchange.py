@@ -6,7 +6,7 @@ from typing import Any
 from ...conf import SOURCES
 from ...data.errors import UserError
 from ..terminal import Closing
-from ..workspace import Job, model_settings, runs
+from ..workspace import Job, model_settings, open_model, runs
 
 
 def run(job: Job) -> Closing:
@@ -82,10 +82,32 @@ def _write_graphs(source: Path, out: Path) -> Closing:
     )
 
 
+def _fit(folder: Path, model: Any) -> str:
+    """How well the transcoder stands in for the model's MLPs on a few hundred tokens: it says whether it is read where
+    it was trained."""
+    if model is None:
+        return "not measured: name the model with model= to see whether the transcoder fits it"
+    from ...circuit.formats import measured_nmse
+    from ...circuit.model import ReplacementModel
+
+    replacement = ReplacementModel.load(folder, model, lazy_decoders=True)
+    nmse = dict(zip(replacement.transcoder.layers, measured_nmse(replacement)))
+    worst = max(nmse, key=nmse.__getitem__)
+    said = f"NMSE on a few hundred tokens: {sum(nmse.values()) / len(nmse):.3g} in the mean over layers, "
+    said += f"{nmse[worst]:.3g} in layer {worst}"
+    if nmse[worst] <= 1:
+        return said
+    bad = ", ".join(str(layer) for layer, value in nmse.items() if value > 1)
+    return (
+        f"WARNING: {said}. Above 1 (layers {bad}) a transcoder does worse than nothing at all: it was trained on"
+        " another model or at another place than it is read at here; do not trust what it says"
+    )
+
+
 def read_in(job: Job) -> Closing:
     """A foreign transcoder (or graph) as a new run."""
     top, path, folder = job.top, Path(job.top.path), Path(job.top.run)
-    if not path.exists():
+    if top.path and not path.exists():
         raise UserError(f"there is nothing at {path}; path takes the folder or file to read")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is there already; name another run to import into")
@@ -98,16 +120,17 @@ def read_in(job: Job) -> Closing:
         return Closing(
             "imported", wrote=[(str(folder / "graphs" / path.stem), "the graph")], next=[f"crosslace view run={folder}"]
         )
-    if top.format == "saelens":
-        from ...circuit.formats import import_saelens as read
-    else:
-        from ...circuit.formats import import_circuit_tracer as read
-    transcoder = read(path)
-    transcoder.save(folder / "transcoder", transcoder.meta)
-    if any(name.startswith("model") for name in job.config.given):  # else its own description says which model
+    from ...circuit.formats import import_transcoder, open_foreign
+
+    foreign = open_foreign(top.path or top.format, top.format if top.path else "auto", top.l0)
+    given = any(name.startswith("model") for name in job.config.given)  # else its own description says which model
+    model = open_model(job) if given else None
+    import_transcoder(foreign, folder / "transcoder", model, job.progress)
+    if given:
         runs.write_yaml(folder / "config.yaml", {name: job.config.values[name] for name in SOURCES})
     return Closing(
         "imported",
+        notes=[_fit(folder, model)],
         wrote=[(str(folder / "transcoder"), "the transcoder")],
         next=[f"crosslace eval run={folder}", f'crosslace trace run={folder} prompt="..."'],
     )

@@ -21,7 +21,10 @@ STRENGTHS = ("times", "value")  # may be lists in `set`: one group of interventi
 def run(job: Job) -> Closing:
     """Show the next tokens, and the text, with and without the interventions; of several strengths, side by side."""
     top = job.top
-    groups = intervention_groups(top.set)
+    groups, prompt = intervention_groups(top.set), top.prompt
+    if top.graph:
+        prompt, chosen = from_graph(top)
+        groups = {f"{top.supernode} times {top.times:g}": chosen} | groups
     if not groups:
         raise SettingsError(
             'set is missing; it takes a list such as set="[{layer: 1, position: 7, feature: 310, times: 0}]"'
@@ -33,7 +36,7 @@ def run(job: Job) -> Closing:
         "mlps": by_layer(top.mlps),
         "freeze": top.freeze,
     }
-    results = model.intervene_many(top.prompt, list(groups.values()), **who)
+    results = model.intervene_many(prompt, list(groups.values()), **who)
     each = [results[0].probabilities(clean=True), *(result.probabilities() for result in results)]
     shown = torch.cat([p.topk(min(top.top, len(p))).indices for p in each]).unique()
     shown = shown[each[-1][shown].argsort(descending=True)]
@@ -42,13 +45,27 @@ def run(job: Job) -> Closing:
     closing = Closing("steered", tables=[table("next token", ("token", "before", *groups), rows)])
     closing.notes.append(f"mode {results[0].answer}")
     if top.generate:
-        before = model.generate(top.prompt, [], top.generate).text
-        texts = model.generate_many(top.prompt, list(groups.values()), top.generate, **who)
+        before = model.generate(prompt, [], top.generate).text
+        texts = model.generate_many(prompt, list(groups.values()), top.generate, **who)
         width = max(map(len, ("before", *groups)))
         lines = {"before": before, **{name: text.text for name, text in zip(groups, texts)}}
         closing.notes += [f"{name + ':':<{width + 1}} {text}" for name, text in lines.items()]
-    closing.next = [f'crosslace trace run={top.run} prompt="{top.prompt}"']
+    closing.next = [f'crosslace trace run={top.run} prompt="{prompt}"']
     return closing
+
+
+def from_graph(top: Any) -> "tuple[str | list[int], list[Intervention]]":
+    """The prompt of a graph, and interventions on one of its supernodes."""
+    from ...circuit.graph import Graph
+
+    folder = Path(top.graph) if (Path(top.graph) / "graph.json").is_file() else Path(top.run) / "graphs" / top.graph
+    graph = Graph.load(folder)
+    if not top.supernode:
+        known = ", ".join(graph.supernodes) or "it has none"
+        raise SettingsError(f"supernode is missing; the groups of {folder} are: {known}")
+    return top.prompt or graph.metadata.get("prompt") or graph.tokens, graph.interventions(
+        top.supernode, times=top.times
+    )
 
 
 def by_layer(entries: list[dict[str, Any]]) -> dict[range, Any]:

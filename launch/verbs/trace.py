@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def run(job: Job) -> Closing:
     """Trace, label, save, draw."""
-    from ...circuit.features import Labels, name_features
-    from ...circuit.graph import Graph, strongest_paths_text, summary_text
+    from ...circuit.features import Labels, name_by_tokens, name_features
+    from ...circuit.graph import Graph, circuit_rows, flow_text, summary_text
     from ...circuit.viewer import render_graph_svg
 
     top, run_folder, settings = job.top, Path(job.top.run), job.section("trace")
@@ -31,12 +31,14 @@ def run(job: Job) -> Closing:
     if (folder / "graph.json").is_file():
         keep_supernodes(Graph.load(folder), graph)
     graph.metadata |= {"prompt": top.prompt, "asked": asked}
-    graph.save(folder)
+    graph.carrying(settings.share_to_keep()).save(folder)
+    name_by_tokens(graph, model)
     runs.write_text(folder / "graph.svg", render_graph_svg(graph, labels))
+    columns = ("what carries the answer", "layer", "at", "share", "reads most from", "acts most on")
     return Closing(
         "traced",
-        tables=[logits_table(graph)],
-        notes=[strongest_paths_text(graph), summary_text(graph)],
+        tables=[logits_table(graph), table("circuit", columns, circuit_rows(graph))],
+        notes=[flow_text(graph), summary_text(graph)],
         wrote=[(str(folder), "graph.safetensors, graph.json and graph.svg, a picture")],
         next=[
             f"crosslace view run={run_folder}",

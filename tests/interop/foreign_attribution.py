@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 from circuit_tracer import attribute
+from circuit_tracer.graph import compute_graph_scores
 from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
 from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
 from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
@@ -75,16 +76,41 @@ def load(folder, first):
     return model
 
 
+def changes(graph, length):
+    """One active feature of layer 0 and one of layer 1, each away from the first position, and what it is set to."""
+    chosen = []
+    for layer in (0, 1):
+        for (l, position, feature), value in zip(graph.active_features.tolist(), graph.activation_values.tolist()):
+            if l == layer and position >= length // 2:
+                chosen.append((l, position, feature, -2 * value))
+                break
+    return chosen, [(int(l), int(t), int(f), value) for l, t, f, value in chosen]
+
+
 for name in sys.argv[1:]:
     folder = Path(name)
     prompt = load_file(folder / "prompt.safetensors")["tokens"]
-    graph = attribute(prompt, load(folder, int(prompt[0])), max_n_logits=5, desired_logit_prob=0.8, batch_size=64)
+    model = load(folder, int(prompt[0]))
+    graph = attribute(prompt, model, max_n_logits=5, desired_logit_prob=0.8, batch_size=64)
+    chosen, interventions = changes(graph, len(prompt))
+    layers = range(model.cfg.n_layers)
+    steered = {
+        "steer": {"freeze_attention": False},
+        "steer, attention frozen": {"freeze_attention": True},
+        "constrained": {"constrained_layers": range(2), "freeze_attention": True},
+        "direct": {"constrained_layers": layers, "freeze_attention": True},
+    }
     tensors = {
         "adjacency": graph.adjacency_matrix,
         "features": graph.active_features[graph.selected_features],
         "activations": graph.activation_values[graph.selected_features],
         "logits": graph.logit_token_ids,
         "probabilities": graph.logit_probabilities,
+        "scores": torch.tensor(compute_graph_scores(graph), dtype=torch.float64),
+        "changes": torch.tensor(chosen, dtype=torch.float64),
     }
+    for mode, how in steered.items():
+        logits, _ = model.feature_intervention(prompt, interventions, **how)
+        tensors[f"steered/{mode}"] = logits.squeeze(0).detach()
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "theirs.safetensors")
 print(json.dumps({"cases": len(sys.argv) - 1}))

@@ -1,0 +1,205 @@
+"""Other people's transcoders: folders in each format by its published description: read, folded, refused, streamed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from crosslace.circuit.formats import cached, import_transcoder, measured_nmse, open_foreign
+from crosslace.circuit.formats import hub as hub_module
+from crosslace.circuit.formats.folders import ForeignLayer
+from crosslace.circuit.model import ReplacementModel
+from crosslace.data.errors import UserError
+from crosslace.train.transcoder import Transcoder
+from safetensors.torch import save_file
+
+L, D, F = 3, 16, 20  # the tiny models' layers and width
+
+
+def drawn(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def circuit_tracer_folder(
+    folder: Path, read="hook_resid_mid", write="hook_mlp_out", dtype=torch.float32, **config
+) -> Path:
+    folder.mkdir()
+    for i in range(L):
+        tensors = {
+            "W_enc": drawn(i, F, D),
+            "W_dec": drawn(i + 9, F, D),
+            "b_enc": drawn(i + 20, F),
+            "b_dec": drawn(i, D),
+        }
+        tensors["activation_function.threshold"] = drawn(i, F).abs()
+        save_file({key: value.to(dtype) for key, value in tensors.items()}, folder / f"layer_{i}.safetensors")
+    hooks = {"feature_input_hook": read, "feature_output_hook": write}
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"model_kind": "transcoder_set", "model_name": "x", **hooks, **config})
+    )
+    return folder
+
+
+def gemma_scope_folder(folder: Path, l0s=(7,)) -> Path:
+    for i in range(L):
+        for l0 in l0s:
+            path = folder / f"layer_{i}" / "width_16k" / f"average_l0_{l0}"
+            path.mkdir(parents=True)
+            weights = {
+                "W_enc": drawn(i, D, F),
+                "W_dec": drawn(i + 9, F, D),
+                "b_enc": drawn(i + l0, F),
+                "b_dec": drawn(i, D),
+            }
+            np.savez(
+                path / "params.npz", threshold=drawn(i, F).abs().numpy(), **{k: v.numpy() for k, v in weights.items()}
+            )
+    return folder
+
+
+def loaded(source: Path, folder: Path, lm=None, **options) -> Transcoder:
+    return Transcoder.load(import_transcoder(open_foreign(source, **options), folder, lm))
+
+
+def test_weights_keep_their_stored_dtype_and_thresholds_get_more(tmp_path, make_tiny):
+    transcoder = loaded(circuit_tracer_folder(tmp_path / "ct", dtype=torch.bfloat16), tmp_path / "run")
+    assert {p.dtype for p in [*transcoder.W_enc, *transcoder.W_dec]} == {torch.bfloat16}
+    assert {p.dtype for p in [*transcoder.b_enc, *transcoder.log_theta]} == {torch.float32}
+    assert torch.equal(transcoder.W_enc[1], drawn(1, F, D).bfloat16())
+    torch.testing.assert_close(transcoder.theta(2), drawn(2, F).abs().bfloat16().float())
+    rm = ReplacementModel(make_tiny("llama", torch.bfloat16), transcoder)
+    graph = rm.trace([3, 0, 17, 9, 9, 28, 4])
+    assert graph.n_features > 5 and graph.accounting["largest_violation"] < 1e-4
+    wide = ReplacementModel(rm.lm, transcoder.to(torch.float32)).trace([3, 0, 17, 9, 9, 28, 4])
+    torch.testing.assert_close(graph.rows, wide.rows, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_are_written_before_the_next_is_read(tmp_path):
+    """A transcoder of any size takes the memory of one layer."""
+    foreign = open_foreign(circuit_tracer_folder(tmp_path / "ct"))
+    events = []
+    for i, layer in list(foreign.layers.items()):
+
+        def read(layer=layer, i=i):
+            events.append(("read", i + 1))
+            return layer.read()
+
+        foreign.layers[i] = ForeignLayer(layer.shapes, layer.dtype, read)
+    import_transcoder(foreign, tmp_path / "run", progress=lambda what, done, total: events.append(("written", done)))
+    assert events == [(what, layer) for layer in (1, 2, 3) for what in ("read", "written")]
+
+
+def test_a_gain_is_folded_where_the_hook_lies_before_it(tmp_path, make_tiny):
+    """Gemma Scope reads the normalised stream before the gain: the encoder's outputs are the same as there."""
+    lm = make_tiny("gemma2", torch.float32)
+    transcoder = loaded(gemma_scope_folder(tmp_path / "scope"), tmp_path / "run", lm)
+    tokens = torch.tensor([[3, 0, 17, 9, 9, 28, 4]])
+    with lm.capture(("resid", "mlp_in")) as sites:
+        lm(tokens)
+    for l in range(L):
+        x = sites.resid[l]
+        normalised = x / (x.square().mean(-1, keepdim=True) + lm.layers[l].mlp_norm.eps).sqrt()
+        h = normalised @ drawn(l, D, F) + drawn(l + 7, F)
+        expected = h * (h > drawn(l, F).abs())
+        torch.testing.assert_close(transcoder.encode_layer(sites.mlp_in[l], l), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="the model is needed to fold the gain in"):
+        loaded(tmp_path / "scope", tmp_path / "none")
+    several = gemma_scope_folder(tmp_path / "several", (5, 70))
+    with pytest.raises(UserError, match="layer 0 has transcoders of average L0 5, 70; l0= chooses"):
+        open_foreign(several)
+    torch.testing.assert_close(loaded(several, tmp_path / "l0", lm, l0=60).b_enc[0].detach(), drawn(70, F))
+
+
+def test_gemma_scope_2_has_its_own_names_and_a_skip(tmp_path):
+    folder = circuit_tracer_folder(tmp_path / "ct", read="mlp.hook_in")
+    for i in range(L):
+        tensors = {"w_enc": drawn(i, D, F), "w_dec": drawn(i + 9, F, D), "b_enc": drawn(i, F), "b_dec": drawn(i, D)}
+        tensors |= {"threshold": drawn(i, F).abs(), "affine_skip_connection": drawn(i + 5, D, D)}
+        save_file(tensors, folder / f"layer_{i}.safetensors")
+    transcoder, x = loaded(folder, tmp_path / "run"), drawn(50, 4, L, D)
+    for l in range(L):
+        h = x[:, l] @ drawn(l, D, F) + drawn(l, F)
+        y = (h * (h > drawn(l, F).abs())) @ drawn(l + 9, F, D) + drawn(l, D) + x[:, l] @ drawn(l + 5, D, D)
+        torch.testing.assert_close(transcoder(x)[:, l], y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_sparsify_takes_the_k_largest(tmp_path, skip):
+    for i in range(L):
+        path = tmp_path / "sp" / f"layers.{i}.mlp"
+        path.mkdir(parents=True)
+        tensors = {"encoder.weight": drawn(i, F, D), "encoder.bias": drawn(i, F), "W_dec": drawn(i + 9, F, D)}
+        tensors |= {"b_dec": drawn(i, D)} | ({"W_skip": drawn(i + 5, D, D)} if skip else {})
+        save_file(tensors, path / "sae.safetensors")
+        (path / "cfg.json").write_text(
+            json.dumps({"k": 4, "transcode": True, "skip_connection": skip, "activation": "topk"})
+        )
+    transcoder, x = loaded(tmp_path / "sp", tmp_path / "run"), drawn(50, 6, L, D)
+    assert transcoder.settings.activation == "topk" and transcoder.settings.read == "mlp_in"
+    for l in range(L):
+        values, indices = (x[:, l] @ drawn(l, F, D).T + drawn(l, F)).relu().topk(4, dim=-1)
+        y = torch.zeros(6, F).scatter(1, indices, values) @ drawn(l + 9, F, D) + drawn(l, D)
+        y = y + x[:, l] @ drawn(l + 5, D, D).T if skip else y
+        torch.testing.assert_close(transcoder(x)[:, l], y, rtol=1e-5, atol=1e-5)
+
+
+def test_circuit_tracers_topk_stays_topk(tmp_path):
+    folder = circuit_tracer_folder(tmp_path / "ct", activation_function="topk", k=3)
+    transcoder = loaded(folder, tmp_path / "run")
+    assert (transcoder.settings.activation, transcoder.settings.k) == ("topk", 3)
+    (tmp_path / "ct" / "config.yaml").write_text((folder / "config.yaml").read_text().replace("k: 3\n", ""))
+    with pytest.raises(UserError, match="says topk and no k"):
+        open_foreign(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "read", "write", "sentence"),
+    [
+        ("phi", "hook_resid_mid", "hook_mlp_out", "reads hook_resid_mid, which tiny-phi has not"),
+        (
+            "llama",
+            "hook_resid_pre",
+            "hook_mlp_out",
+            "the stream before attention; the MLPs of tiny-llama read it after",
+        ),
+        ("gemma2", "hook_resid_mid", "mlp.hook_out", "lies before the norm that tiny-gemma2 puts on"),
+        ("olmo2", "ln2.hook_normalized", "hook_mlp_out", "tiny-olmo2 has no norm before its MLPs"),
+    ],
+)
+def test_places_that_the_model_has_not_are_refused(tmp_path, make_tiny, family, read, write, sentence):
+    lm = make_tiny(family, torch.float32)
+    folder = circuit_tracer_folder(tmp_path / "ct", read, write)
+    with pytest.raises(UserError, match=sentence):
+        import_transcoder(open_foreign(folder), tmp_path / "run", lm)
+    if read != "ln2.hook_normalized":  # imported without the model, it is refused when the two meet
+        with pytest.raises(UserError, match=sentence):
+            ReplacementModel(lm, loaded(folder, tmp_path / "later"))
+
+
+def test_a_transcoder_that_does_not_fit_is_measured(tmp_path, make_exact_replacement):
+    exact = make_exact_replacement("gpt2")
+    assert max(measured_nmse(exact)) < 1e-20
+    wrong = ReplacementModel(exact.lm, loaded(circuit_tracer_folder(tmp_path / "ct"), tmp_path / "run"))
+    assert min(measured_nmse(wrong)) > 1
+
+
+def test_from_pretrained_imports_once_and_traces(tmp_path, make_tiny, monkeypatch):
+    monkeypatch.setenv("CROSSLACE_CACHE", str(tmp_path / "cache"))
+    lm, folder = make_tiny("llama", torch.float32), circuit_tracer_folder(tmp_path / "ct")
+    asked = []
+
+    def snapshot(repo_id, revision, allow_patterns):
+        asked.append((repo_id, revision, allow_patterns[0]))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    rm = ReplacementModel.from_pretrained(lm, "hub:somebody/transcoders@main:ct")
+    assert asked == [("somebody/transcoders", "main", "ct/*.safetensors")] * 2
+    assert rm.trace([3, 0, 17, 9, 9, 28, 4]).n_features > 5
+    monkeypatch.setattr("crosslace.circuit.formats.importing.stream", lambda *given: pytest.fail("imported twice"))
+    assert cached(folder, tmp_path / "cache" / "transcoders", lm).is_dir()
+    for wrong in ("hub:nobody", "nowhere at all"):
+        with pytest.raises(UserError, match=r"hub:OWNER/NAME\[@revision\]"):
+            hub_module.local_folder(wrong)
