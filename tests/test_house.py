@@ -233,7 +233,20 @@ def test_constraints_lie_within_the_bounds() -> None:
     wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
     for requirement in map(Requirement, wanted):
         assert requirement.specifier.contains(exact[requirement.name.lower()]), requirement
-        assert any(s.operator in ("<", "<=", "==") for s in requirement.specifier) or requirement.name == "fsspec"
+        capped = any(s.operator in ("<", "<=", "==") for s in requirement.specifier)
+        assert capped == (requirement.name == "transformers"), "caps stand in constraints.txt"
+        assert any(s.operator == ">=" for s in requirement.specifier), requirement
+
+
+def test_every_foreign_package_is_declared() -> None:
+    """What the package imports is a dependency, or an extra where it is only imported on demand."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    named = {re.split(r"[^\w-]", line)[0].lower().replace("-", "_") for line in wanted}
+    known = {"hydra_core": "hydra", "pyyaml": "yaml", "hydra_submitit_launcher": "submitit"}
+    declared = {known.get(name, name) for name in named}
+    found = set().union(*map(foreign_names, MODULES)) - set(sys.stdlib_module_names) - {""}
+    assert {name.lower() for name in found} <= declared | {"google_crc32c"}
 
 
 def test_public_names_load_on_first_use() -> None:

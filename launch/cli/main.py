@@ -61,7 +61,7 @@ def _run(words: list[str]) -> int:
         verb_help(verb)
         return 0
 
-    from ..workspace import start
+    from ..workspace import recorded, start
 
     find = lambda: import_module(f"...{VERBS[verb].module}", __package__).run
     if flags.multirun:
@@ -73,7 +73,7 @@ def _run(words: list[str]) -> int:
         print(job.config.as_yaml(), end="")
         return 0
     try:
-        with job.progress:
+        with job.progress, recorded(job.config.values.get("run") if job.is_main else None, words):
             closing = find()(job)
     finally:
         if os.environ.get("WORLD_SIZE", "1") != "1":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.errors import UserError
 from ..terminal import Closing, table
-from ..workspace import Job, open_model, open_stores, runs, tracking
+from ..workspace import Job, open_model, open_stores, provenance, runs, tracking
 
 if TYPE_CHECKING:
     from ...data.store import ActivationStore
@@ -106,7 +106,7 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
                 device=device,
                 trackers=tracking.trackers(job.section("wandb"), folder, settings) if comm.is_main else [],
                 progress=job.progress,
-                meta=masked(store),
+                meta=masked(store) | {"made_with": provenance(["train", *job.words])},
                 **beginning(job, store),
             )
         except BaseException:

@@ -1,11 +1,13 @@
 """Run folders are claimed once, resumed with the same settings, and never overwritten."""
 
 import errno
+import json
 from pathlib import Path
 
+import crosslace
 import pytest
 from crosslace.data.errors import UserError
-from crosslace.launch.workspace import runs
+from crosslace.launch.workspace import recorded, runs
 
 SETTINGS = {"seed": 0, "trainer": {"steps": 10, "log_every": 5}, "wandb": {"mode": "offline"}}
 
@@ -92,3 +94,19 @@ def test_slugs() -> None:
     assert runs.slug_of("the capital of the state containing Dallas is") == "of-the-state-containing-dallas-is"
     assert runs.slug_of("???") == "graph"
     assert "/" not in runs.slug_of("../../etc/passwd")
+
+
+def test_every_command_on_a_run_is_noted_with_what_it_ran_with(tmp_path: Path) -> None:
+    runs.write_yaml(tmp_path / "run" / "config.yaml", {"seed": 0})
+    with recorded(str(tmp_path / "run"), ["eval", f"run={tmp_path / 'run'}", "prompt=a b"]):
+        pass
+    with pytest.raises(ZeroDivisionError), recorded(str(tmp_path / "run"), ["eval"]):
+        _ = 1 / 0
+    done, failed = map(json.loads, (tmp_path / "run" / "commands.jsonl").read_text().splitlines())
+    assert done["command"] == f"crosslace eval run={tmp_path / 'run'} 'prompt=a b'"
+    assert done["versions"]["crosslace"] == crosslace.__version__ and done["versions"]["torch"]
+    assert done["started"] <= done["ended"] and done["host"] and done["devices"] and done["how"] == "done"
+    assert failed["how"] == "ZeroDivisionError: division by zero"
+    with recorded(str(tmp_path), ["view", f"run={tmp_path}"]):
+        pass
+    assert not (tmp_path / "commands.jsonl").exists(), "a folder of runs is no run"
