@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from crosslace.data.pages import keep_pages
 from crosslace.train.loss.objective import Objective, StepInputs, dense_pass, step_loss
 from crosslace.train.run.optimizers import Optimizers, total_and_layer_norms
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
@@ -51,6 +52,7 @@ SHAPES = {
     "mid": Shape(4, 256, 2048, 512),
     "small": Shape(12, 256, 4096, 512),
     "large": Shape(12, 768, 8192, 512),
+    "smollm2": Shape(30, 576, 2304, 512, 32),
     "gpt2": Shape(12, 768, 24576, 4096),
     "wide": Shape(16, 2048, 16384, 4096),
 }
@@ -99,6 +101,7 @@ def resident() -> int:
 
 def measure(case: Case, sparse: bool) -> dict[str, Any]:
     """Seconds of the fastest step (others share the machine), its peak memory, and where the time goes."""
+    keep_pages()  # as the command does
     transcoder, x, y, inputs, objective = build(case)
     cuda = case.device.startswith("cuda")
     optimizers = Optimizers(transcoder, TrainerSettings())

@@ -68,6 +68,9 @@ def _run(words: list[str]) -> int:
         from ..sweeps import run_each
 
         return run_each(verb, flags.words, find())
+    from ...data.pages import keep_pages
+
+    keep_pages()
     job = start(verb, flags.words)
     if flags.cfg:
         print(job.config.as_yaml(), end="")

@@ -5,15 +5,35 @@ Entries (`a`, `h`, and their feature's `n`, `theta`) may be dense [B, F] against
 that matter [N] against [N]: each function is elementwise until its sum, and takes the number of tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..transcoder import heaviside
 
 
+class _MeanSquare(torch.autograd.Function):
+    """[L]: the mean square of a - b [B, L, D]. One tensor of that size is kept and one made of it, where autograd would
+    keep and make five: at many layers they cost as much as the products."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        error = a - b
+        ctx.save_for_backward(error)
+        return torch.linalg.vector_norm(error, dim=2).square().mean(0) / error.shape[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_L: Tensor) -> tuple[Tensor, None]:
+        (error,) = ctx.saved_tensors
+        return error * (2 * grad_L / (error.shape[0] * error.shape[2]))[:, None], None
+
+
 def reconstruction(y_hat: Tensor, y: Tensor) -> Tensor:
-    """[L]: |y^_l - y_l|^2 / D, mean over tokens; y [B, L, D] normalised so that E|y_l|^2 = D."""
-    return (y_hat - y).square().mean(dim=(0, 2))
+    """[L]: |y^_l - y_l|^2 / D, mean over tokens; y [B, L, D] normalised so that E|y_l|^2 = D, a constant."""
+    return _MeanSquare.apply(y_hat, y)  # type: ignore[return-value]
 
 
 def tanh_penalty(a: Tensor, n: Tensor, c: float, tokens: int) -> Tensor:
@@ -47,4 +67,4 @@ def preactivation_penalty(h: Tensor, theta: Tensor, n: Tensor, tokens: int, over
 
 def auxiliary(y_aux: Tensor, y_hat: Tensor, y: Tensor) -> Tensor:
     """[L]: |y_aux - (y - y^)|^2 / D: what dead features alone (no b_dec) make of the error, taken as a constant."""
-    return (y_aux - (y - y_hat).detach()).square().mean(dim=(0, 2))
+    return _MeanSquare.apply(y_aux, (y - y_hat).detach())  # type: ignore[return-value]

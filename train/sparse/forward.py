@@ -94,11 +94,12 @@ class _Preactivations(torch.autograd.Function):
 
 
 class _Decode(torch.autograd.Function):
-    """All layers' features: y [R, L, D], and each layer's decoder norms [F] on request."""
+    """All layers' features: y [tokens, L, D], what auxiliary entries write [R - tokens, L, D], and each layer's decoder
+    norms [F] on request. (Slices of one y would cost five passes over tensors of its size on the way back.)"""
 
     @staticmethod
     def forward(
-        ctx: Any, lists: list[Entries], n_rows: int, want_norms: bool, memory: Memory, *tensors: Tensor
+        ctx: Any, lists: list[Entries], n_rows: int, tokens: int, want_norms: bool, memory: Memory, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         n_layers = len(lists)
         values, decoders = tensors[:n_layers], tensors[n_layers:]
@@ -110,8 +111,10 @@ class _Decode(torch.autograd.Function):
         norms = [row_norms(W.flatten(1)) for W in decoders] if want_norms else []
         ctx.save_for_backward(*tensors, *norms)
         ctx.lists, ctx.memory, ctx.errors = lists, memory, _error_type(decoders[0])
+        ctx.rows = tokens, n_rows - tokens
         ctx.set_materialize_grads(False)
-        return y.view(n_rows, n_layers, d_model), *norms
+        y = y.view(n_rows, n_layers, d_model)
+        return y[:tokens], y[tokens:], *norms
 
     @staticmethod
     @once_differentiable
@@ -120,14 +123,12 @@ class _Decode(torch.autograd.Function):
         values, decoders = ctx.saved_tensors[:n_layers], ctx.saved_tensors[n_layers : 2 * n_layers]
         norms = ctx.saved_tensors[2 * n_layers :]
         d_model = decoders[0].shape[-1]
-        n_rows = ctx.lists[0].row_pointer.numel() - 1
-        if grads[0] is None:
-            grad_RC = torch.zeros(n_rows, n_layers * d_model, dtype=decoders[0].dtype, device=decoders[0].device)
-        else:
-            grad_RC = grads[0].reshape(n_rows, n_layers * d_model).to(ctx.errors)
+        empty = lambda n: decoders[0].new_zeros(n, n_layers * d_model)
+        parts = [empty(n) if grad is None else grad.flatten(1) for n, grad in zip(ctx.rows, grads[:2]) if n]
+        grad_RC = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(ctx.errors)
         grad_values, grad_decoders = [], []
         for l, (entries, a, W) in enumerate(zip(ctx.lists, values, decoders, strict=True)):
-            grad_norm = grads[1 + l] if norms else None
+            grad_norm = grads[2 + l] if norms else None
             scale_F = None if grad_norm is None else torch.where(norms[l] > 0, grad_norm / norms[l], 0).to(W.dtype)
             columns = grad_RC[:, l * d_model :][:, : W[0].numel()]
             rows = RowGradient(
@@ -137,7 +138,7 @@ class _Decode(torch.autograd.Function):
             grad_a, grad_W = ctx.memory.gradients(W, rows, entries)
             grad_values.append(grad_a.to(a.dtype))
             grad_decoders.append(grad_W)
-        return None, None, None, None, *grad_values, *grad_decoders
+        return None, None, None, None, None, *grad_values, *grad_decoders
 
 
 def _error_type(weight: Tensor) -> torch.dtype:
@@ -288,9 +289,9 @@ def sparse_pass(
         written.append(torch.cat([acts, h[n:].relu()]) if want_aux else acts)
     want_norms = objective.needs_norms and inputs.norms is None
     lists, written = share_entries(lists, written, empty, comm)
-    y, *norms = _Decode.apply(lists, n_rows, want_norms, memory, *written, *transcoder.W_dec)  # type: ignore[misc]
-    y = add_written(y.to(x.dtype), comm)
-    y_hat = y[:tokens] + _nan_if_short(main, torch.stack(list(transcoder.b_dec)))
+    given = lists, n_rows, tokens, want_norms, memory, *written, *transcoder.W_dec
+    y, y_aux, *norms = _Decode.apply(*given)  # type: ignore[misc]
+    y_hat = add_written(y.to(x.dtype), comm) + _nan_if_short(main, torch.stack(list(transcoder.b_dec)))
     if len(transcoder.W_skip):
         y_hat = y_hat + transcoder.skip(x).to(x.dtype)
 
@@ -299,7 +300,7 @@ def sparse_pass(
     def preactivation(l: int, theta: Tensor, n: Tensor, over: Tensor | None) -> Tensor:
         return listed_preactivation_penalty(layers[l], theta, n, over)
 
-    return Pass(y_hat, y[tokens:] if want_aux else None, layers, norms, preactivation)
+    return Pass(y_hat, add_written(y_aux.to(x.dtype), comm) if want_aux else None, layers, norms, preactivation)
 
 
 def _nan_if_short(chosen: Sequence[Chosen], b_dec: Tensor) -> Tensor:
