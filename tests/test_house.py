@@ -26,8 +26,8 @@ TRACKED = [
 FILES_IN_A_FOLDER = 12
 LINES_IN_A_FILE = 450
 
-UPWARDS = {("circuit/graph/graph", "circuit/formats")}
-"""The one import that runs upwards: `Graph.to_neuronpedia`, which spares a user to know the module that writes it."""
+UPWARDS = {("circuit/graph/graph", "circuit/formats"), ("circuit/graph/graph", "circuit/viewer")}
+"""What runs upwards: `Graph.to_neuronpedia` and `Graph.show`, which spare a user to know the modules that do it."""
 
 STILL_TIED: set[str] = set()
 """Floors and modules that import each other in circles and are being untied; this list only shrinks."""

@@ -423,3 +423,9 @@ class Graph:
         from ..formats.neuronpedia import write_neuronpedia
 
         return write_neuronpedia(self, path, **options)
+
+    def show(self, labels: Any = None, height: int = 900) -> Any:
+        """The graph's page, for a notebook to show: circuit/viewer/saved.py."""
+        from ..viewer import show_graph
+
+        return show_graph(self, labels, height)

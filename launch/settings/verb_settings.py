@@ -181,6 +181,16 @@ class ViewVerbSettings(Common):
 
     run: str = "runs"
     """A run, or a folder of runs."""
+    graph: str = ""
+    """With `html`: the graph whose page is written."""
+    html: str = ""
+    """Write the page of one graph as one file that opens from disk, and serve nothing."""
+
+    def __post_init__(self) -> None:
+        if bool(self.graph) != bool(self.html):
+            raise SettingsError(
+                "graph and html belong together: graph=dallas html=dallas.html writes that graph's page"
+            )
 
 
 @dataclass(frozen=True)

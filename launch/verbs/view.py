@@ -15,9 +15,23 @@ def run(job: Job) -> Closing | None:
     folder = Path(job.top.run)
     if not folder.is_dir():
         raise UserError(f"there is no run at {folder}; run takes a run, or a folder of runs")
+    if job.top.html:
+        return written(folder, job.top.graph, Path(job.top.html))
     with suppress(KeyboardInterrupt):  # that is how one leaves
         serve(folder, job.section("view"), announce)
     return None
+
+
+def written(folder: Path, graph: str, path: Path) -> Closing:
+    """Write one graph's page as one file."""
+    from ...circuit.viewer import Runs, save_page
+
+    found = [run for run in Runs(folder).all().values() if graph in run.graphs()]
+    if len(found) != 1:
+        where = "no run" if not found else f"{len(found)} runs ({', '.join(run.name for run in found)})"
+        raise UserError(f"{where} at {folder} has a graph {graph}; name the run that holds it with run=")
+    save_page(found[0], graph, path)
+    return Closing("written", wrote=[(str(path), "the graph's page, which opens from disk")])
 
 
 def announce(address: str) -> None:

@@ -30,7 +30,7 @@ export function go(change, { push = false } = {}) {
   const next = { ...route.value, ...change };
   const hash = format(next);
   if (hash === format(route.value)) return;
-  window.history[push ? "pushState" : "replaceState"](null, "", hash);
+  try { window.history[push ? "pushState" : "replaceState"](null, "", hash); } catch { /* a frame without an address of its own */ }
   route.value = next;
 }
 
