@@ -7,6 +7,7 @@ import { fixed } from "./core/server.js";
 import { address } from "./core/address.js";
 import { RunsPage } from "./pages/runs.js";
 import { GraphPage } from "./pages/graph.js";
+import { ComparePage } from "./pages/compare.js";
 import { FeaturePage } from "./pages/feature.js";
 import { JobBar, LivePage } from "./pages/live.js";
 import { Help } from "./panels/help.js";
@@ -30,6 +31,7 @@ function Page({ route }) {
     }} />`;
   }
   if (route.page === "feature") return html`<${FeaturePage} route=${route} feature=${store.feature.value} act=${act} />`;
+  if (route.page === "compare") return html`<${ComparePage} ...${{ route, list: store.runs.value, first: store.sides.value[0], second: store.sides.value[1], theme: theme(route), act }} />`;
   if (route.page === "live") return html`<${LivePage} route=${route} live=${{ ...store.live.value, job: store.job.value }} act=${act} />`;
   if (route.page === "") return store.runs.value ? html`<${RunsPage} list=${store.runs.value} />` : html`<p class="soft">loading…</p>`;
   return html`<p class="card problem" role="alert">there is no such page</p>`;
@@ -71,8 +73,8 @@ function keys(event) {
 
 let before = "";
 effect(() => {
-  const { page, run, slug, big } = store.route.value;
-  const wanted = [page, run, slug, big].join("\n");
+  const { page, run, slug, big, withrun, with: second } = store.route.value;
+  const wanted = [page, run, slug, big, withrun, second].join("\n");
   if (wanted === before) return;
   before = wanted;
   if (page === "graph" && store.model.peek()) store.model.value = null;

@@ -33,15 +33,15 @@ const perNode = (cell, model) => (cell.row === model.layers ? 74 : 15);
 
 function columnsOf(model, cells, room) {
   const wish = model.tokens.map((text) => Math.min(76, LETTER * token(text).length + 14));
-  const least = model.tokens.map(() => 9);
+  const least = model.tokens.map(() => 12);
   for (const cell of cells.values()) {
     const across = Math.min(cell.members.length, cell.row === model.layers ? 2 : 8);
     wish[cell.position] = Math.max(wish[cell.position], across * perNode(cell, model) + 10);
-    least[cell.position] = Math.max(least[cell.position], cell.row === model.layers ? 78 : Math.min(3, across) * 11 + 6);
+    least[cell.position] = Math.max(least[cell.position], cell.row === model.layers ? 78 : Math.min(3, across) * 9 + 6);
   }
   let x = LEFT;
   return squeezed(wish, least, room, 1.7).map((wide) => {
-    const column = { middle: x + wide / 2, width: wide };
+    const column = { middle: x + wide / 2, width: wide, end: LEFT + room + 8 };
     x += wide;
     return column;
   });
@@ -53,8 +53,8 @@ function rowsOf(model, cells, used, columns, height) {
   for (const cell of cells.values()) {
     lines.set(cell.row, Math.max(lines.get(cell.row), Math.ceil(cell.members.length / perLine(model, cell, columns[cell.position].width))));
   }
-  const wish = order.map((row) => 26 + 17 * (lines.get(row) - 1) + 8);
-  const least = order.map((row) => 9 + 6 * (lines.get(row) - 1));
+  const wish = order.map((row) => (row === model.layers ? 26 * lines.get(row) : 34 + 17 * (lines.get(row) - 1)));
+  const least = order.map((row) => (row === model.layers ? 24 * lines.get(row) : 9 + 6 * (lines.get(row) - 1)));
   const tall = squeezed(wish, least, height - TOP - 20, 2.2);
   const at = new Map(), list = [];
   let y = TOP;
@@ -90,6 +90,7 @@ function place(model, cell, column, row, x, y) {
     const line = Math.floor(rank / each);
     const inLine = Math.min(each, cell.members.length - line * each);
     x[i] = column.middle + ((rank % each) - (inLine - 1) / 2) * step;
+    if (cell.row === model.layers) x[i] = Math.min(x[i], column.end - 40); // an answer's box stays within the picture
     y[i] = row.y + (line - (count - 1) / 2) * rise;
   });
 }

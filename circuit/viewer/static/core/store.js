@@ -22,7 +22,7 @@ export const labels = signal([]); // what a search for labels found
 export const heads = signal(null); // the heads of one edge, {target, source, answer, problem}
 export const live = signal({ answer: null, working: false, problem: "" });
 export const job = signal(null); // the trace at work
-export const other = signal(null); // the graph that this one is compared with
+export const sides = signal([null, null]); // the two graphs that are compared
 
 // -- the address ----------------------------------------------------------------------------------------------
 
@@ -61,13 +61,19 @@ export const shown = computed(() => {
 
 // -- what is loaded ---------------------------------------------------------------------------------------------
 
+const pairOf = ({ run, slug, withrun, with: second }) => [{ run, slug }, { run: withrun || run, slug: second }];
 let visit = 0;
 
 export async function load() {
   const mine = ++visit;
   const { page, run, slug, big } = route.value;
   try {
-    if (page === "graph") {
+    if (page === "compare") {
+      const [list, ...both] = await Promise.all([ask("runs", {}), ...pairOf(route.value).map((at) => (at.slug ? ask("graph", at) : null))]);
+      if (mine !== visit) return;
+      const { run, withrun } = route.value;
+      batch(() => { runs.value = list; sides.value = both.map((data, side) => data && { ...prepare(data), run: side ? withrun || run : run }); problem.value = ""; });
+    } else if (page === "graph") {
       const data = await ask("graph", { run, slug, ...(big ? { features: 5000, links: 200000, node: 1, edge: 1 } : {}) });
       if (mine !== visit) return;
       batch(() => {

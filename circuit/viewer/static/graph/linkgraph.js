@@ -144,7 +144,8 @@ function Tip({ scene, i }) {
 function Tokens({ model, at, zoom, chosen, act, onToken }) {
   const masked = new Map(model.masked.map((one) => [one.position, one.reason]));
   const narrow = at.columns.some((column, p) => column.width * zoom.k < LETTER * Math.min(14, token(model.tokens[p]).length) + 4);
-  return html`<div class=${narrow ? "tokens leaning" : "tokens"}>
+  const dense = narrow && at.columns.some((column) => column.width * zoom.k < 15);
+  return html`<div class=${`tokens${narrow ? " leaning" : ""}${dense ? " dense" : ""}`}>
     ${model.tokens.map((text, position) => {
       const x = at.columns[position].middle * zoom.k + zoom.x;
       if (x < 30 || x > at.width + 20) return null;

@@ -201,3 +201,20 @@ test("no view reaches for the address, storage or the server by itself", () => {
     assert.ok(!/\bfetch\(|localStorage|location\.|core\/store\.js/.test(text), name);
   }
 });
+
+test("tokens are aligned by what prompts have in common, and a token that differs stands for its counterpart", async () => {
+  const { align, compare } = await load("core/compare.js");
+  assert.deepEqual(align(["a", "b", "c"], ["a", "b", "c"]), [0, 1, 2]);
+  assert.deepEqual(align(["the", "capital", "of", "Dallas", "is"], ["well", "the", "capital", "of", "Oakland", "is"]), [1, 2, 3, 4, 5]);
+  assert.deepEqual(align(["a", "x", "y", "b"], ["a", "z", "b"]), [0, -1, -1, 2]);
+  const a = { ...graph(), transcoder: {}, run: "r" }, b = { ...graph(), transcoder: {}, run: "r" };
+  const same = compare(a, b);
+  assert.equal(same.pairs.length, a.n);
+  assert.deepEqual([same.lost, same.gained, same.byLabel], [[], [], false]);
+  b.nodes = b.nodes.map((node, i) => (i === 0 ? { ...node, index: 999 } : node));
+  const differing = compare(a, b);
+  assert.deepEqual([differing.lost, differing.gained], [[0], [0]]);
+  const labelled = [a, b].map((model, n) => ({ ...model, run: String(n), nodes: model.nodes.map((node, i) => (i < 2 ? { ...node, label: `state: Texas (F1 0.${n + 1})`, position: 1 } : node)) }));
+  const across = compare(...labelled);
+  assert.ok(across.byLabel && across.pairs.some(([i, j]) => i === 0 && j === 0));
+});
