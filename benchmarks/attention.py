@@ -20,7 +20,7 @@ from crosslace.circuit.attribution import strongest_heads
 from crosslace.circuit.model import ReplacementModel
 from crosslace.data.models import LanguageModel
 from crosslace.train.settings import TranscoderSettings
-from crosslace.train.transcoder.transcoder import Transcoder
+from crosslace.train.transcoder import Transcoder
 
 from .attribution import memory
 

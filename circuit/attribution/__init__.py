@@ -1,5 +1,12 @@
 """From a prompt to its graph: one clean run, then targets pulled back through frozen layers."""
 
+from .explained import HEADS_FILE as HEADS_FILE
+from .explained import attention_record as attention_record
+from .explained import attention_text as attention_text
+from .explained import explain_attention as explain_attention
+from .explained import load_heads as load_heads
+from .explained import path_heads as path_heads
+from .explained import save_heads as save_heads
 from .heads import EdgeHeads as EdgeHeads
 from .heads import Head as Head
 from .heads import edge_heads as edge_heads

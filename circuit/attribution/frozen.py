@@ -27,7 +27,7 @@ class FrozenPrompt(NamedTuple):
 def freeze_prompt(replacement: LocalModel, tokens: Tensor) -> FrozenPrompt:
     """Run tokens [T] once and freeze them."""
     lm, transcoder = replacement.lm, replacement.transcoder
-    dtype = torch.promote_types(transcoder.dtype, torch.float32)
+    dtype = torch.promote_types(lm.dtype, transcoder.dtype)
     recording = record(lm, tokens)
     masked = replacement.masked_positions(tokens[None], sites=recording.sites())[0]
     features = active_features(lm, transcoder, recording, masked, dtype)

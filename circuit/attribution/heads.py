@@ -237,6 +237,34 @@ def _sweep(
     value[number] = by_node(prompt.sources, edges)[kept.ids[source], column]
 
 
+@torch.no_grad()
+def head_places(replacement: LocalModel, graph: Graph, edge: tuple[int, int], layer: int, head: int) -> Tensor:
+    """One head's part of an edge, split over the places at which it looked: [T, T] queries by keys."""
+    check_edge(graph, *edge)
+    prompt = freeze_prompt(replacement, torch.tensor(graph.tokens, device=replacement.lm.device))
+    targets = targets_of(replacement, graph, prompt, [edge[0]])
+    kept = _Values(prompt, own_nodes(graph, prompt, [edge[1]]))
+    first, seen = kept.batches[0]
+    attention, T = prompt.model.layers[layer], prompt.model.length
+    hd = attention.head_dim
+    places = torch.zeros(T, T, dtype=prompt.dtype, device=replacement.lm.device)
+
+    def visit(at: int, columns: slice, G: Tensor | None, V: Tensor) -> None:
+        if at != layer or at not in seen:
+            return
+        of_source = seen[at][0, : len(V) - first, head * attention.n_kv_heads // attention.n_heads]
+        mine = slice(head * hd, (head + 1) * hd)
+        if G is None:  # the target begins after this layer's attention, and looks from its own position alone
+            places[targets.position[0], first : len(V)] = (V[first:, mine, 0] * of_source).sum(1)
+        else:
+            U = G[..., 0] @ attention.W_O[mine].T
+            looks = attention.pattern[head, : len(V), first : len(V)]
+            places[: len(V), first : len(V)] = looks * (U @ of_source.T)
+
+    prompt.model.edges(targets, Places(targets.layer.tolist(), targets.position.tolist()), visit)
+    return places
+
+
 def top_heads(replacement: LocalModel, graph: Graph, count: int = 10, edges: int = 500) -> list[Head]:
     """The heads through which the graph's strongest edges go, over `edges` of them that come from no bias."""
     check_range("count", count, 1)

@@ -10,18 +10,21 @@ import json
 import math
 import re
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ...data.errors import UserError
 from ..features import Labels, feature_number
-from ..graph import Graph, Node
+from ..graph import KINDS, Graph, Node
+from .neuronpedia_qk import add_results, constant_entry, explanations_of
 from .neuronpedia_read import SLUG, TYPES, check_neuronpedia, read_neuronpedia
 
 __all__ = ["check_neuronpedia", "graph_to_neuronpedia", "read_neuronpedia", "slugified", "write_neuronpedia"]
 
 GENERATOR = "Crosslace"
+DESCRIBED = ("node_id", "feature", "layer", "ctx_idx", "feature_type", "jsNodeId", "clerp")
 
 
 def write_neuronpedia(
@@ -48,8 +51,11 @@ def graph_to_neuronpedia(
     biases: bool = False,
     feature_url: str | None = None,
     source_set: str | None = None,
+    heads: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The graph as a dictionary of the schema.
+
+    `heads` is what `attribution.explain_attention` found or `load_heads` read; without it, what the graph came with.
 
     `node` and `edge` prune it (None keeps all; a graph that is pruned already is left as it is). Features are looked
     up on Neuronpedia by `scan` (and `source_set`); with `feature_url` they are fetched from there instead, one JSON a
@@ -77,7 +83,7 @@ def graph_to_neuronpedia(
         entry["influence"] = None if found.kind == "logit" else shares[keys[place]]
         ids[place] = entry["node_id"]
         nodes.append(entry)
-    return {
+    data = {
         "metadata": _metadata(whole, slug, scan, settings, feature_url, source_set, n_layers),
         "qParams": {
             "pinnedIds": [ids[member] for group in graph.supernodes.values() for member in group if member in ids],
@@ -89,6 +95,21 @@ def graph_to_neuronpedia(
         "nodes": nodes,
         "links": _links(graph, ids),
     }
+    explanations = explanations_of(heads) if heads is not None else graph.metadata.get("qk") or []
+    id_of = {(KINDS[code], *rest): ids[place] for place, (code, *rest) in enumerate(keys) if place in ids}
+    add_results(data, explanations, id_of, lambda key: _described(whole, key, n_layers, labels))
+    return data
+
+
+def _described(graph: Graph, key: tuple, n_layers: int, labels: Labels | None) -> dict[str, Any]:
+    """A node that an explanation names and the file's graph has not."""
+    if key == ("constant",):
+        return constant_entry()
+    kind, layer, position, index = key
+    found = graph.nodes.ids(kind, layer, position, index)
+    node = graph.nodes[found[0]] if found else Node(-1, kind, layer, position, index, 0.0, "")
+    entry = _node(graph, node, n_layers, labels)
+    return {name: entry[name] for name in DESCRIBED} | {"activation": node.activation if found else None}
 
 
 def slugified(text: str) -> str:

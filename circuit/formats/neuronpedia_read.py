@@ -11,6 +11,7 @@ import torch
 from ...data.errors import UserError
 from ..features import from_feature_number
 from ..graph import KINDS, DenseRows, Graph, Nodes
+from .neuronpedia_qk import read_results
 
 SLUG = r"(?!\.{1,2}$)[A-Za-z0-9_.-]+"
 TYPES = {
@@ -115,6 +116,12 @@ def read_neuronpedia(path: str | Path) -> Graph:
         rows[target, row_of[places[link["source"]]]] += link["weight"]
     probabilities = [float(by_place[order[i]].get("token_prob") or 0.0) for i in logits]
     ids = {node_id: row_of[place] for node_id, place in places.items()}
+
+    def place(entry: dict[str, Any], where: str) -> Place:
+        found = _place(entry, where)
+        return ("kept", *found[1:]) if found[0] == "error" and str(found[2]) in kept else found
+
+    explanations = read_results(data, place, str(path))
     return Graph(
         stored=DenseRows(rows),
         nodes=nodes,
@@ -129,6 +136,7 @@ def read_neuronpedia(path: str | Path) -> Graph:
             "accounting": _accounting(data["metadata"], n_features),
             "kept": kept,
             "partial": True,
+            **({"qk": explanations} if explanations else {}),
             "scores": _scores(note),
         },
         supernodes=_supernodes(data["qParams"], ids),

@@ -1,5 +1,6 @@
 """Nodes, paths and figures of a graph as lines for a terminal."""
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 from .collapse import collapsed, main_groups, widest_path
@@ -26,11 +27,13 @@ def later_place(graph: Graph, node: Node) -> str:
     return "" if node.position == len(graph.tokens) - 1 else f" @{node.position}"
 
 
-def path_text(graph: Graph, path: GraphPath) -> str:
-    """A path as one line, each arrow with what the edge adds to its target."""
+def path_text(graph: Graph, path: GraphPath, heads: Mapping[tuple[int, int], str] | None = None) -> str:
+    """A path as one line, each arrow with what the edge (target, source) adds to its target, and by which heads."""
     text = node_text(graph, graph.nodes[path.nodes[0]])
     for source, target in zip(path.nodes, path.nodes[1:]):
-        text += f"  —{graph.edge(target, source):+.3g}→  {node_text(graph, graph.nodes[target])}"
+        through = (heads or {}).get((target, source))
+        by = f" by {through}" if through else ""
+        text += f"  —{graph.edge(target, source):+.3g}{by}→  {node_text(graph, graph.nodes[target])}"
     return f"{text}   ({abs(path.strength):.1%} of its input)"
 
 

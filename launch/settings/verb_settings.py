@@ -119,6 +119,9 @@ class TraceVerbSettings(Common):
     """Replace a graph of this name that answers another question; supernodes made by hand stay where their nodes do."""
     force: bool = False
     """Trace although the transcoder was trained on another model."""
+    heads: bool = False
+    """Also find the heads of the graph's strongest edges, and why the heads that carry most looked where they did;
+    kept as heads.json beside the graph."""
 
     def __post_init__(self) -> None:
         require("run", self.run, "the folder of a run")

@@ -64,6 +64,7 @@ def _shape(job: Job, run: Path, meta: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def _write_graphs(source: Path, out: Path) -> Closing:
+    from ...circuit.attribution import load_heads
     from ...circuit.formats import write_neuronpedia
     from ...circuit.graph import Graph
 
@@ -74,7 +75,8 @@ def _write_graphs(source: Path, out: Path) -> Closing:
         raise UserError(f"{source} holds no graph yet; `crosslace trace run={source} prompt=...` makes one")
     out.mkdir(parents=True, exist_ok=True)
     for folder in folders:
-        write_neuronpedia(Graph.load(folder), out / f"{folder.name}.json", slug=folder.name)
+        heads = load_heads(folder)
+        write_neuronpedia(Graph.load(folder), out / f"{folder.name}.json", slug=folder.name, heads=heads)
     return Closing(
         "exported",
         wrote=[(str(out / f"{folder.name}.json"), "a graph that Neuronpedia reads") for folder in folders],

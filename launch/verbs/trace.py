@@ -12,10 +12,12 @@ from ..workspace import Job, open_replacement, runs
 
 if TYPE_CHECKING:
     from ...circuit.graph import Graph, Node
+    from ...circuit.model import ReplacementModel
 
 
 def run(job: Job) -> Closing:
     """Trace, label, save, draw."""
+    from ...circuit.attribution import HEADS_FILE, explain_attention, save_heads
     from ...circuit.features import Labels, name_by_tokens, name_features
     from ...circuit.graph import Graph, circuit_rows, flow_text, summary_text
     from ...circuit.viewer import render_graph_svg
@@ -34,17 +36,41 @@ def run(job: Job) -> Closing:
     graph.carrying(settings.share_to_keep()).save(folder)
     name_by_tokens(graph, model)
     runs.write_text(folder / "graph.svg", render_graph_svg(graph, labels))
+    notes, wrote = [flow_text(graph), *path_notes(model, graph), summary_text(graph)], "graph.safetensors, graph.json"
+    (folder / HEADS_FILE).unlink(missing_ok=True)  # of an earlier trace that this one replaces
+    if top.heads:
+        explained = explain_attention(model, graph)
+        save_heads(folder, explained)
+        notes.insert(-1, heads_note(graph, explained))
+        wrote += ", heads.json"
     columns = ("what carries the answer", "layer", "at", "share", "reads most from", "acts most on")
     return Closing(
         "traced",
         tables=[logits_table(graph), table("circuit", columns, circuit_rows(graph))],
-        notes=[flow_text(graph), summary_text(graph)],
-        wrote=[(str(folder), "graph.safetensors, graph.json and graph.svg, a picture")],
+        notes=notes,
+        wrote=[(str(folder), f"{wrote} and graph.svg, a picture")],
         next=[
             f"crosslace view run={run_folder}",
             f"crosslace export run={folder} to=neuronpedia out={folder / 'neuronpedia'}",
         ],
     )
+
+
+def path_notes(model: "ReplacementModel", graph: "Graph") -> list[str]:
+    """The strongest single path to the likeliest target by way of features, and the heads that its edges went by."""
+    from ...circuit.attribution import path_heads
+    from ...circuit.graph import path_text
+
+    paths = graph.top_paths(None, graph.logits[0].id, direct=False)
+    heads = path_heads(model, graph, [edge for path in paths for edge in zip(path.nodes[1:], path.nodes)])
+    return [f"strongest path: {path_text(graph, path, heads)}" for path in paths]
+
+
+def heads_note(graph: "Graph", explained: dict[str, Any]) -> str:
+    """Why the heads that carry most looked where they did."""
+    from ...circuit.attribution import attention_text
+
+    return "\n".join(attention_text(graph, looked) for looked in explained["attention"])
 
 
 def graph_folder(run: Path, slug: str | None, asked: dict[str, Any], overwrite: bool) -> Path:

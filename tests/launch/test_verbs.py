@@ -1,6 +1,7 @@
 """Every verb, for real, on the runs of a quick demo."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -160,6 +161,19 @@ def test_features_trace_and_labels(clt: Path, crosslace) -> None:
     assert graph.metadata["prompt"] == PROMPT
     assert graph.accounting["largest_violation"] < 1e-3
     assert (clt / "graphs" / "dallas-2" / "graph.svg").read_text().startswith("<svg")
+
+
+def test_heads_are_traced_kept_and_exported(clt: Path, crosslace, tmp_path: Path) -> None:
+    ended = crosslace("trace", f"run={clt}", f"prompt={PROMPT}", "slug=heads", "heads=true")
+    assert ended.code == 0 and "heads.json" in ended.out
+    assert re.search(r"L\dH\d from '.*'@\d+ looked at '.*'@\d+ \d+%", ended.out)
+    assert re.search(r"by L\dH\d [+-]", ended.out), "a path says through which head its edges went"
+    found = json.loads((clt / "graphs" / "heads" / "heads.json").read_text())
+    assert found["format"] == "crosslace-heads" and len(found["attention"]) == 5
+    out = tmp_path / "neuronpedia"
+    assert crosslace("export", f"run={clt / 'graphs' / 'heads'}", "to=neuronpedia", f"out={out}").code == 0
+    exported = json.loads((out / "heads.json").read_text())
+    assert any("qk_tracing_results" in node for node in exported["nodes"])
 
 
 def test_graphs_of_prompts_that_end_alike_are_kept_apart(clt: Path, crosslace) -> None:
