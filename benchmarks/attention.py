@@ -5,8 +5,8 @@
 A random Llama-shaped model (SmolLM2's shape by default: 30 layers, width 576, 9 query and 3 key heads) with a random
 per-layer transcoder whose thresholds are set so that so many features fire in all, float32. `trace` is the graph;
 `heads` splits its strongest edges over all heads of all layers; `look_*` explains one head at a query at the prompt's
-end, at the middle layer and at the last one, where sweeps are longest. Each is the best of `--repeat` times. `*_cpu_s` are
-seconds of processors: on a machine that others use too, they are what can be compared.
+end, at the middle layer and at the last one, where sweeps are longest. Each is the best of `--repeat` times. On a
+machine that others use too, `*_cpu_s`, seconds of processors, are what can be compared.
 """
 
 import argparse
