@@ -14,10 +14,8 @@ def host_memory() -> int:
 
 def _cgroup_limits() -> list[int]:
     """Of this process's group and all above it, in both versions of control groups."""
-    listing = Path("/proc/self/cgroup")
-    lines = listing.read_text().splitlines() if listing.exists() else []
     found = []
-    for line in lines:
+    for line in _groups():
         _, controllers, name = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -29,6 +27,11 @@ def _cgroup_limits() -> list[int]:
             except (OSError, ValueError):  # no such group in this namespace, or `max`
                 continue
     return found
+
+
+def _groups() -> list[str]:
+    listing = Path("/proc/self/cgroup")
+    return listing.read_text().splitlines() if listing.exists() else []
 
 
 def _slurm_limits() -> list[int]:

@@ -132,7 +132,7 @@ class JoinedSource:
         for part, first, end in zip(self.parts, self.firsts, self.firsts[1:]):
             own = [i for i, span in enumerate(spans) if first <= span.block < end]
             if own:
-                moved = [spans[i]._replace(block=spans[i].block - first) for i in own]
+                moved = [Span(spans[i].block - first, spans[i].start, spans[i].stop) for i in own]
                 batches.append(part.read(moved, sites, places).to("cpu", self.dtype))
                 rows += [np.arange(begins[i], begins[i + 1]) for i in own]
         back = torch.from_numpy(np.argsort(np.concatenate(rows)))

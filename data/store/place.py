@@ -27,6 +27,14 @@ _MAX_PARTS = 512  # pieces of one vectored read; systems take 1,024
 _FULL = ("os error 28", "os error 122", "os error 27")  # ENOSPC, EDQUOT, EFBIG as zarrs words them
 
 
+class FolderStore(LocalStore):
+    """Zarr's folder without its need for hard links, which some network folders lack."""
+
+    async def set_if_not_exists(self, key: str, value: Any) -> None:
+        if not await self.exists(key):
+            await self.set(key, value)
+
+
 class Place:
     """Names are relative to the root and use `/`. A small file is written whole or not at all."""
 
@@ -49,7 +57,7 @@ class Place:
 
     def store(self, read_only: bool = False) -> Store:
         """Zarr's store of this place."""
-        return LocalStore(self.folder, read_only=read_only) if self.local else self._remote.with_read_only(read_only)
+        return FolderStore(self.folder, read_only=read_only) if self.local else self._remote.with_read_only(read_only)
 
     def group(self, name: str = "", mode: Any = "r") -> Any:
         """The Zarr group here or below."""
@@ -59,7 +67,7 @@ class Place:
         """Arrays that are written through zarrs, one thread a call: it then puts the chunks of a shard in order, so
         that the bytes are the same every time and a block lies together."""
         with zarr.config.set({"threading.max_workers": cpu_count() or 1}):  # of Zarr's own threads, made on first use
-            opened = self.group(group, mode="a")
+            opened: Any = zarr.open_group(LocalStore(self.folder), path=group, mode="r+")  # zarrs knows this class
         with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "threading.max_workers": 1}):
             return {name: opened[name] for name in names}
 

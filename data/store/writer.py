@@ -191,7 +191,10 @@ class StoreWriter:
         more = {split: rows - sum(self.stages.get(split, [])) for split, rows in self.asked.items()}
         grows = {split: rows for split, rows in more.items() if rows > 0}
         if not self.complete:
-            if any(grows.values()) or more.get("train", 0) < 0:
+            begun = any(map(_RECORD, self.place.sizes(PROGRESS)))
+            if (grows or more.get("train", 0) < 0) and not begun:
+                self.stages = {split: [rows] for split, rows in self.asked.items()}
+            elif grows or more.get("train", 0) < 0:
                 asked = sum(self.stages["train"])
                 raise UserError(
                     f"{self.place.root} is not whole yet: finish it with store.tokens={asked} and store.held_out="
