@@ -16,6 +16,8 @@ from .place import read_json as read_json
 from .place import room as room
 from .place import write_json as write_json
 from .reader import ShardedRows as ShardedRows
+from .shards import ShardWriter as ShardWriter
+from .shards import window_sizes as window_sizes
 from .shuffle import Blocks as Blocks
 from .shuffle import Order as Order
 from .shuffle import Span as Span
@@ -29,8 +31,6 @@ from .window import Window as Window
 from .window import read_record as read_record
 from .writer import HELD_OUT as HELD_OUT
 from .writer import SHUFFLE_ROWS as SHUFFLE_ROWS
-from .writer import ShardWriter as ShardWriter
 from .writer import StoreWriter as StoreWriter
 from .writer import averages as averages
-from .writer import window_sizes as window_sizes
 from .writer import write_store as write_store

@@ -13,14 +13,12 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from os import PathLike, cpu_count
+from os import PathLike
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-import zarr
 from torch import Tensor
-from zarr.codecs import Crc32cCodec
 
 from ..errors import UserError
 from ..memory import host_memory
@@ -28,6 +26,7 @@ from .codecs import channel_scale
 from .layout import COLUMNS, FORMAT, VERSION, StoreLayout
 from .lock import StoreLock
 from .place import Place, read_json, room, write_json
+from .shards import ShardWriter, put_array, window_sizes
 from .window import Moments, Window, pack_record, read_record
 
 PROGRESS = ".progress"
@@ -35,52 +34,6 @@ HELD_OUT = "held_out"
 SHUFFLE_ROWS = 1 << 20
 _RECORD = re.compile(rf"{re.escape(PROGRESS)}/(\w+-\d+|before-.*)\.npz").fullmatch
 _ASIDE = re.compile(r"\..+\.\d+-\d+\.part|.+\.[0-9a-f]{32}\.partial").fullmatch  # what a killed process was writing
-
-
-def window_sizes(stages: list[int], window_rows: int) -> list[list[int]]:
-    """The rows of every window, for each time that a split was asked for so many rows. What is too little for a window
-    of its own joins the one before it."""
-    sizes = []
-    for rows in stages:
-        count = max(1, rows // window_rows)
-        sizes.append([window_rows] * (count - 1) + [rows - (count - 1) * window_rows] if rows else [])
-    return sizes
-
-
-class ShardWriter:
-    """Writes windows into the arrays of one split. At a URL their shards are made in a local folder first: there zarrs
-    writes them, and they arrive whole."""
-
-    def __init__(self, place: Place, layout: StoreLayout, split: str, rows: int, aside: Path | None):
-        self.place, self.layout, self.prefix = place, layout, f"{split}/"
-        layout.create(place.group(split, mode="a"), rows)
-        self.made = place if aside is None else Place(aside)
-        if aside is not None:
-            layout.create(self.made.group(split, mode="a"), rows)
-        self.arrays = self.made.shard_writers(split, layout.arrays)
-
-    def write(self, start: int, rows: int, window: Window, durable: bool) -> None:
-        """A closed window, from row `start` on."""
-        size = self.layout.shard_rows
-        tasks = [(name, shard) for shard in range(self.layout.shards(rows)) for name in self.layout.arrays]
-
-        def put(task: tuple[str, int]) -> None:
-            name, shard = task
-            first = start + shard * size
-            key = self.prefix + self.layout.arrays[name].shard_key(first // size)
-            values, place = window.arrays[name][shard * size : (shard + 1) * size], slice(first, first + size)
-            self.arrays[name][place] = values
-            if not (self.made.folder / key).exists():  # zeros throughout, which Zarr leaves out
-                self.arrays[name].with_config({"write_empty_chunks": True})[place] = values
-            if durable:
-                self.made.flush(key)
-            if self.made is not self.place:
-                self.place.write(key, (self.made.folder / key).read_bytes())
-                self.made.remove(key)
-
-        with ThreadPoolExecutor(min(4, cpu_count() or 1), thread_name_prefix="crosslace-shards") as pool:
-            for _ in pool.map(put, tasks):
-                pass
 
 
 class StoreWriter:
@@ -373,22 +326,6 @@ class StoreWriter:
             if _ASIDE(PurePath(name).name):
                 self.place.remove(name)
         self.place.remove(PROGRESS)
-
-
-def put_array(group: zarr.Group, name: str, values: np.ndarray, dimensions: tuple[str, ...]) -> None:
-    """A small array, in one chunk."""
-    array = group.create_array(
-        name,
-        shape=values.shape,
-        chunks=tuple(max(1, size) for size in values.shape),
-        dtype=values.dtype,
-        compressors=Crc32cCodec(),
-        filters=None,
-        fill_value=0,
-        dimension_names=dimensions,
-        overwrite=True,
-    )
-    array[...] = values
 
 
 def averages(layout: StoreLayout, moments: Moments, rows: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

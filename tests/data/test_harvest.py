@@ -19,7 +19,7 @@ from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.harvest.harvest import HarvestSettings, harvest, weigh
 from crosslace.data.models.attention_sinks import SinkRule
 from crosslace.data.models.language_model import LanguageModel
-from crosslace.data.store import window, writer
+from crosslace.data.store import shards, window
 from crosslace.data.store.store import ActivationStore
 from crosslace.data.text.corpus import TokenSequence
 from crosslace.train.settings import TranscoderSettings
@@ -282,7 +282,7 @@ def test_full_disk_ends_with_a_sentence_and_goes_on(lm, tmp_path, monkeypatch, s
     settings = to(tmp_path / "s", memory="1B" if spilled else "auto")
     words = "No space left on device"
     for failure in (OSError(errno.ENOSPC, words), RuntimeError(f"{words} (os error 28)")):
-        calls, write = [0], writer.ShardWriter.write
+        calls, write = [0], shards.ShardWriter.write
 
         def fill_up(self, *args, calls=calls, failure=failure, write=write):
             calls[0] += 1
@@ -291,7 +291,7 @@ def test_full_disk_ends_with_a_sentence_and_goes_on(lm, tmp_path, monkeypatch, s
             write(self, *args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(writer.ShardWriter, "write", fill_up)
+            patch.setattr(shards.ShardWriter, "write", fill_up)
             with pytest.raises(UserError, match=r"no room is left for .* with the same settings"):
                 harvest(lm, RandomText(), settings)
         with pytest.raises(UserError, match="is incomplete: run `crosslace cache`"):
