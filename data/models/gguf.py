@@ -97,9 +97,10 @@ def _build(path: Path, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(folder, **source)
             config = AutoConfig.from_pretrained(folder, **source)
             _complete(config, file)
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype="auto", output_loading_info=True, **source
             )
+            model, found = loaded
     except NotImplementedError as error:
         raise UserError(f"{path} holds numbers of a type that cannot be dequantised: {_line(error)}") from error
     except ImportError as error:

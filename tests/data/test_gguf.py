@@ -4,6 +4,7 @@ refused in a sentence."""
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def write(
     return path
 
 
-def as_written(hf: str, weight: torch.Tensor, lm: LanguageModel, names) -> list[tuple[str, "object"]]:
+def as_written(hf: str, weight: torch.Tensor, lm: LanguageModel, names) -> list[tuple[str, Any]]:
     """A weight under the names and in the layout that a GGUF file has for it."""
     family, w = lm.family, weight.float()
     block = hf.split(".")[2] if hf.startswith("model.layers.") else ""
