@@ -81,6 +81,8 @@ def _default(node: ast.expr | None, module: str) -> str:
         return {"None": "null", "True": "true", "False": "false"}.get(str(node.value), str(node.value))
     if isinstance(node, ast.Name):
         return _constant(module, node.id) or node.id
+    if isinstance(node, ast.Call) and node.args:  # free(...), of train/settings.py
+        return _default(node.args[0], module)
     if isinstance(node, ast.Call):  # field(default_factory=...)
         for keyword in node.keywords:
             if keyword.arg == "default_factory":

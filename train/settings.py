@@ -1,7 +1,8 @@
 """What a transcoder is, and how it is trained."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 from ..data.errors import SettingsError, check_choice, check_range
 
@@ -12,16 +13,30 @@ TOPK = ("topk", "batchtopk")
 DECAYS = ("linear", "cosine", "constant")
 SPARSITIES = ("auto", "tanh", "l1", "l0", "target")
 OPTIMIZERS = ("adam", "adamw", "muon")
-PRECISIONS = ("auto", "float32", "bf16", "fp16")
+PRECISIONS = ("auto", "float32", "tf32", "bf16", "fp16")
 
 # Coefficients of the penalties where none is given.
 LAM, LAM_TARGET = 1e-3, 0.1
 
-# Settings that may differ between a run and its resumption: none of them changes a weight.
-HARMLESS = ("log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "prefetch")
-
 # Below this, a bandwidth belongs to activations of unit norm, not to E|x|^2 = D.
 _LEAST_BANDWIDTH = 0.05
+
+
+T = TypeVar("T")
+
+
+def free(default: T) -> T:
+    """The default of a setting that a run may change when it goes on: it decides no weight, or none beyond rounding."""
+    return field(default=default, metadata={"free": True})
+
+
+def changes(cls: type, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings of a class in which a run that goes on must not differ and does. What only one of the two versions
+    knows is passed over; a run at a constant learning rate may get more steps."""
+    fixed = [one.name for one in fields(cls) if not one.metadata.get("free") and one.name in before and one.name in now]
+    found = [name for name in fixed if before[name] != now[name]]
+    longer = now.get("lr_schedule") == "constant" and before.get("steps", 0) < now.get("steps", 0)
+    return [name for name in found if name != "steps" or not longer]
 
 
 @dataclass(frozen=True)
@@ -125,20 +140,20 @@ class TrainerSettings:
     batch: int = 1024
     """Tokens a step, over all data ranks and micro-batches."""
 
-    accumulate: int = 1
+    accumulate: int = free(1)
     """Micro-batches a step: the same result as one large batch, in less memory."""
 
     seed: int = 0
     """Initial weights, the order of the data, resampling."""
 
-    device: str = "auto"
+    device: str = free("auto")
     """auto (this process's GPU, the CPU where there is none), cpu, cuda, cuda:N or mps."""
 
     precision: str = "auto"
-    """Autocast of the products: float32, bf16, fp16, or auto: what `accelerate config` says, else float32. Parameters,
-    norms and penalties are float32 always."""
+    """Of the products: float32, tf32 (a GPU's own short float32), bf16 or fp16 by autocast, or auto: what `accelerate
+    config` says, else float32. Parameters, norms and penalties are float32 always."""
 
-    sparse: str = "auto"
+    sparse: str = free("auto")
     """The step that never touches a zero: on, off, or auto by the measured density."""
 
     optimizer: str = "adam"
@@ -147,8 +162,8 @@ class TrainerSettings:
     lr: float | None = None
     """Peak learning rate; not given, 2e-4 * sqrt(2^14 / features) times lr_scale."""
 
-    lr_scale: float = 6.0
-    """Factor on the default learning rate; long runs on large models take 1 to 2."""
+    lr_scale: float = 1.0
+    """Factor on the default learning rate; short runs on small models take up to 6."""
 
     betas: list[float] | None = None
     """Adam's two rates; 0.9 and 0.999 where not given."""
@@ -162,7 +177,7 @@ class TrainerSettings:
     lr_warmup: float = 0.02
     """Share of the run over which the learning rate rises."""
 
-    lr_decay: float = 0.4
+    lr_decay: float = 0.2
     """Share of the run over which it falls to zero, at the end."""
 
     lr_schedule: str = "linear"
@@ -209,8 +224,8 @@ class TrainerSettings:
     aux_k: int | None = None
     """Dead features per token and layer in the auxiliary loss; half of d_model where not given."""
 
-    dead_after: int = 30_000
-    """Tokens without firing after which a feature counts as dead: the memory of the running density."""
+    dead_after: int = 1_000_000
+    """Tokens without firing after which a feature counts as dead."""
 
     resample_every: int = 50
     """Steps between resamplings of dead features towards badly reconstructed tokens; 0 turns it off."""
@@ -224,25 +239,31 @@ class TrainerSettings:
     init_decoder: str = "zero"
     """The decoder's first value: zero, or uniform."""
 
-    calibrate_tokens: int = 65_536
+    calibrate_tokens: int = free(65_536)
     """Held-out tokens on which the exported thresholds are set."""
 
-    log_every: int = 50
+    log_every: int = free(50)
     """Steps between metric lines; nothing is read back from the device in between."""
 
-    eval_every: int = 200
+    eval_every: int = free(200)
     """Steps between held-out evaluations; 0 evaluates at the end only."""
 
-    eval_tokens: int = 16_384
+    eval_tokens: int = free(16_384)
     """Held-out tokens of an evaluation during training; the last one takes calibrate_tokens."""
 
-    checkpoint_every: int = 500
+    checkpoint_every: int = free(500)
     """Steps between checkpoints; 0 writes the last one only."""
 
-    keep_checkpoints: int = 2
-    """How many checkpoints stay on disk."""
+    keep_checkpoints: int = free(2)
+    """How many of the newest checkpoints stay on disk."""
 
-    prefetch: int = 2
+    keep_every: int = free(0)
+    """Checkpoints of steps that this divides stay for good; 0 keeps none beyond the newest."""
+
+    keep_best: bool = free(False)
+    """Export the best transcoder so far, by held-out nmse (at its L0), to `best/` as training goes on."""
+
+    prefetch: int = free(2)
     """Batches read ahead."""
 
     def __post_init__(self) -> None:
@@ -251,6 +272,7 @@ class TrainerSettings:
         for name in (
             "eval_every",
             "checkpoint_every",
+            "keep_every",
             "resample_every",
             "clip",
             "lam_preactivation",

@@ -162,5 +162,5 @@ def mean_of(seen: list[StepLoss]) -> StepLoss:
 
 def autocast(settings: TrainerSettings, device: torch.device) -> torch.autocast:
     """The products in half precision where asked; parameters stay float32."""
-    dtype = {"auto": None, "float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

@@ -43,8 +43,8 @@ from .run import (
 from .settings import TOPK, TrainerSettings, TranscoderSettings
 from .sparse import Workspace, use_sparse
 from .start import Neurons, initialise, rows_for, start_from, start_from_neurons
-from .step import autocast, objective_of, step_inputs, train_step
-from .transcoder import Normalisation, Transcoder, new_part, normalisation_of, own_slice, part_of, save_whole
+from .step import objective_of, step_inputs, train_step
+from .transcoder import Normalisation, Transcoder, new_part, normalisation_of, own_slice, save_whole
 
 # Steps between looks at the densities, which decide whether the sparse step and the auxiliary loss are worth it.
 LOOK_EVERY = 25
@@ -96,6 +96,7 @@ class Trainer:
         self.device = torch.device(device) if device is not None else find_device(settings.device, "trainer.device")
         self.folder, self.progress, self.trackers = Path(run_dir), progress, list(trackers)
         self.layers = list(transcoder_settings.layers or store.layers)
+        torch.backends.cuda.matmul.allow_tf32 = settings.precision == "tf32"
         check_run(settings, transcoder_settings, store, held_out, self.layers, self.device, comm)
 
         # Data.
@@ -109,9 +110,13 @@ class Trainer:
         # Model, optimizer, state.
         self.meta = {"model": store.attributes.get("model", {}), **(meta or {})}
         self.targets = settings.per_layer("target_l0", len(self.layers))
+        self.normalisation = self.normalisation.to(self.device)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", settings.keep_checkpoints, comm, keep_every=settings.keep_every
+        )
+        self.found = self.checkpoints.newest()
         transcoder = self._new_transcoder(init)
         self.neurons = neurons
-        self.normalisation = self.normalisation.to(self.device)
         self.held_out = HeldOut(held, self.normalisation, self.read, self.layers, comm)
         target = None if self.targets is None else torch.tensor(self.targets, device=self.device)
         self.parts = StepParts(
@@ -128,7 +133,6 @@ class Trainer:
         )
 
         # Helpers.
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", settings.keep_checkpoints, comm)
         self.records = Records(self.folder / "metrics.jsonl", comm.is_main)
         self.evaluation: Evaluation | None = None
 
@@ -150,28 +154,28 @@ class Trainer:
                 x, y = self._normalised(batch)
                 if counters.step % LOOK_EVERY == 0:
                     self._refresh_density_flags(x)
-                if settings.resample_every and self._due(settings.resample_every, before_step=True):
+                if settings.resample_every and self._due(settings.resample_every):
                     self._resample(x, y)
                 train_step(parts, x, y)
                 if not self.records.speed:
                     self.records.set_apart(counters.step, loader.stall_seconds, self.device)
                 counters.seconds = time.perf_counter() - begun
                 self.progress("training", counters.step, settings.steps, self.records.note)
-                if self._due(settings.log_every):
+                last = counters.step == settings.steps
+                if self._due(settings.log_every) or last:
                     self._log(loader.stall_seconds)
-                if self._due(settings.eval_every):
+                if self._due(settings.eval_every) and not last:  # the end is measured in any case
                     self._evaluate(settings.eval_tokens)
                 stopping = stop.requested(counters.step)
-                if stopping or self._due(settings.checkpoint_every) or counters.step == settings.steps:
+                if stopping or self._due(settings.checkpoint_every) or last:
                     self._save()
                 if stopping:
                     return self._interrupted(stop.by_person)
         return self._finish()
 
-    def _due(self, every: int, before_step: bool = False) -> bool:
+    def _due(self, every: int) -> bool:
         step = self.parts.counters.step
-        last = step == self.settings.steps and not before_step
-        return every > 0 and step > 0 and (step % every == 0 or (last and every == self.settings.log_every))
+        return every > 0 and step > 0 and step % every == 0
 
     def _normalised(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.normalisation.x(batch.sites[self.read]), self.normalisation.y(batch.mlp_out)
@@ -205,19 +209,19 @@ class Trainer:
     # The beginning.
 
     def _new_transcoder(self, init: Transcoder | None) -> Transcoder:
+        """This rank's part, on its device; where a checkpoint stands, nothing is drawn that it will overwrite."""
         shape, d_model, seed = self._shape(), self.store.d_model, self.settings.seed
-        rates = self._rates()
-        sample = min(len(self.store), rows_for(min(rates)))
-        batch = self.store.batch(0, 0, sample)
-        x, y_mean = self.normalisation.x(batch.sites[self.read]), self.normalisation.y_mean
+        if self.found is not None:
+            return new_part(shape, d_model, self.layers, None, self.meta, self.comm).to(self.device)
+        rates, decoder = self._rates(), self.settings.init_decoder
+        part = new_part(shape, d_model, self.layers, seed, self.meta, self.comm, decoders=decoder != "zero")
+        part = part.to(self.device)
+        batch = self.store.batch(0, 0, min(len(self.store), rows_for(min(rates))))
+        x = self.normalisation.x(batch.sites[self.read].to(self.device))
+        initialise(part, x, own_slice(self.normalisation.y_mean, self.comm), rates, decoder)
         if init is not None:
-            whole = Transcoder(shape, d_model, self.layers, seed=seed, meta=self.meta)
-            initialise(whole, x, y_mean, rates, self.settings.init_decoder)
-            start_from(whole, init, self.normalisation)
-            return part_of(whole, self.comm).to(self.device)
-        part = new_part(shape, d_model, self.layers, seed, self.meta, self.comm)
-        initialise(part, x, own_slice(y_mean, self.comm), rates, self.settings.init_decoder)
-        return part.to(self.device)
+            start_from(part, init, self.normalisation, self.comm)
+        return part
 
     def _shape(self) -> TranscoderSettings:
         """The transcoder's settings, where topk's k is the target: it goes into the export."""
@@ -247,10 +251,9 @@ class Trainer:
 
     def _resume(self) -> bool:
         """Go on from the newest whole checkpoint; False where there is none."""
-        found = self.checkpoints.newest()
         states: dict[str, Any] = {}
-        if found is not None:
-            path, saved = found
+        if self.found is not None:
+            path, saved = self.found
             check_same_run(saved, self._description(), self.folder)
             tensors = self._tensors()
             self.checkpoints.load(path, tensors)
@@ -260,7 +263,7 @@ class Trainer:
             states = saved.get("trackers", {})
         for tracker in self.trackers if self.comm.is_main else []:
             tracker.resume(states.get(type(tracker).__name__, {}))
-        return found is not None
+        return self.found is not None
 
     def _description(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
@@ -302,8 +305,8 @@ class Trainer:
         targets = self.targets
         if targets is None and self.transcoder_settings.activation in TOPK:
             targets = [float(k) for k in self.transcoder_settings.ks(len(self.layers))]
-        with autocast(self.settings, self.device):
-            self.evaluation = evaluate(parts.transcoder, self.held_out, tokens, targets, self.comm)
+        # In float32, as an export is used: in bfloat16, pre-activations tie at the thresholds.
+        self.evaluation = evaluate(parts.transcoder, self.held_out, tokens, targets, self.comm)
         report = self.evaluation.report
         values = {f"held_out/{name}": value for name, value in report["overall"].items()}
         for layer, figures in zip(self.layers, report["layers"], strict=True):
@@ -314,8 +317,8 @@ class Trainer:
             values |= {f"held_out/theta/{layer}": mean for layer, mean in zip(self.layers, means, strict=True)}
         histograms = {f"held_out/density/{l}": d.cpu() for l, d in zip(self.layers, self.evaluation.densities)}
         self._emit(values | {"held_out/tokens": report["tokens"]}, histograms)
-        score = self._score(report)
-        if score < counters.best_score:
+        score = self.comm.broadcast(self._score(report))  # one decides for all: an export is a collective
+        if self.settings.keep_best and score < counters.best_score:
             counters.best_score = score
             self._export("best", self.evaluation)
         return self.evaluation

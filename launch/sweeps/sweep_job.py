@@ -21,7 +21,9 @@ def job(config: DictConfig) -> None:
     entry = json.loads(Path(config["plan"]).read_text(encoding="utf-8"))[config["number"]]
     environment = os.environ | task_environment()
     command = [sys.executable, "-m", "crosslace.launch"]
-    subprocess.run([*command, "train", *entry["words"]], check=True, env=environment)
+    trained = subprocess.run([*command, "train", *entry["words"]], env=environment)
+    if trained.returncode:  # 75: interrupted, to be put back into the queue; nothing to measure yet
+        sys.exit(trained.returncode)
     if environment.get("RANK", "0") == "0":
         alone = {key: value for key, value in environment.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         subprocess.run([*command, "eval", *entry["eval"]], check=True, env=alone)

@@ -1,9 +1,10 @@
 """`crosslace train`: a transcoder from a store."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from ...train.start import Neurons
     from ...train.trainer import TrainResult
 
+INTERRUPTED = 75
+"""The exit code of a run that was asked to stop and saved: not finished, to be gone on with (EX_TEMPFAIL)."""
 SAVED = ("init", "model", "dataset", "world", "stdlib", "store", "transcoder", "trainer", "parallel", "wandb")
 
 
@@ -33,11 +36,11 @@ def run(job: Job) -> Closing:
         with terminable():
             result = fit(job, folder)
     except _Terminated:
-        return Closing("stopped between steps: run the same command again to go on")
+        return Closing("stopped between steps: run the same command again to go on", code=INTERRUPTED)
     if result is None:
         return Closing(f"{folder} is trained already", next=next_commands(folder))
     if result.status != "finished":
-        return Closing(result.message, code=130 if result.by_person else 0)  # SIGTERM is no failure
+        return Closing(result.message, code=130 if result.by_person else INTERRUPTED)
     overall = result.evaluation["overall"]
     return Closing(
         "trained",
@@ -68,7 +71,7 @@ class _Terminated(BaseException):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM before the first step or after the last, when there is nothing to save, is no failure either."""
+    """SIGTERM before the first step or after the last, when there is nothing to save, is an interruption too."""
 
     def stop(*_: object) -> None:
         raise _Terminated
@@ -90,10 +93,16 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
 
     settings = run_settings(job)
     device = job.process.device
-    with open_stores(job) as (store, held_out), processes(mesh_for(job, store, device.type), device) as comm:
+    with (
+        ExitStack() as kept,
+        open_stores(job) as (store, held_out),
+        processes(mesh_for(job, store, device.type), device) as comm,
+    ):
         fresh = comm.is_main and not runs.claim(folder, settings)
+        if comm.is_main:
+            kept.enter_context(runs.locked(folder))
         comm.barrier()
-        if (folder / "transcoder" / "transcoder.json").is_file():
+        if trained_steps(folder) >= job.section("trainer").steps:
             return None
         try:
             return train(
@@ -113,6 +122,14 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
             if fresh:
                 runs.release(folder)
             raise
+
+
+def trained_steps(folder: Path) -> int:
+    """After how many steps a run was finished; 0 where it was not."""
+    description = folder / "transcoder" / "transcoder.json"
+    if not description.is_file():
+        return 0
+    return runs.read_json(description)["meta"].get("trained_as", {}).get("steps", sys.maxsize)
 
 
 def trainer_settings(job: Job) -> "TrainerSettings":

@@ -86,7 +86,7 @@ def start(verb: str, words: Sequence[str]) -> Job:
         if not folder.is_dir():
             raise UserError(f"there is no run at {folder}; `crosslace train ... run={folder}` would make one")
         config.base_on(runs.saved_settings(folder))
-    if verb == "train" and config.values["run"] and not config.values["store"]["path"]:
+    if verb == "train" and config.values["run"]:
         config.go_on_with(runs.saved_settings(Path(config.values["run"])))
     config.check()
     job = Job(verb, config, list(words))

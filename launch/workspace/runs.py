@@ -1,8 +1,11 @@
 """Run folders: one training each, never overwritten."""
 
+import fcntl
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,10 @@ import yaml
 
 from ...data.errors import UserError
 
-FREE_SECTIONS = ("wandb", "parallel")
-FREE_SETTINGS = ("log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "prefetch", "device")
-"""Settings in which a resumed run may differ from the first call: none of them changes a weight."""
+FREE = ("wandb", "parallel", "store.path")
+"""Sections and settings in which a resumed run may differ from the first call; those of the trainer say it themselves
+(`train.settings.free`). A store that was moved is the same one: the trainer looks at what it holds."""
+LOCK = ".lock"
 
 
 def saved_settings(run: Path) -> dict[str, Any]:
@@ -41,8 +45,9 @@ def claim(run: Path, settings: dict[str, Any]) -> bool:
             raise UserError(
                 f"{run} holds a run with other settings ({shown}); name another run, or resume it with those settings"
             )
+        write_yaml(config, saved_settings(run) | settings)
         return True
-    if run.exists() and any(path.name != "wandb" for path in run.iterdir()):
+    if run.exists() and any(path.name not in ("wandb", LOCK) for path in run.iterdir()):
         raise UserError(f"{run} holds other files and no run; name another folder for this run")
     run.mkdir(parents=True, exist_ok=True)
     write_yaml(config, settings)
@@ -61,10 +66,24 @@ def refuse_other(path: Path, saved: dict[str, Any] | None, settings: dict[str, A
         )
 
 
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """One training at a time in a run's folder; a lock of one that died is free again."""
+    with (run / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another training is at work in {run}: wait for it, or name another run") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
 def release(run: Path) -> None:
     """Give up a folder that was claimed just now, where its training was refused before it wrote anything."""
-    if {path.name for path in run.iterdir()} <= {"config.yaml", "wandb"}:
-        (run / "config.yaml").unlink(missing_ok=True)
+    if {path.name for path in run.iterdir()} <= {"config.yaml", "wandb", LOCK}:
+        for name in ("config.yaml", LOCK):
+            (run / name).unlink(missing_ok=True)
         if not any(run.iterdir()):
             run.rmdir()
 
@@ -82,14 +101,18 @@ def writable(folder: Path) -> None:
 
 def differences(saved: dict[str, Any], settings: dict[str, Any], prefix: str = "") -> list[str]:
     """The settings in which two configurations differ, as sentences' parts."""
+    from ...train.settings import TrainerSettings, changes
+
     found = []
     for key in settings:
-        if prefix + key in FREE_SECTIONS or key in FREE_SETTINGS:
+        if prefix + key in FREE or key not in saved:
             continue
-        old, new = saved.get(key), settings[key]
-        if isinstance(new, dict) and isinstance(old, dict):
+        old, new = saved[key], settings[key]
+        if key == "trainer" and not prefix:
+            found += [f"trainer.{name} was {old[name]}, not {new[name]}" for name in changes(TrainerSettings, old, new)]
+        elif isinstance(new, dict) and isinstance(old, dict):
             found += differences(old, new, f"{prefix}{key}.")
-        elif key in saved and old != new:
+        elif old != new and f"{prefix}{key}" != "model.device":
             found.append(f"{prefix}{key} was {old}, not {new}")
     return found
 

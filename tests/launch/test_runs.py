@@ -46,6 +46,23 @@ def test_a_claim_is_given_up_only_where_nothing_was_made(tmp_path: Path) -> None
     assert runs.saved_settings(run)["seed"] == 1
 
 
+def test_one_training_at_a_time(tmp_path: Path) -> None:
+    refused = pytest.raises(UserError, match="another training is at work in")
+    with runs.locked(tmp_path), refused, runs.locked(tmp_path):
+        pass
+    with runs.locked(tmp_path):
+        pass
+
+
+def test_a_store_may_move_and_settings_that_decide_no_weight_may_change(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "store": {"path": "a", "dtype": "int8"}}
+    runs.claim(tmp_path / "run", settings)
+    moved = {**settings, "store": {"path": "b", "dtype": "int8"}, "trainer": {"steps": 10, "device": "cuda:1"}}
+    assert runs.claim(tmp_path / "run", moved) and runs.saved_settings(tmp_path / "run")["store"]["path"] == "b"
+    with pytest.raises(UserError, match=r"store.dtype was int8, not float16"):
+        runs.claim(tmp_path / "run", {**moved, "store": {"path": "b", "dtype": "float16"}})
+
+
 def test_damaged_settings_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: [")
     with pytest.raises(UserError, match=r"config\.yaml is damaged"):

@@ -1,6 +1,7 @@
 """What a training begins with, on the command line, and that it is a run like any other."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 from crosslace import Transcoder
 from crosslace.data.errors import UserError
 
-QUICK = ["trainer.batch=256", "trainer.steps=40", "trainer.log_every=10", "trainer.eval_tokens=512"]
+QUICK = ["trainer.batch=256", "trainer.steps=40", "trainer.lr_scale=6", "trainer.lr_decay=0.4", "trainer.log_every=10",
+         "trainer.eval_tokens=512"]  # fmt: skip
 SHAPE = ["transcoder.features=96", "transcoder.reach=1", "trainer.target_l0=4", "wandb.mode=disabled"]
 
 
@@ -24,7 +26,7 @@ def test_training_begins_with_the_mlps_own_neurons(crosslace, demo: Path, tmp_pa
         assert ended.code == 0 and "first_step_seconds" in ended.out, ended.err
     assert nmse(tmp_path / "mlp")[-1] < 0.9 * nmse(tmp_path / "random")[-1]
     assert nmse(tmp_path / "auto") == nmse(tmp_path / "mlp")
-    ended = crosslace(*train, f"run={tmp_path / 'mlp'}")
+    ended = crosslace(*train, f"run={tmp_path / 'mlp'}", "init=auto")
     assert ended.code == 2 and "init was mlp, not auto" in ended.err
     ended = crosslace(*train, f"run={tmp_path / 'mlp'}", "init=mlp")
     assert ended.code == 0 and "trained already" in ended.out
@@ -73,10 +75,12 @@ def test_the_run_alone_goes_on_and_changes_are_named(crosslace, demo: Path, tmp_
     with monkeypatch.context() as patch:  # SIGTERM after the last step, while the result is measured
         patch.setattr("crosslace.train.trainer.Trainer._finish", lambda _: signal.raise_signal(signal.SIGTERM))
         ended = crosslace(*full)
-    assert ended.code == 0 and "run the same command again" in ended.out
+    assert ended.code == 75 and "run the same command again" in ended.out
     assert not (tmp_path / "run" / "transcoder").exists()
     ended = crosslace("train", run, "trainer.steps=80", "seed=3")
     assert ended.code == 2 and "seed was 7, not 3; trainer.steps was 40, not 80" in ended.err
-    ended = crosslace("train", run, "trainer.log_every=5")
+    # Another batch job found the store in its own scratch folder.
+    shutil.copytree(demo / "store", tmp_path / "scratch")
+    ended = crosslace("train", run, f"store={tmp_path / 'scratch'}", "trainer.log_every=5", "trainer.accumulate=2")
     assert ended.code == 0, ended.err
     assert (tmp_path / "run" / "transcoder").exists() and "trained already" in crosslace(*full).out

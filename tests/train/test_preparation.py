@@ -238,7 +238,7 @@ def test_resampled_features_fire_again_and_start_fresh(activation, options):
     fired = (transcoder.activate(h, choose(transcoder, h, inputs.k, SINGLE))[1] > 0)[:, :5]
     assert fired.any(0).all() and fired.sum() < 0.3 * fired.numel()
     assert len(torch.unique(transcoder.W_enc[1][:5], dim=0)) == 5
-    assert (state.density[1][:5] > state.dead_below).all()
+    assert (state.silent[1][:5] == 0).all()
     moments = optimizers.tensors()
     for name in ("W_enc.1", "b_enc.1", "W_dec.1"):
         assert not moments[f"exp_avg/{name}"][:5].any() and moments[f"exp_avg/{name}"][5:].all()

@@ -18,7 +18,7 @@ WORKER = Path(__file__).with_name("runs_worker.py")
 STOP = 10
 TRAINER = TrainerSettings(
     steps=20, batch=64, lr=1e-3, log_every=5, eval_every=10, eval_tokens=256, calibrate_tokens=512, checkpoint_every=0,
-    dead_after=300, accumulate=2, resample_every=6,
+    dead_after=300, accumulate=2, resample_every=6, keep_best=True, lr_decay=0.4,
 )  # fmt: skip
 CASES = {
     "batchtopk": (TRAINER, TranscoderSettings(features=16, k=3, k_scope="all", skip=True)),

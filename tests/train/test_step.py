@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from crosslace.train.loss.objective import dense_pass
+from crosslace.train.loss.objective import StepLoss, dense_pass
 from crosslace.train.loss.state import Counters, RunningState
 from crosslace.train.parallel.collectives import SINGLE
 from crosslace.train.run.optimizers import Optimizers
@@ -177,8 +177,8 @@ def test_auxiliary_loss_gives_dead_features_a_gradient():
     for use_aux in (True, False):
         parts = make_parts("batchtopk", {"aux_weight": 1.0})
         parts.counters.step, parts.counters.use_aux = 9, use_aux
-        for density in parts.state.density:
-            density.fill_(0.1)[:6] = 0.0
+        for silent in parts.state.silent:
+            silent[:6] = 100
         parts.optimizers.step = lambda divisor, bad, rows=None: None
         train_step(parts, *data())
         gradients.append([weight.grad.clone() for weight in parts.transcoder.W_dec])
@@ -285,3 +285,51 @@ def test_settings_say_what_is_wrong():
             TrainerSettings(**setting)
     with pytest.raises(SettingsError, match="target_l0_per_layer"):
         replace(TrainerSettings(), target_l0_per_layer=[1.0]).per_layer("target_l0", 2)
+
+
+def test_decay_acts_on_matrices_alone():
+    """Decay of log theta would move every threshold towards one, of a bias towards zero."""
+    parts = make_parts("jumprelu", {"optimizer": "adamw", "weight_decay": 0.1, "lr": 1e-2}, skip=True)
+    before = weights(parts)
+    for parameter in parts.transcoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(20):
+        parts.optimizers.set_lr(1e-2)
+        parts.optimizers.step(torch.ones(()), torch.zeros(()))
+    for name, weight in weights(parts).items():
+        shrunk = before[name] * (1 - 1e-3) ** 20
+        assert torch.allclose(weight, shrunk if name.startswith("W_") else before[name], rtol=1e-6, atol=0), name
+
+
+def test_a_feature_is_dead_after_so_many_tokens_and_not_before():
+    parts = make_parts("batchtopk", {"dead_after": 10 * B})
+    state, silent, fired = parts.state, torch.zeros(F), torch.ones(F)
+
+    def update(counts: torch.Tensor, bad: float = 0.0) -> None:
+        zero = torch.zeros(L)
+        seen = StepLoss(torch.zeros(()), {"reconstruction": zero}, [counts] * L, zero, zero)
+        state.update(seen, B, torch.zeros(1 + L), torch.tensor(bad), zero, SINGLE)
+
+    for step in range(1, 10):
+        update(silent)
+        assert not any(dead.any() for dead in state.dead(step))
+    update(silent, bad=1.0)  # a step that is left out counts for nothing
+    assert not state.dead(10)[0].any()
+    update(silent)
+    assert all(dead.all() for dead in state.dead(11))
+    update(fired)  # once in a long while is enough
+    assert not state.dead(12)[0].any()
+
+
+def test_layers_add_up_in_float32():
+    """Of many layers, in bfloat16, the last one's sum is as exact as its parts."""
+    transcoder = Transcoder(TranscoderSettings(features=64, activation="relu"), 32, 16)
+    acts = [torch.rand(8, 64) for _ in range(16)]
+    exact = transcoder.double().decode_features([a.double() for a in acts])[-1]
+    transcoder.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [transcoder.decode_from(l, a)[:, 15 - l] for l, a in enumerate(acts)]
+        total = transcoder.decode_features(acts)[-1]
+    one_by_one = functools.reduce(torch.add, parts)
+    assert total.dtype == torch.float32 and one_by_one.dtype == torch.bfloat16
+    assert (total - exact).norm() < 0.7 * (one_by_one - exact).norm()

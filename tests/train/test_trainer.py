@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,11 +13,14 @@ from crosslace.data.store.store import in_memory_store
 from crosslace.train.loss.state import RunningState
 from crosslace.train.parallel.collectives import SingleProcess
 from crosslace.train.run.checkpoint import Checkpoints, damage
-from crosslace.train.settings import TrainerSettings, TranscoderSettings
+from crosslace.train.settings import TrainerSettings, TranscoderSettings, changes
 from crosslace.train.step import train_step
 from crosslace.train.trainer import Trainer, train
 
-QUICK = TrainerSettings(steps=60, batch=64, eval_every=30, checkpoint_every=20, log_every=10, dead_after=2000)
+QUICK = TrainerSettings(
+    steps=60, batch=64, lr_scale=6.0, lr_decay=0.4, eval_every=30, checkpoint_every=20, log_every=10, dead_after=2000,
+    keep_best=True,
+)  # fmt: skip
 SMALL = TranscoderSettings(features=48, k=3)
 
 
@@ -76,7 +79,15 @@ def test_topk_is_exported_as_it_was_trained(planted, tmp_path):
 
 @pytest.mark.parametrize(("activation", "sparsity"), KINDS)
 def test_asked_for_an_l0_it_ends_there_on_held_out_rows(planted, tmp_path, activation, sparsity):
-    quick = {"steps": 250, "batch": 128, "dead_after": 10_000, "eval_every": 0, "checkpoint_every": 0}
+    quick = {
+        "steps": 250,
+        "batch": 128,
+        "lr_scale": 6.0,
+        "lr_decay": 0.4,
+        "dead_after": 10_000,
+        "eval_every": 0,
+        "checkpoint_every": 0,
+    }
     settings = TrainerSettings(target_l0=4.0, sparsity=sparsity, **quick)
     shape = TranscoderSettings(features=64, activation=activation)
     result = train(settings, shape, planted.train, planted.held_out, tmp_path)
@@ -87,7 +98,16 @@ def test_asked_for_an_l0_it_ends_there_on_held_out_rows(planted, tmp_path, activ
 
 @pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
 def test_asked_for_sixteen_it_ends_there(wide, tmp_path, activation):
-    settings = TrainerSettings(target_l0=16, steps=250, batch=128, dead_after=10_000, eval_every=0, checkpoint_every=0)
+    settings = TrainerSettings(
+        target_l0=16,
+        steps=250,
+        batch=128,
+        lr_scale=6.0,
+        lr_decay=0.4,
+        dead_after=10_000,
+        eval_every=0,
+        checkpoint_every=0,
+    )
     shape = TranscoderSettings(features=192, activation=activation)
     train(settings, shape, wide.train, wide.held_out, tmp_path)
     assert ended(tmp_path, wide.held_out, 16.0).max() < 0.4
@@ -232,7 +252,20 @@ def test_changed_settings_are_refused_by_name(planted, tmp_path):
     other = in_memory_store(torch.randn(600, 2, 16), torch.randn(600, 2, 16))
     with pytest.raises(SettingsError, match=r"store\.rows"):
         train(QUICK, SMALL, other, planted.held_out, tmp_path)
-    train(replace(QUICK, log_every=7, keep_checkpoints=1), SMALL, planted.train, planted.held_out, tmp_path)
+    free = replace(QUICK, log_every=7, keep_checkpoints=1, device="cpu", accumulate=2, calibrate_tokens=512)
+    train(free, SMALL, planted.train, planted.held_out, tmp_path)
+
+
+def test_settings_of_one_version_alone_are_passed_over_and_a_constant_rate_goes_on():
+    plain = TrainerSettings()
+    assert changes(TrainerSettings, asdict(plain) | {"gone": 1}, asdict(plain)) == []
+    older = {name: value for name, value in asdict(plain).items() if name != "clip"}
+    assert changes(TrainerSettings, older, asdict(plain)) == []
+    assert changes(TrainerSettings, asdict(plain), asdict(replace(plain, steps=2000))) == ["steps"]
+    constant = replace(plain, lr_schedule="constant")
+    longer, shorter = (asdict(replace(constant, steps=steps)) for steps in (2000, 100))
+    assert changes(TrainerSettings, asdict(constant), longer) == []
+    assert changes(TrainerSettings, asdict(constant), shorter) == ["steps"]
 
 
 def test_layers_may_be_a_subset(planted, tmp_path):

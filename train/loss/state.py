@@ -51,12 +51,11 @@ class RunningState:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        # The average forgets faster than `dead_after`: what fired on every tenth token before must fall far to count
-        # as dead, and with this memory even that takes about `dead_after` tokens.
         self.decay = math.exp(-_FORGETTING * settings.batch / settings.dead_after)
-        self.dead_below = math.exp(-1) / settings.dead_after
         self.steps_to_judge = settings.dead_after / settings.batch
         self.density = [zeros(size) for size in transcoder.features]
+        self.silent = [torch.zeros(size, dtype=torch.int32, device=device) for size in transcoder.features]
+        """Steps since each feature fired."""
         lam = settings.coefficients(layers)
         self.log_lam = torch.tensor([math.log(max(value, 1e-12)) for value in lam], device=device)
         self.l0 = zeros(layers)
@@ -72,10 +71,8 @@ class RunningState:
         self.sums |= {"steps": zeros(), "grad_norms": zeros(1 + layers)}
 
     def dead(self, step: int) -> list[Tensor]:
-        """Per layer, bool [F]: silent for about `dead_after` tokens; nothing is judged before that many were seen."""
-        if step < self.steps_to_judge:
-            return [torch.zeros_like(density, dtype=torch.bool) for density in self.density]
-        return [density < self.dead_below for density in self.density]
+        """Per layer, bool [F]: silent for `dead_after` tokens."""
+        return [silent >= self.steps_to_judge for silent in self.silent]
 
     def densities(self, step: int) -> list[Tensor]:
         """The running averages, corrected for having started at zero."""
@@ -97,9 +94,10 @@ class RunningState:
             self.loss_scale.copy_(
                 (self.loss_scale * torch.where(bad > 0, 0.5, torch.where(grow, 2.0, 1.0))).clamp_min(1)
             )
-        for density, fired in zip(self.density, seen.fired, strict=True):
+        for density, silent, fired in zip(self.density, self.silent, seen.fired, strict=True):
             now = comm.mean_data(fired.to(density.dtype)) / tokens
             density.lerp_(torch.where(bad > 0, density, now), 1 - self.decay)
+            silent.copy_(torch.where(bad > 0, silent, torch.where(now > 0, 0, silent + 1)))
         l0 = comm.mean_data(seen.l0.to(self.l0.dtype))
         self.l0.copy_(torch.where(bad > 0, self.l0, torch.where(self.l0 == 0, l0, self.l0.lerp(l0, 1 - _L0_MEMORY))))
         finite = {name: torch.where(bad > 0, 0, value) for name, value in seen.terms.items()}
@@ -132,6 +130,7 @@ class RunningState:
     def tensors(self) -> dict[str, Tensor]:
         """All device state by name, in place."""
         named = {f"density.{l}": density for l, density in enumerate(self.density)}
+        named |= {f"silent.{l}": silent for l, silent in enumerate(self.silent)}
         named |= {"log_lam": self.log_lam, "l0": self.l0, "side": self.side, "boost": self.boost}
         named |= {"bad_in_row": self.bad_in_row, "bad_total": self.bad_total}
         named |= {"loss_scale": self.loss_scale, "good_in_row": self.good_in_row}

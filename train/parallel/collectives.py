@@ -20,6 +20,8 @@ class Collectives(Protocol):
     feature_ranks: int
     slices: int
     """Into how many slices decoders are cut along their width: 1 where they are cut by feature, else feature_ranks."""
+    patient: Any
+    """The processes as a group whose waits may be long: what surrounds files goes over it."""
 
     @property
     def is_main(self) -> bool:
@@ -88,6 +90,7 @@ class SingleProcess:
     data_rank = feature_rank = 0
     data_ranks = feature_ranks = slices = 1
     is_main = True
+    patient = None
 
     def all_reduce_features(self, x: Tensor) -> Tensor:
         return x

@@ -187,6 +187,8 @@ class MeshCollectives:
         self._data, self._features = mesh.get_group("data"), mesh.get_group("features")
         self.data_ranks, self.feature_ranks = mesh.shape
         self.data_rank, self.feature_rank = dist.get_rank(self._data), dist.get_rank(self._features)
+        # Files of hundreds of gigabytes take longer than any step: nobody gives up while they are written.
+        self.patient: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
         self.sent: dict[str, int] = {}
 
     @property
@@ -282,15 +284,16 @@ class MeshCollectives:
         return DTensor.from_local(x.detach(), self.mesh, placements, run_check=False)
 
     def barrier(self) -> None:
-        self.max_all(torch.zeros(1))
+        dist.barrier(group=self.patient)
 
     def broadcast(self, value: Any) -> Any:
         """As JSON: nothing but plain values travels."""
         text = torch.tensor(list(json.dumps(value).encode()) if self.is_main else [], dtype=torch.uint8)
-        length = int(self.max_all(torch.tensor(text.numel())))
-        padded = torch.zeros(length, dtype=torch.uint8)
-        padded[: text.numel()] = text
-        return json.loads(bytes(self.max_all(padded).tolist()))
+        length = torch.tensor([text.numel()])
+        dist.broadcast(length, 0, group=self.patient)
+        text = text if self.is_main else torch.zeros(int(length), dtype=torch.uint8)
+        dist.broadcast(text, 0, group=self.patient)
+        return json.loads(bytes(text.tolist()))
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

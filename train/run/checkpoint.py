@@ -5,6 +5,7 @@ place in the whole, and any number of ranks on any mesh reads them back. Plain n
 each file stand in state.json. A folder under its final name is complete.
 """
 
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
@@ -26,6 +28,8 @@ from ..parallel import SINGLE, Collectives
 from ..transcoder import cut_dim
 
 STATE_FILE = "state.json"
+LATER = "state/silent."
+"""What older checkpoints lack and a run can do without: all features count as having fired just now."""
 FORMAT_VERSION = 1
 _CHUNK = 1 << 24
 
@@ -35,8 +39,8 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """The folder checkpoints/ of one run."""
 
-    def __init__(self, folder: Path, keep: int = 2, comm: Collectives = SINGLE) -> None:
-        self.folder, self.keep, self.comm = folder, keep, comm
+    def __init__(self, folder: Path, keep: int = 2, comm: Collectives = SINGLE, keep_every: int = 0) -> None:
+        self.folder, self.keep, self.comm, self.keep_every = folder, keep, comm, keep_every
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
         """Write step-N whole or not at all; then remove the oldest beyond `keep`."""
@@ -48,10 +52,13 @@ class Checkpoints:
             self.comm.barrier()
             with quiet():
                 storage = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
-                dcp.save(self._global(tensors), storage_writer=storage, no_dist=self._alone)
+                dcp.save(
+                    self._global(tensors), storage_writer=storage, no_dist=self._alone, process_group=self.comm.patient
+                )
             self.comm.barrier()
+            sums = self._checksums(sorted(aside.iterdir()))
             if self.comm.is_main:
-                self._seal(aside, final, step, state)
+                self._seal(aside, final, step, state, sums)
         except (OSError, CheckpointException, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(
@@ -61,34 +68,46 @@ class Checkpoints:
         self.comm.barrier()
         if self.comm.is_main:
             for path in self.paths()[self.keep :]:
-                shutil.rmtree(path)
+                if not self.keep_every or int(path.name[5:]) % self.keep_every:
+                    shutil.rmtree(path)
         return final
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint and its state; damaged ones are passed over with a warning."""
-        found = None
         if self.comm.is_main:
             for leftover in self.folder.glob(".step-*.writing"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            for path in self.paths():
-                problem = damage(path)
-                if problem is None:
-                    found = str(path)
-                    break
+        for name in self.comm.broadcast([path.name for path in self.paths()]):
+            path = self.folder / name
+            content = self.comm.broadcast(_state_of(path))
+            problem = content if isinstance(content, str) else self._damage(path, content)
+            if not isinstance(content, str) and problem is None:
+                return path, content
+            if self.comm.is_main:
                 _log.warning("passing over the damaged checkpoint %s: %s", path, problem)
-        found = self.comm.broadcast(found)
-        return None if found is None else (Path(found), json.loads((Path(found) / STATE_FILE).read_text()))
+        return None
+
+    def _damage(self, path: Path, state: dict[str, Any]) -> str | None:
+        """What is wrong with the files of a checkpoint, which the ranks share out; None if nothing."""
+        names = sorted(state["files"])
+        sums = self._checksums([path / name for name in names])
+        for name, found in zip(names, sums, strict=True):
+            if found != state["files"][name][1]:
+                return f"{name} is not what was written"
+        return None
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Read into `tensors` in place, whatever mesh wrote them."""
         with quiet():
             reader = dcp.HuggingFaceStorageReader(str(path))
-            if missing := sorted(tensors.keys() - reader.read_metadata().state_dict_metadata.keys()):
+            there = reader.read_metadata().state_dict_metadata.keys()
+            tensors = {name: t for name, t in tensors.items() if name in there or not name.startswith(LATER)}
+            if missing := sorted(tensors.keys() - there):
                 raise UserError(
                     f"{path} was written by another version, which kept no {', '.join(missing)}: finish this run with "
                     "the version that began it, or begin another"
                 )
-            dcp.load(self._global(tensors), storage_reader=reader, no_dist=self._alone)
+            dcp.load(self._global(tensors), storage_reader=reader, no_dist=self._alone, process_group=self.comm.patient)
 
     def paths(self) -> list[Path]:
         """Finished checkpoints, newest first."""
@@ -103,12 +122,28 @@ class Checkpoints:
         cuts = {name: _cut_dim(name, self.comm) for name in tensors}
         return {n: t.detach() if (dim := cuts[n]) is None else self.comm.shard(t, dim) for n, t in tensors.items()}
 
-    def _seal(self, aside: Path, final: Path, step: int, state: dict[str, Any]) -> None:
-        files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(aside.iterdir())}
+    def _checksums(self, paths: list[Path]) -> list[int]:
+        """Of each file, read and flushed by one rank: they share them out. -1 where one cannot be read."""
+        ranks = self.comm.data_ranks * self.comm.feature_ranks
+        rank = self.comm.data_rank * self.comm.feature_ranks + self.comm.feature_rank
+        own = torch.full((len(paths),), -1, dtype=torch.int64)
+        for number in range(rank, len(paths), ranks):
+            try:
+                own[number] = checksum(paths[number])
+                _sync(paths[number])
+            except OSError as error:
+                _log.warning("%s cannot be read back (%s)", paths[number], error)
+        return self.comm.max_all(own).tolist() if paths else []
+
+    def _seal(self, aside: Path, final: Path, step: int, state: dict[str, Any], sums: list[int]) -> None:
+        paths = sorted(aside.iterdir())
+        if -1 in sums:
+            raise OSError(errno.EIO, "what was written cannot be read back")
+        files = {path.name: [path.stat().st_size, value] for path, value in zip(paths, sums, strict=True)}
         content = {"format_version": FORMAT_VERSION, "step": step, "files": files, **state}
         content["checksum"] = _own_checksum(content)
         (aside / STATE_FILE).write_text(json.dumps(content, indent=1))
-        for path in [*aside.iterdir(), aside]:
+        for path in (aside / STATE_FILE, aside):
             _sync(path)
         if final.exists():
             shutil.rmtree(final)
@@ -116,20 +151,26 @@ class Checkpoints:
         _sync(self.folder)
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def _state_of(path: Path) -> dict[str, Any] | str:
+    """A checkpoint's plain state, or what is wrong with it."""
     try:
         state = json.loads((path / STATE_FILE).read_text())
         if state["format_version"] != FORMAT_VERSION:
             return f"it has format {state['format_version']}, this version reads {FORMAT_VERSION}"
         if state.pop("checksum", None) not in (None, _own_checksum(state)):
             return f"{STATE_FILE} is not what was written"
-        for name, (size, expected) in state["files"].items():
-            if (path / name).stat().st_size != size or checksum(path / name) != expected:
+        for name, (size, _) in state["files"].items():
+            if (path / name).stat().st_size != size:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{STATE_FILE} or a file that it names cannot be read ({error})"
-    return None
+    return state
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    state = _state_of(path)
+    return state if isinstance(state, str) else Checkpoints(path.parent)._damage(path, state)
 
 
 def _own_checksum(state: dict[str, Any]) -> int:
@@ -149,7 +190,7 @@ def _cut_dim(name: str, comm: Collectives) -> int | None:
     group, _, rest = name.partition("/")
     if group == "step":
         return None
-    return 0 if rest.startswith("density.") else cut_dim(rest, comm)
+    return 0 if rest.startswith(("density.", "silent.")) else cut_dim(rest, comm)
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from ...data.errors import SettingsError, UserError
 from ...data.store import ActivationStore
 from ..parallel import Collectives
-from ..settings import HARMLESS, TOPK, TrainerSettings, TranscoderSettings
+from ..settings import TOPK, TrainerSettings, TranscoderSettings, changes
 
 
 def check_run(
@@ -85,10 +85,11 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> 
     """Refuse, by name, settings that would change the result of a run that has begun."""
     changed = []
     for section, values in now.items():
-        for name, value in values.items():
-            before = saved[section].get(name)
-            if before != value and not (section == "trainer" and name in HARMLESS):
-                changed.append(f"{section}.{name} was {before} and is {value}")
+        before = saved[section]
+        settings = {"trainer": TrainerSettings, "transcoder": TranscoderSettings}.get(section)
+        common = [name for name in values if name in before and before[name] != values[name]]
+        names = common if settings is None else changes(settings, before, values)
+        changed += [f"{section}.{name} was {before[name]} and is {values[name]}" for name in names]
     if changed:
         raise SettingsError(
             f"{folder} has begun with other settings: {'; '.join(changed)}. Give the old values, or another run"

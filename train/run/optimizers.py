@@ -35,7 +35,12 @@ class Optimizers:
         self.fused = device.type in ("cpu", "cuda")
         kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
         decay = 0.0 if settings.optimizer == "adam" else settings.weight_decay
-        adam = kind(list(rest.values()), betas=(beta1, beta2), weight_decay=decay, fused=self.fused)
+        # Decay would pull thresholds to one (their logarithm to zero) and biases to zero: it acts on matrices alone.
+        groups = [
+            {"params": [p for n, p in rest.items() if n.startswith("W_") is matrices], "weight_decay": weight_decay}
+            for matrices, weight_decay in ((True, decay), (False, 0.0))
+        ]
+        adam = kind([group for group in groups if group["params"]], betas=(beta1, beta2), fused=self.fused)
         for parameter in rest.values():
             adam.state[parameter]["step"] = torch.zeros((), device=device)
         self.parts: list[tuple[torch.optim.Optimizer, dict[str, torch.nn.Parameter], tuple[str, ...]]] = [

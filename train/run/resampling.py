@@ -52,6 +52,7 @@ def resample(
             margin -= whole_batch(chosen[l], comm) if chosen[l].dim() else chosen[l]
         transcoder.b_enc[l][dead] = quantile_bias(margin, transcoder.theta(l)[dead], usual_rate * _RATE_SHARE)
         state.density[l][dead] = usual_rate
+        state.silent[l][dead] = 0
         for name in (f"W_enc.{l}", f"b_enc.{l}", f"log_theta.{l}"):
             optimizers.reset_moments(name, dead, comm)
         written = dead if comm.slices == 1 else all_dead.nonzero()[:, 0]

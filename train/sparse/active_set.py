@@ -86,6 +86,17 @@ def choose_active(h_BF: Tensor, rule: Rule, theta_F: Tensor | None, capacity: in
     return choose_above(h_BF, theta_F.detach() - rule.bandwidth / 2, capacity)
 
 
+def compact(chosen: Chosen, capacity: int | None) -> Chosen:
+    """The same entries in a list of `capacity` places, at no synchronisation; `found` says how many there were."""
+    if capacity is None or read_freely(chosen.h) or capacity >= len(chosen.h):
+        return chosen._replace(found=(~is_absent(chosen.h)).sum())
+    present = ~is_absent(chosen.h)
+    places = torch.nonzero_static(present, size=capacity, fill_value=-1)[:, 0]
+    empty, at = places < 0, places.clamp_min(0)
+    tokens = chosen.tokens[at].where(~empty, chosen.tokens[-1])  # at the end, so that tokens keep rising
+    return Chosen(tokens, chosen.features[at], chosen.h[at].masked_fill(empty, ABSENT), present.sum())
+
+
 def choose_topk(h_BF: Tensor, k: int, comm: Collectives) -> Chosen:
     """Each token's k largest over all feature shards, where positive."""
     if read_freely(h_BF):
@@ -128,12 +139,15 @@ def largest_values(chosen: Chosen, count: int, numel: int) -> Tensor:
     return torch.cat([chosen.h, chosen.h.new_full((count - len(chosen.h),), ABSENT)])
 
 
-def keep_reaching(chosen: Chosen, tau: Tensor) -> Chosen:
-    """Only the entries that reach tau; on an accelerator the others stay as empty places."""
+def keep_reaching(chosen: Chosen, tau: Tensor, cut: bool = False) -> Chosen:
+    """Only the entries that reach tau; on an accelerator the others stay as empty places. `cut`: the list was given
+    fewer places than there might be such entries."""
     kept = (chosen.h >= tau) & (chosen.h > 0)
     if read_freely(chosen.h):
         return Chosen(chosen.tokens[kept], chosen.features[kept], chosen.h[kept], int(kept.sum()))
-    return chosen._replace(h=chosen.h.masked_fill(~kept, ABSENT))
+    # Where all of a list is kept, there may have been more: the list was too short.
+    found = kept.sum() + kept.all() if cut else kept.sum()
+    return Chosen(chosen.tokens, chosen.features, chosen.h.masked_fill(~kept, ABSENT), found)
 
 
 def choose_dead(h_BF: Tensor, dead_F: Tensor, k: int, comm: Collectives) -> Chosen:

@@ -37,6 +37,7 @@ from .active_set import (
     choose_dead,
     choose_largest,
     choose_topk,
+    compact,
     is_absent,
     just_below,
     keep_reaching,
@@ -82,7 +83,11 @@ class _Preactivations(torch.autograd.Function):
         grad_b, grad_h = torch.zeros_like(b_enc), b_enc.new_zeros(len(entries.features))
         if grads[0] is not None:
             grad_h = grads[0].to(grad_b.dtype)
-            grad_b.index_add_(0, entries.features, grad_h)
+            if read_freely(grad_h):
+                grad_b.index_add_(0, entries.features, grad_h)
+            else:  # index_add_ is atomic there, in another order every time: sums over each feature's list are not
+                ones, first = grad_h.new_ones(1, 1), torch.zeros_like(entries.order)
+                gather_sum(ones, first, entries.feature_pointer, grad_h[entries.order], grad_b[:, None])
         left = right = None
         if grads[1] is not None:
             left, right = grads[1].to(grad_b.dtype), x_BD.sum(0, dtype=grad_b.dtype)
@@ -210,8 +215,11 @@ def _choose(
     if threshold is not None:
         return choose_above(h_BF, just_below(threshold, h_BF), capacity)
     if rule.activation == "topk":
-        return choose_topk(h_BF, round(k), comm)
+        chosen = choose_topk(h_BF, round(k), comm)
+        return chosen if comm.feature_ranks == 1 else compact(chosen, capacity)
     count = max(1, round(k * h_BF.shape[0] * comm.data_ranks))
+    if rule.k_scope == "all" and not read_freely(h_BF):
+        return choose_largest(h_BF, min(count, capacity or count))  # one layer's share of all layers' count
     largest = choose_largest(h_BF, count)
     if rule.k_scope == "all":
         return largest
@@ -240,8 +248,12 @@ def sparse_pass(
     k = [sum(inputs.k) / len(inputs.k) * transcoder.n_layers] * transcoder.n_layers if over_all else inputs.k
     want_aux = bool(objective.aux_weight) and inputs.use_aux
     # On an accelerator these lists' lengths are not known by nature.
-    open_ended = rule.activation in ("relu", "jumprelu") or inputs.thresholds is not None
+    shared = rule.activation == "topk" and comm.feature_ranks > 1
+    open_ended = rule.activation in ("relu", "jumprelu") or inputs.thresholds is not None or over_all or shared
     room = workspace.room if workspace is not None and open_ended and not read_freely(x) else None
+    if room is not None and over_all:
+        room.expect([round(2 * k[0] * tokens / transcoder.n_layers / comm.feature_ranks)] * transcoder.n_layers)
+    silent_room = workspace.silent_room if workspace is not None and want_aux and not read_freely(x) else None
 
     # 1 and 2, a layer at a time: h [B, F] goes as soon as its entries are known.
     main: list[Chosen] = []
@@ -253,18 +265,25 @@ def sparse_pass(
         h_BF = _product(x[:, l], transcoder.W_enc[l], transcoder.b_enc[l], workspace)
         main.append(_choose(h_BF, rule, k[l], theta, threshold, room and room.of(l), comm))
         if want_aux:
-            silent.append(choose_dead(h_BF, inputs.dead[l], objective.aux_k, comm))
+            dead = choose_dead(h_BF, inputs.dead[l], objective.aux_k, comm)
+            silent.append(dead if silent_room is None else compact(dead, silent_room.of(l)))
         sums.append(h_BF.sum(0) if objective.preactivation else None)
         del h_BF
     if over_all:
         count = max(1, round(k[0] * tokens * comm.data_ranks))
         sizes = [tokens * n for n in transcoder.features]
-        values = [largest_values(chosen, count, n) for chosen, n in zip(main, sizes, strict=True)]
+        if read_freely(x):
+            values = [largest_values(chosen, count, n) for chosen, n in zip(main, sizes, strict=True)]
+        else:
+            values = [chosen.h for chosen in main]
         tau = comm.top_threshold(torch.cat(values), count).clamp_min(0)
-        main = [keep_reaching(chosen, tau) for chosen in main]
+        most = [min(count, n) for n in sizes]
+        main = [keep_reaching(chosen, tau, cut=len(chosen.h) < n) for chosen, n in zip(main, most, strict=True)]
 
     if room is not None:
         room.note([chosen.found for chosen in main])
+    if silent_room is not None:
+        silent_room.note([chosen.found for chosen in silent])
 
     # 3. The lists become leaves of autograd, the decoders write what the entries hold.
     n_rows = 2 * tokens if want_aux else tokens
@@ -291,7 +310,7 @@ def sparse_pass(
     lists, written = share_entries(lists, written, empty, comm)
     given = lists, n_rows, tokens, want_norms, memory, *written, *transcoder.W_dec
     y, y_aux, *norms = _Decode.apply(*given)  # type: ignore[misc]
-    y_hat = add_written(y.to(x.dtype), comm) + _nan_if_short(main, torch.stack(list(transcoder.b_dec)))
+    y_hat = add_written(y.to(x.dtype), comm) + _nan_if_short([*main, *silent], torch.stack(list(transcoder.b_dec)))
     if len(transcoder.W_skip):
         y_hat = y_hat + transcoder.skip(x).to(x.dtype)
 
@@ -307,8 +326,8 @@ def _nan_if_short(chosen: Sequence[Chosen], b_dec: Tensor) -> Tensor:
     """b_dec [L, D], or NaN where a list was too short for its layer: a wrong step must not count."""
     if not any(isinstance(layer.found, Tensor) for layer in chosen):
         return b_dec
-    short = torch.stack([torch.as_tensor(layer.found > len(layer.h), device=b_dec.device) for layer in chosen])
-    return b_dec.masked_fill(short[:, None], torch.nan)
+    short = [torch.as_tensor(layer.found > len(layer.h), device=b_dec.device) for layer in chosen]
+    return b_dec.masked_fill(torch.stack(short).any(), torch.nan)
 
 
 def _activate(h: Tensor, rule: Rule, transcoder: Transcoder, l: int, features: Tensor) -> Tensor:

@@ -34,6 +34,11 @@ class Room:
         """The length of layer l's list; None where nothing is known yet."""
         return self._sizes[l] if self._sizes else None
 
+    def expect(self, counts: Sequence[int]) -> None:
+        """How many there may be at first, where that is known: then not even a first step waits."""
+        if not self._sizes:
+            self._fit(list(counts))
+
     def note(self, found: Sequence[Tensor | int]) -> None:
         """How many entries each layer had in the step that has been sent off."""
         if not self._sizes:
@@ -74,13 +79,13 @@ class Workspace:
         self._gradients: dict[int, Tensor] = {}
         self._lent: dict[int, weakref.ref[Tensor]] = {}
         self._scratch: Tensor | None = None
-        self.room = Room()
+        self.room, self.silent_room = Room(), Room()
 
     def clear(self) -> None:
         """Give the memory back; the next step takes it anew."""
         self._gradients.clear()
         self._lent.clear()
-        self._scratch, self.room = None, Room()
+        self._scratch, self.room, self.silent_room = None, Room(), Room()
 
     def gradient(self, parameter: Tensor) -> tuple[Tensor, bool]:
         """Where a gradient is to be written, and whether it is to be added to what is there."""

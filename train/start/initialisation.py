@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..transcoder import Transcoder
 
+# Pre-activations in memory at once.
+_AT_ONCE = 1 << 27
+
 
 @torch.no_grad()
 def quantile_bias(h_NF: Tensor, theta_F: Tensor, rate: float) -> Tensor:
@@ -25,12 +28,15 @@ def quantile_bias(h_NF: Tensor, theta_F: Tensor, rate: float) -> Tensor:
 
 @torch.no_grad()
 def initialise(transcoder: Transcoder, x_NLD: Tensor, y_mean_LD: Tensor, rate: list[float], decoder: str) -> None:
-    """Set biases from normalised rows, and the decoder to zero where asked; the encoder keeps its random weights."""
+    """Set biases from normalised rows, some features at a time, and the decoder to zero where asked; the encoder keeps
+    its random weights."""
     for l in range(transcoder.n_layers):
         transcoder.b_dec[l].copy_(y_mean_LD[l])
-        transcoder.b_enc[l].zero_()
-        h_NF = transcoder.preactivation(x_NLD[:, l], l)
-        transcoder.b_enc[l].copy_(quantile_bias(h_NF, transcoder.theta(l), rate[l]))
+        theta_F, at_once = transcoder.theta(l), max(1, _AT_ONCE // len(x_NLD))
+        for begin in range(0, transcoder.features[l], at_once):
+            some = slice(begin, begin + at_once)
+            h_NF = torch.nn.functional.linear(x_NLD[:, l], transcoder.W_enc[l][some])
+            transcoder.b_enc[l][some] = quantile_bias(h_NF, theta_F[some], rate[l])
         if decoder == "zero":
             transcoder.W_dec[l].zero_()
 

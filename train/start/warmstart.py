@@ -11,41 +11,51 @@ from .neurons import Neurons
 
 
 @torch.no_grad()
-def start_from(transcoder: Transcoder, source: Transcoder, normalisation: Normalisation) -> None:
+def start_from(part: Transcoder, source: Transcoder, normalisation: Normalisation, comm: Collectives = SINGLE) -> None:
     """Copy a finished transcoder (raw activations) into a new one (normalised): other reach, more features, another
     activation. Features that the source lacks keep their fresh encoders and write nothing at first, and so do layers
-    that it does not reach: with the same activation the result is exact at step 0."""
-    if source.d_model != transcoder.d_model:
-        raise UserError(f"init is {source.d_model} wide and this store {transcoder.d_model}: they are of other models")
-    if source.settings.read != transcoder.settings.read:
-        raise UserError(f"init reads {source.settings.read} and this transcoder {transcoder.settings.read}")
-    if len(source.W_skip) and not len(transcoder.W_skip):
+    that it does not reach: with the same activation the result is exact at step 0. `part` is this rank's, and takes its
+    own share of the source alone."""
+    _check_source(part, source, comm)
+    for l, layer in enumerate(part.layers):
+        s = source.layers.index(layer)
+        first = part.features[l] * comm.feature_rank
+        rows = slice(first, min(source.features[s], first + part.features[l]))
+        n = max(0, rows.stop - rows.start)
+        scale_in, scale_out = normalisation.in_scale[l], normalisation.out_scale
+        part.W_enc[l][:n] = source.W_enc[s][rows].to(part.device) / scale_in
+        part.b_enc[l][:n] = source.b_enc[s][rows].to(part.device)
+        part.b_dec[l].copy_(own_slice(source.b_dec[s], comm).to(part.device) * scale_out[l])
+        written = slice(0, source.features[s]) if comm.slices > 1 else rows
+        part.W_dec[l].zero_()
+        for offset in range(part.reach_at(l)):
+            target = part.layers[l + offset]
+            if target in source.layers[s : s + source.reach_at(s)]:
+                own = own_slice(source.W_dec[s][written, source.layers.index(target) - s], comm).to(part.device)
+                part.W_dec[l][: len(own), offset] = own * scale_out[l + offset]
+        if len(part.log_theta) and len(source.log_theta):
+            part.log_theta[l][:n] = source.log_theta[s][rows].to(part.device)
+        if len(part.W_skip):
+            part.W_skip[l].zero_()
+            if len(source.W_skip):
+                skip = own_slice(source.W_skip[s].T, comm).T.to(part.device)
+                part.W_skip[l].copy_(skip * scale_out[l] / scale_in)
+
+
+def _check_source(part: Transcoder, source: Transcoder, comm: Collectives) -> None:
+    if source.d_model != part.d_model:
+        raise UserError(f"init is {source.d_model} wide and this store {part.d_model}: they are of other models")
+    if source.settings.read != part.settings.read:
+        raise UserError(f"init reads {source.settings.read} and this transcoder {part.settings.read}")
+    if len(source.W_skip) and not len(part.W_skip):
         raise UserError("init has a skip, without which its features do not fit: set transcoder.skip=true")
-    missing = [layer for layer in transcoder.layers if layer not in source.layers]
+    missing = [layer for layer in part.layers if layer not in source.layers]
     if missing:
         raise UserError(f"init does not cover layer {missing[0]}; it covers {', '.join(map(str, source.layers))}")
-    for l, layer in enumerate(transcoder.layers):
-        s = source.layers.index(layer)
-        n, fresh = source.features[s], transcoder.features[l]
-        if n > fresh:
-            raise UserError(f"init has {n} features in layer {layer}, and transcoder.features={fresh} is fewer")
-        scale_in, scale_out = normalisation.in_scale[l], normalisation.out_scale
-        transcoder.W_enc[l][:n] = source.W_enc[s].to(transcoder.device) / scale_in
-        transcoder.b_enc[l][:n] = source.b_enc[s].to(transcoder.device)
-        transcoder.b_dec[l].copy_(source.b_dec[s].to(transcoder.device) * scale_out[l])
-        transcoder.W_dec[l].zero_()
-        for offset in range(transcoder.reach_at(l)):
-            target = transcoder.layers[l + offset]
-            if target in source.layers[s : s + source.reach_at(s)]:
-                written = source.W_dec[s][:, source.layers.index(target) - s].to(transcoder.device)
-                transcoder.W_dec[l][:n, offset] = written * scale_out[l + offset]
-        if len(transcoder.log_theta) and len(source.log_theta):
-            transcoder.log_theta[l][:n] = source.log_theta[s].to(transcoder.device)
-        if len(transcoder.W_skip):
-            transcoder.W_skip[l].zero_()
-            if len(source.W_skip):
-                skip = source.W_skip[s].to(transcoder.device)
-                transcoder.W_skip[l].copy_(skip * scale_out[l] / scale_in)
+    for l, layer in enumerate(part.layers):
+        there, fresh = source.features[source.layers.index(layer)], part.features[l] * comm.feature_ranks
+        if there > fresh:
+            raise UserError(f"init has {there} features in layer {layer}, and transcoder.features={fresh} is fewer")
 
 
 @torch.no_grad()

@@ -43,13 +43,14 @@ def part_settings(settings: TranscoderSettings, n_layers: int, d_model: int, com
 
 
 def new_part(
-    settings: TranscoderSettings, d_model: int, layers: Sequence[int], seed: int, meta: dict[str, Any],
-    comm: Collectives,
+    settings: TranscoderSettings, d_model: int, layers: Sequence[int], seed: int | None, meta: dict[str, Any],
+    comm: Collectives, decoders: bool = True,
 ) -> Transcoder:  # fmt: skip
-    """This rank's part of a new transcoder, of which no rank holds the whole."""
+    """This rank's part of a new transcoder, of which no rank holds the whole; zeros where there is no `seed`."""
     own = part_settings(settings, len(layers), d_model, comm)
     part = Transcoder(own, d_model, layers, seed=None, meta=meta, slices=comm.slices)
-    part.reset_parameters(seed, comm.feature_rank, comm.feature_ranks)
+    if seed is not None:
+        part.reset_parameters(seed, comm.feature_rank, comm.feature_ranks, decoders)
     return part
 
 

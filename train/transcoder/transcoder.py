@@ -13,6 +13,7 @@ set), `decode`. `loss/objective.py` composes them densely; `sparse/forward.py` w
 
 import json
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import asdict, fields, replace
@@ -34,8 +35,8 @@ from .stored_rows import StoredRows, read_weights
 FORMAT_VERSION = 1
 WEIGHTS_FILE, DESCRIPTION_FILE = "transcoder.safetensors", "transcoder.json"
 
-# Random numbers in memory at once, when a large transcoder is begun.
-_DRAWN_AT_ONCE = 1 << 24
+# Rows that are drawn from one seed.
+_DRAWN_TOGETHER = 64
 
 Acts = Sequence[Tensor | SparseActs]
 
@@ -105,30 +106,33 @@ class Transcoder(nn.Module):
         return self.b_dec[0].dtype
 
     @torch.no_grad()
-    def reset_parameters(self, seed: int = 0, rank: int = 0, ranks: int = 1) -> None:
-        """Encoder U(+-1/sqrt F), decoder U(+-1/sqrt(L D)), biases zero, thresholds theta_init; drawn on the CPU.
+    def reset_parameters(self, seed: int = 0, rank: int = 0, ranks: int = 1, decoders: bool = True) -> None:
+        """Encoder U(+-1/sqrt F), decoder U(+-1/sqrt(L D)) or left at zero, biases zero, thresholds theta_init.
 
-        Where this is one of several parts of a transcoder, the part of the numbers that the whole would have.
+        Rows are drawn on the CPU, each block of them from a seed of its own: one of several parts of a transcoder draws
+        its own rows alone, and gets what the whole would have there.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator()
 
-        def uniform(parameter: Tensor, bound: float, dim: int = 0) -> None:
-            whole, own = list(parameter.shape), parameter.shape[dim]
-            whole[dim] *= ranks
-            step = max(1, _DRAWN_AT_ONCE // math.prod(whole[1:]))
-            for begin in range(0, whole[0], step):
-                end = min(begin + step, whole[0])
-                noise = (2 * torch.rand((end - begin, *whole[1:]), generator=generator) - 1) * bound
-                if dim:
-                    parameter[begin:end] = noise.narrow(dim, rank * own, own)
-                    continue
-                first, last = max(begin, rank * own), min(end, (rank + 1) * own)
-                if first < last:
-                    parameter[first - rank * own : last - rank * own] = noise[first - begin : last - begin]
+        def uniform(name: str, parameter: Tensor, bound: float, dim: int = 0) -> None:
+            own, first = len(parameter), 0 if dim else rank * len(parameter)
+            width = list(parameter.shape[1:])
+            if dim:
+                width[dim - 1] *= ranks
+            for block in range(first // _DRAWN_TOGETHER, -(-(first + own) // _DRAWN_TOGETHER)):
+                begin = block * _DRAWN_TOGETHER
+                generator.manual_seed(zlib.crc32(f"{seed}/{name}/{block}".encode()))
+                noise = (2 * torch.rand((_DRAWN_TOGETHER, *width), generator=generator) - 1) * bound
+                low, high = max(begin, first), min(begin + _DRAWN_TOGETHER, first + own)
+                part = noise[low - begin : high - begin]
+                size = parameter.shape[dim]
+                parameter[low - first : high - first] = part.narrow(dim, rank * size, size) if dim else part
 
         for l, size in enumerate(self.features):
-            uniform(self.W_enc[l], 1 / math.sqrt(size * ranks))
-            uniform(self.W_dec[l], 1 / math.sqrt(self.n_layers * self.d_model), dim=2 if self.slices > 1 else 0)
+            uniform(f"W_enc.{l}", self.W_enc[l], 1 / math.sqrt(size * ranks))
+            if decoders:
+                bound = 1 / math.sqrt(self.n_layers * self.d_model)
+                uniform(f"W_dec.{l}", self.W_dec[l], bound, dim=2 if self.slices > 1 else 0)
         for log_theta in self.log_theta:
             log_theta.fill_(math.log(self.settings.theta_init))
 
@@ -238,10 +242,12 @@ class Transcoder(nn.Module):
         """Per target layer [B, D]: the features' part alone, no bias and no skip (so, what shards add up)."""
         written: list[Tensor | None] = [None] * self.n_layers
         for l, acts_l in enumerate(acts):
-            for offset, part_BD in enumerate(self.decode_from(l, acts_l).unbind(-2)):
+            part = self.decode_from(l, acts_l)
+            # Layers add up in float32, whatever they are computed in.
+            for offset, part_BD in enumerate((part.float() if part.dtype.itemsize < 4 else part).unbind(-2)):
                 before = written[l + offset]
                 written[l + offset] = part_BD if before is None else before + part_BD
-        return [part for part in written if part is not None]
+        return [part.to(self.dtype) for part in written if part is not None]
 
     def decode(self, acts: Acts, x: Tensor | None = None) -> Tensor:
         """Activations of every layer -> y^ [B, L, D]; a transcoder with skip needs `x` too."""
