@@ -50,7 +50,7 @@ def test_evaluation_and_features_are_the_same_on_several_processes(count: int, d
     on(count, tmp_path / "eval", "eval", f"run={runs[1]}", *EVAL)
     one, several = (json.loads((run / "eval.json").read_text()) | {"made_with": None} for run in runs)
     assert different(several, one) == []
-    words = ["features.tokens=2000", "features.examples=3"]
+    words = ["features.tokens=2000", "features.top=3"]
     assert main(["features", f"run={runs[0]}", *words]) == 0
     on(count, tmp_path / "features", "features", f"run={runs[1]}", *words)
     one, several = (files(run / "features") for run in runs)

@@ -17,6 +17,7 @@ from crosslace.train.settings import TrainerSettings, TranscoderSettings, change
 from crosslace.train.step import train_step
 from crosslace.train.trainer import Trainer, train
 
+RATES = {"lr_scale": 6.0, "lr_decay": 0.4}
 QUICK = TrainerSettings(
     steps=60, batch=64, lr_scale=6.0, lr_decay=0.4, eval_every=30, checkpoint_every=20, log_every=10, dead_after=2000,
     keep_best=True,
