@@ -8,7 +8,7 @@ RUN ?= runs/demo
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick smollm2 test test-slow test-interop lint format bench clean
+.PHONY: help demo demo-quick smollm2 gpu test test-slow test-interop lint format bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -58,6 +58,13 @@ format: $(VENV)/.tools  ## let ruff put the tree in order
 bench: $(VENV)/.tools  ## the benchmarks, one after another, as tables
 	@for file in benchmarks/*.py; do name=$$(basename $$file .py); \
 	  case $$name in _*) ;; *) echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1;; esac; done
+
+gpu: $(VENV)/.ready  ## on a machine with a GPU: every test, the demonstration and the benchmarks; figures in gpu.jsonl
+	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "no GPU that torch can see"; print(torch.cuda.get_device_name())'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not interop"
+	$(BIN)/crosslace demo run=$(RUN)-gpu
+	@for name in train_step store attribution scaling; do echo "== $$name"; \
+	  $(BIN)/python -m benchmarks.$$name --json | tee -a gpu.jsonl || exit 1; done
 
 clean:  ## remove the environment and what tools left; runs and stores stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
