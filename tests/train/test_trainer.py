@@ -1,8 +1,10 @@
 """Whole runs in one process: what they reach, write, resume from, and refuse."""
 
+import gc
 import json
 import signal
 import time
+import weakref
 from dataclasses import asdict, replace
 
 import pytest
@@ -326,3 +328,24 @@ def test_bad_input_is_refused_before_any_work(planted, tmp_path):
     with pytest.raises(UserError, match="muon needs each matrix whole"):
         train(replace(QUICK, optimizer="muon"), SMALL, train_store, held_out, tmp_path / "never", comm=sharded)
     assert not (tmp_path / "never").exists()
+
+
+def test_nothing_of_a_finished_training_stays_in_memory(planted, tmp_path):
+    """The next one in the same process (a sweep) needs the room: no circle keeps weights until a collector comes by."""
+    gc.collect()
+    gc.disable()
+    try:
+        trainer = Trainer(replace(QUICK, steps=4), SMALL, planted.train, planted.held_out, tmp_path)
+        weights = weakref.ref(trainer.parts.transcoder)
+        trainer.run()
+        del trainer
+        assert weights() is None
+    finally:
+        gc.enable()
+
+
+def test_checkpoints_of_chosen_steps_stay_for_good(planted, tmp_path):
+    settings = replace(QUICK, checkpoint_every=10, keep_checkpoints=1, keep_every=20, keep_best=False)
+    train(settings, SMALL, planted.train, planted.held_out, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-20", "step-40", "step-60"]
+    assert not (tmp_path / "best").exists()
