@@ -146,7 +146,7 @@ def test_what_a_run_writes(planted, tmp_path):
     assert {"lr", "tokens_per_second", "loader_stall", "memory", "bad_steps"} <= training[-1].keys()
     assert training[-1]["tokens"] == 60 * 64
     held_out = [r for r in records if "held_out/nmse" in r]
-    assert [r["step"] for r in held_out] == [30, 60, 60] and held_out[-1]["held_out/theta/1"] > 0
+    assert [r["step"] for r in held_out] == [30, 60] and held_out[-1]["held_out/theta/1"] > 0
     assert notes[9] == "" and notes[10].startswith(f"nmse {training[0]['nmse']:.4f}  l0 {training[0]['l0']:.1f}")
     assert sink.resumed == {} and [step for step, _ in sink.lines][-1] == 60
     assert {"density/0", "density/1"} <= sink.histograms.keys() and sink.summary["held_out/nmse"] > 0
@@ -282,7 +282,7 @@ def test_a_warm_start_begins_where_the_other_ended(planted, tmp_path):
     plt = train(settings, replace(shape, reach="1"), planted.train, planted.held_out, tmp_path / "plt")
     source = Transcoder.load(tmp_path / "plt" / "transcoder")
     # equal features begin where the other ended; fresh ones fire, write nothing yet, and take a share of the L0
-    for features, tolerance in ((shape.features, 0.01), (64, 0.1)):
+    for features, tolerance in ((shape.features, 0.01), (64, 0.2)):
         wider, folder = replace(shape, features=features), tmp_path / f"clt{features}"
         trainer = Trainer(settings, wider, planted.train, planted.held_out, folder, init=source)
         warm = trainer._evaluate(1024).report["overall"]["nmse"]
