@@ -51,10 +51,18 @@ export const found = computed(() => {
   return new Set(nodes.flatMap((node, i) => (query.value.test(node, nodeName(model.value, kept.value, i), tokens, kept.value.notes[node.key] ?? "") ? [i] : [])));
 });
 
+// A click on what is shown already changes nothing here, so that nothing is laid out anew.
 export const shown = computed(() => {
+  const own = shownUnchosen.value;
+  if (!own || chosen.value < 0 || own[chosen.value]) return own;
+  const more = own.slice();
+  more[chosen.value] = 1;
+  return more;
+});
+
+const shownUnchosen = computed(() => {
   if (!model.value) return null;
   const always = new Set(Object.keys(drawn.value.pins).map((key) => model.value.byKey.get(key)).filter((i) => i !== undefined));
-  if (chosen.value >= 0) always.add(chosen.value);
   if (found.value && !query.value.problem && found.value.size <= 400) for (const i of found.value) always.add(i);
   return shownNodes(model.value, { share: share.value, errors: route.value.errors === "1", biases: route.value.biases === "1" }, always);
 });
