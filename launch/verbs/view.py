@@ -28,8 +28,10 @@ def written(folder: Path, graph: str, path: Path) -> Closing:
 
     found = [run for run in Runs(folder).all().values() if graph in run.graphs()]
     if len(found) != 1:
-        where = "no run" if not found else f"{len(found)} runs ({', '.join(run.name for run in found)})"
-        raise UserError(f"{where} at {folder} has a graph {graph}; name the run that holds it with run=")
+        where = f"no run at {folder} has"
+        if found:
+            where = f"{len(found)} runs at {folder} ({', '.join(run.name for run in found)}) have"
+        raise UserError(f"{where} a graph {graph}; name the run that holds it with run=")
     save_page(found[0], graph, path)
     return Closing("written", wrote=[(str(path), "the graph's page, which opens from disk")])
 

@@ -326,11 +326,21 @@ def test_view_serves_until_it_is_stopped(demo: Path) -> None:
         assert process.stdout is not None
         line = process.stdout.readline()
         address = next(word for word in line.split() if word.startswith("http://127.0.0.1:"))
-        with urllib.request.urlopen(address, timeout=20) as answer:
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())  # the token becomes a cookie
+        with opener.open(address, timeout=20) as answer:
             assert answer.status == 200
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 0
     assert runs.read_json(demo / "summary.json")["graph"]["top_token"] == "Austin"
+
+
+def test_view_writes_a_graphs_page_as_one_file(demo: Path, crosslace, tmp_path: Path) -> None:
+    page = tmp_path / "dallas.html"
+    assert crosslace("view", f"run={demo / 'clt'}", "graph=dallas", f"html={page}").code == 0
+    assert "crosslace-data" in page.read_text() and "Austin" in page.read_text()
+    for words, sentence in ((["graph=x", f"html={page}"], "has a graph x"), (["graph=dallas"], "belong together")):
+        refused = crosslace("view", f"run={demo / 'clt'}", *words)
+        assert refused.code == 2 and sentence in refused.err
 
 
 def test_training_begins_with_a_finished_run(demo: Path, crosslace, tmp_path: Path) -> None:
