@@ -154,6 +154,13 @@ VERBS = {
         ('crosslace steer run=runs/clt prompt="..." set="[{layer: 1, position: 7, feature: 310, times: 0}]"',),
         "shorten the prompt, or take model.dtype=bfloat16",
     ),
+    "compare": Verb(
+        "say what two graphs share and what they do not",
+        "launch.verbs.view",
+        "CompareSettings",
+        (),
+        ("crosslace compare run=runs/clt first=dallas second=seattle by=tokens",),
+    ),
     "view": Verb(
         "look at graphs and features in a local page",
         "launch.verbs.view",

@@ -5,6 +5,7 @@ from .circuit_tracer import import_circuit_tracer as import_circuit_tracer
 from .explanations import read_explanations as read_explanations
 from .explanations import write_explanations as write_explanations
 from .importing import PROGRAMS as PROGRAMS
+from .importing import SAMPLE as SAMPLE
 from .importing import cached as cached
 from .importing import import_transcoder as import_transcoder
 from .importing import measured_nmse as measured_nmse

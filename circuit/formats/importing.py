@@ -6,6 +6,7 @@ Layers are read and written one at a time, so that memory holds one of them, wha
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -88,9 +89,10 @@ def cached(source: str | Path, cache: Path, lm: LanguageModel) -> Path:
 
 
 @torch.no_grad()
-def measured_nmse(model: LocalModel) -> list[float]:
+def measured_nmse(model: LocalModel, texts: Sequence[str | Sequence[int]] = SAMPLE) -> list[float]:
     """NMSE of each covered layer on a few hundred tokens: above 1, a transcoder says less than nothing at all would."""
-    texts = SAMPLE if model.lm.tokenizer is not None else [list(range(model.lm.d_vocab))[: model.lm.context_length]]
+    if model.lm.tokenizer is None and texts is SAMPLE:
+        texts = [list(range(model.lm.d_vocab))[: model.lm.context_length]]
     missed = torch.zeros(model.transcoder.n_layers, dtype=torch.float64)
     total = torch.zeros_like(missed)
     for text in texts:

@@ -69,26 +69,51 @@ def main_groups(graph: Graph, most: int = 12) -> dict[str, list[int]]:
     return {name: groups[name] for name in sorted(groups, key=strength.__getitem__, reverse=True)[:most]}
 
 
-def widest_path(found: Collapsed, target: str) -> list[int]:
-    """From a token to a target by way of groups, so that the least that flows along any step is as large as can be."""
-    G, end = len(found.names), found.names.index(target)
-    size = found.flow.abs()
-    tokens = {g for g, ids in enumerate(found.groups) if found.names[g].startswith(("'", '"'))}
-    width, back = [0.0] * G, [-1] * G
-    width[end], left = float("inf"), set(range(G))
+def widest_path(found: Collapsed, target: str, through: str | None = None) -> list[int]:
+    """From a token to a target by way of groups (of the one `through` names), so that the least that flows along any
+    step is as large as can be."""
+    end = found.names.index(target)
+    if through is None:
+        return _from_tokens(found, end)
+    middle = found.names.index(through)
+    width, onward = _widths(found, end)
+    first = _from_tokens(found, middle) if width[middle] else []
+    return first and [*first, *_follow(onward, middle, end)[1:]]
+
+
+def _from_tokens(found: Collapsed, end: int) -> list[int]:
+    """The widest path from any token to a group."""
+    width, onward = _widths(found, end)
+    tokens = _tokens(found)
+    best = max(tokens, key=width.__getitem__, default=end)
+    return _follow(onward, best, end) if best != end and width[best] else []
+
+
+def _widths(found: Collapsed, end: int) -> tuple[list[float], list[int]]:
+    """How wide the widest path from each group to `end` is, and the next group on it; tokens pass nothing on, and from
+    a token straight to a logit is no path."""
+    size, tokens, G = found.flow.abs().tolist(), _tokens(found), len(found.names)
+    width, onward, left = [0.0] * G, [-1] * G, set(range(G))
+    width[end] = float("inf")
     while left:
         here = max(left, key=width.__getitem__)
         left.discard(here)
         if here in tokens or width[here] == 0:
             continue
         for source in left:
-            through = min(width[here], float(size[here, source]))
-            if through > width[source] and not (source in tokens and here == end):
-                width[source], back[source] = through, here
-    best = max(tokens, key=width.__getitem__, default=-1)
-    if best < 0 or width[best] == 0:
-        return []
-    path = [best]
+            step = min(width[here], size[here][source])
+            direct = source in tokens and found.names[here].startswith("logit ")
+            if step > width[source] and not direct:
+                width[source], onward[source] = step, here
+    return width, onward
+
+
+def _follow(onward: list[int], start: int, end: int) -> list[int]:
+    path = [start]
     while path[-1] != end:
-        path.append(back[path[-1]])
+        path.append(onward[path[-1]])
     return path
+
+
+def _tokens(found: Collapsed) -> set[int]:
+    return {g for g, name in enumerate(found.names) if name.startswith(("'", '"'))}

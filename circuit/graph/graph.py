@@ -247,7 +247,7 @@ class Graph:
             stored=stored,
             nodes=self.nodes.select(ids),
             cancelled=cancelled,
-            metadata=self.metadata | {"accounting": accounting},
+            metadata=self._own_metadata() | {"accounting": accounting},
             supernodes={name: group for name, group in groups.items() if group},
         )
 
@@ -258,7 +258,7 @@ class Graph:
         keep = fewest_edges(self.values, self.influence_per_input, share)
         gone = ~(keep | from_error[self.stored.sources()])
         stored, cancelled = self.stored.moved_to_errors(gone, self.cancelled, self._errors_of_all())
-        return self._replaced(stored=stored, cancelled=cancelled)
+        return self._replaced(stored=stored, cancelled=cancelled, metadata=self._own_metadata())
 
     def _errors_of_all(self) -> Tensor:
         """[N] the error (or kept) node of every source's (layer, position), an embedding's being that of the first
@@ -272,6 +272,10 @@ class Graph:
         table = torch.full((int(place_of.max()) + 1,), -1, device=errors.device)
         table[place_of[errors]] = errors
         return torch.where(nodes.mask("logit"), self.n_features, table[place_of])
+
+    def _own_metadata(self) -> dict[str, Any]:
+        """For a smaller graph: without the scores of the whole, which are not its own."""
+        return {name: value for name, value in self.metadata.items() if name != "scores"}
 
     def _replaced(self, **fields: Any) -> "Graph":
         """A copy with other fields, whose labels and groups are its own."""
@@ -287,8 +291,8 @@ class Graph:
 
     def carrying(self, share: float) -> "Graph":
         """The part that carries `share` of the influence, for keeping: the fewest nodes, then the fewest edges of any
-        kind. What goes counts as input from errors in every score, each target's in one number, so that a graph of
-        thousands of features takes megabytes."""
+        kind. What goes is booked as input from errors, each target's in one number, so that a graph of thousands of
+        features takes megabytes; `scores` remain those of the whole."""
         check_range("share", share, 0, 1)
         if share == 1:
             return self
@@ -298,7 +302,7 @@ class Graph:
         gone = ~fewest_edges(edges, part.influence_per_input, share)
         cancelled = part.cancelled + (edges.abs() * gone).sum(1)
         part = part._replaced(stored=DenseRows(edges.masked_fill(gone, 0)), cancelled=cancelled)
-        part.metadata = part.metadata | {"carries": share}
+        part.metadata = part.metadata | {"carries": share, "scores": self.scores()}
         return part
 
     # -- asking -------------------------------------------------------------------------------------------------

@@ -106,14 +106,17 @@ def circuit_rows(graph: Graph, most: int = 12) -> list[tuple[str, str, str, floa
 
 
 def flow_text(graph: Graph, most: int = 12) -> str:
-    """The widest path through groups to the likeliest logits, how much the groups carry, and what the rest is."""
+    """The widest paths through groups to the likeliest logits, also by way of the groups that have a name, how much the
+    groups carry, and what the rest is."""
     groups = main_groups(graph, most)
     if not groups:
         return "no feature carries any influence on the answer"
     found, lines = collapsed(graph, groups), []
     for logit in graph.logits[:2]:
-        path = widest_path(found, f"logit {logit.label!r}")
-        if path:
+        end = f"logit {logit.label!r}"
+        named = [name for name in groups if name in graph.supernodes][:3]
+        paths = [widest_path(found, end), *(widest_path(found, end, name) for name in named)]
+        for path in dict.fromkeys(tuple(path) for path in paths if path):
             least = min(abs(float(found.flow[t, s])) for s, t in pairwise(path))
             steps = "  ->  ".join(found.names[g] for g in path)
             lines.append(f"widest path: {steps}   (each step carries {least:.1%} of the answer or more)")

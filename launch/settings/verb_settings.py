@@ -179,6 +179,29 @@ class SteerSettings(Common):
 
 
 @dataclass(frozen=True)
+class CompareSettings(Common):
+    """Comparing graphs."""
+
+    run: str = ""
+    """The run whose graphs are named by their slugs; not needed where folders are given."""
+    first: str = ""
+    """A graph: its slug, or its folder."""
+    second: str = ""
+    """Another one, of the same transcoder."""
+    by: str = "tokens"
+    """What makes two features the same: `tokens` (positions of tokens that the prompts share), `position`, or `feature`
+    (wherever it fires)."""
+    top: int = 10
+    """How many features to list."""
+
+    def __post_init__(self) -> None:
+        require("first", self.first, "a graph's slug or folder")
+        require("second", self.second, "another graph's slug or folder")
+        check_choice("by", self.by, ("position", "tokens", "feature"))
+        check_range("top", self.top, low=1)
+
+
+@dataclass(frozen=True)
 class ViewVerbSettings(Common):
     """The viewer."""
 

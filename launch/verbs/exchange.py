@@ -6,7 +6,7 @@ from typing import Any
 from ...conf import SOURCES
 from ...data.errors import UserError
 from ..terminal import Closing
-from ..workspace import Job, model_settings, open_model, runs
+from ..workspace import Job, model_settings, open_model, runs, world_of
 
 
 def run(job: Job) -> Closing:
@@ -89,11 +89,13 @@ def _fit(folder: Path, model: Any) -> str:
     it was trained."""
     if model is None:
         return "not measured: name the model with model= to see whether the transcoder fits it"
-    from ...circuit.formats import measured_nmse
+    from ...circuit.formats import SAMPLE, measured_nmse
     from ...circuit.model import ReplacementModel
 
     replacement = ReplacementModel.load(folder, model, lazy_decoders=True)
-    nmse = dict(zip(replacement.transcoder.layers, measured_nmse(replacement)))
+    world = world_of(model)  # a world's model knows no other language than its own
+    texts = [q.prompt for q in world.questions("two_hop", "held_out")[:40]] if world else SAMPLE
+    nmse = dict(zip(replacement.transcoder.layers, measured_nmse(replacement, texts)))
     worst = max(nmse, key=nmse.__getitem__)
     said = f"NMSE on a few hundred tokens: {sum(nmse.values()) / len(nmse):.3g} in the mean over layers, "
     said += f"{nmse[worst]:.3g} in layer {worst}"
