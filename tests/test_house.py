@@ -1,6 +1,7 @@
 """The house's own rules, each for the whole tree: who may import whom, how large it gets, what it must never hold."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from crosslace.data.compiler import find_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("data", "train", "circuit", "launch")
@@ -256,11 +258,14 @@ def test_public_names_load_on_first_use() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.slow
-def test_the_wheel_holds_code_presets_and_the_viewers_files(tmp_path: Path) -> None:
+def tracked_files() -> list[str]:
+    return subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+
+
+def built_wheel(tmp_path: Path) -> Path:
+    """A wheel of what git knows."""
     tree = tmp_path / "tree"
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-    for name in tracked:
+    for name in tracked_files():
         if (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes((ROOT / name).read_bytes())
@@ -268,7 +273,13 @@ def test_the_wheel_holds_code_presets_and_the_viewers_files(tmp_path: Path) -> N
     out = tmp_path / "wheel"
     out.mkdir()
     subprocess.run([sys.executable, "-c", build, str(out)], cwd=tree, check=True, capture_output=True)
-    names = set(zipfile.ZipFile(next(out.glob("*.whl"))).namelist())
+    return next(out.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_code_presets_and_the_viewers_files(tmp_path: Path) -> None:
+    tracked = tracked_files()
+    names = set(zipfile.ZipFile(built_wheel(tmp_path)).namelist())
     here = {
         f"crosslace/{name_of(path)}"
         for path in [*MODULES, *(ROOT / "conf").rglob("*.yaml")]
@@ -277,7 +288,38 @@ def test_the_wheel_holds_code_presets_and_the_viewers_files(tmp_path: Path) -> N
     assert here <= names
     static = {f"crosslace/{name}" for name in tracked if name.startswith("circuit/viewer/static/")}
     assert static <= names
+    assert {f"crosslace/{name}" for name in tracked if name.startswith("data/worlds/world/shipped/")} <= names
     assert not any(name.startswith(("crosslace/tests", "tests/")) for name in names)
+    if find_compiler() is not None:
+        assert any(re.fullmatch(r"crosslace/data/built/sparse-\w+\.so", name) for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_an_installed_wheel_runs_the_demonstration_outside_the_repository(tmp_path: Path) -> None:
+    wheel = built_wheel(tmp_path)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(tmp_path / "site")]
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
+    (tmp_path / "empty").mkdir()
+    environment = os.environ | {
+        "PYTHONPATH": str(tmp_path / "site"), "CROSSLACE_CACHE": str(tmp_path / "cache"),
+        "WANDB_MODE": "disabled", "CXX": "no-compiler", "PATH": f"{tmp_path / 'site' / 'bin'}",
+    }
+    where = "import crosslace, sys; from crosslace.train.sparse import cpu; print(crosslace.__file__, cpu.load() is not None)"
+    told = subprocess.run(
+        [sys.executable, "-c", where],
+        cwd=tmp_path / "empty",
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert str(tmp_path / "site") in told
+    if find_compiler() is not None:
+        assert told.strip().endswith("True"), "kernels are ready, without a compiler where it is used"
+    command = [sys.executable, "-m", "crosslace.launch", "demo", "experiment=demo_quick", "run=demo"]
+    subprocess.run(command, cwd=tmp_path / "empty", env=environment, check=True, capture_output=True)
+    assert (tmp_path / "empty" / "demo" / "report.html").is_file()
 
 
 def test_the_architecture_page_names_every_floor_and_no_file_that_is_not_there() -> None:
