@@ -1,6 +1,6 @@
 """C++ kernels: compiled once and called through ctypes, which lets go of the GIL.
 
-The package's build compiles them where it finds a compiler (`setup.py`); else that is done on first use, into the cache.
+The package's build compiles them where it finds a compiler (`setup.py`); else the first use does, into the cache.
 A library belongs to the processor that it was compiled on. A compiler that fails is tried once: what it said is kept
 beside where the library would be. Nothing depends on kernels: without them `compiled` gives None, and plain PyTorch
 does the work, more slowly.

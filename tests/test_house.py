@@ -302,10 +302,15 @@ def test_an_installed_wheel_runs_the_demonstration_outside_the_repository(tmp_pa
     subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
     (tmp_path / "empty").mkdir()
     environment = os.environ | {
-        "PYTHONPATH": str(tmp_path / "site"), "CROSSLACE_CACHE": str(tmp_path / "cache"),
-        "WANDB_MODE": "disabled", "CXX": "no-compiler", "PATH": f"{tmp_path / 'site' / 'bin'}",
+        "PYTHONPATH": str(tmp_path / "site"),
+        "CROSSLACE_CACHE": str(tmp_path / "cache"),
+        "WANDB_MODE": "disabled",
+        "CXX": "no-compiler",
+        "PATH": f"{tmp_path / 'site' / 'bin'}",
     }
-    where = "import crosslace, sys; from crosslace.train.sparse import cpu; print(crosslace.__file__, cpu.load() is not None)"
+    where = (
+        "import crosslace; from crosslace.train.sparse import cpu; print(crosslace.__file__, cpu.load() is not None)"
+    )
     told = subprocess.run(
         [sys.executable, "-c", where],
         cwd=tmp_path / "empty",

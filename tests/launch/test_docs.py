@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from crosslace.conf.describe import presets
 from crosslace.launch.cli.main import main
 from crosslace.launch.workspace.job import start
 
@@ -101,6 +102,12 @@ def test_every_command_runs(document: Path, demo: Path, tmp_path: Path, monkeypa
         if verb.startswith("-") or any(word in ("--help", "-h") for word in shown):
             assert main([verb, *shown]) == 0
             continue
+        if "--plan" in shown and "world" not in line:
+            assert main([verb, *shown]) in (0, 2), line  # as it stands: 2 where the page says that it does not fit
+            continue
+        if "--cfg" in shown:
+            assert main([verb, *shown]) == 0, line
+            continue
         given = quick(verb, shown, tmp_path)
         if verb not in (*NEW, "cache"):
             prepared(tmp_path, demo, named(given))
@@ -133,3 +140,24 @@ def test_every_link_inside_the_repository_leads_somewhere(document: Path) -> Non
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_presets_take_what_the_sizing_page_says() -> None:
+    """Every experiment for a real model stands in the table, composes, and plans to take what it says."""
+    from crosslace.data.units import parse_bytes
+    from crosslace.launch.verbs.plan_run import shape_of
+    from crosslace.train.planning import make_plan
+
+    text = (ROOT / "docs" / "sizing.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\w+_(?:clt|plt)) \|(.*)\|$", text, re.MULTILINE))
+    real = [name for name in presets("experiment") if not name.startswith(("demo", "smollm2"))]
+    assert sorted(rows) == sorted(real)
+    for name, row in rows.items():
+        processes, parameters, store, peak = (cell.strip() for cell in row.split("|"))
+        job = start("train", ["run=r", f"experiment={name}", f"parallel.features={processes}"])
+        shape = shape_of(job)
+        plan = make_plan(shape, *(job.section(part) for part in ("transcoder", "trainer", "parallel", "machine")))
+        scale = {"M": 1e6, "B": 1e9}[parameters[-1]]
+        assert plan.parameters == pytest.approx(float(parameters[:-1]) * scale, rel=0.02), name
+        assert plan.store == pytest.approx(parse_bytes(store.replace(" ", "")), rel=0.1), name
+        assert plan.device_peak == pytest.approx(parse_bytes(peak.replace(" ", "")), rel=0.1), name
