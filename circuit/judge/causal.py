@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...data.errors import Progress, silent
-from ..graph import Graph
+from ..graph import Graph, Node
 from ..model import ReplacementModel
 from ..replacement import Intervention
 from .graph_scores import mean_interval
@@ -63,8 +63,12 @@ def path_features(graph: Graph, answer: int) -> tuple[list[int], str]:
     target = next(logit.id for logit in graph.logits if logit.token == answer)
     paths = graph.top_paths(None, target, count=PATHS, direct=False)
     ids = sorted({node for path in paths for node in path.nodes if node < graph.n_features})
-    words = " -> ".join(str(graph.nodes[node].label) for node in paths[0].nodes) if paths else ""
-    return ids, words
+    return ids, " -> ".join(_name(graph.nodes[node]) for node in paths[0].nodes) if paths else ""
+
+
+def _name(node: Node) -> str:
+    """A node's label; an unnamed feature's layer, number and position."""
+    return node.label or f"L{node.layer}/{node.index}@{node.position}"
 
 
 def matched(rm: ReplacementModel, graph: Graph, ids: Sequence[int]) -> list[int]:

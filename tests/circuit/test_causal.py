@@ -82,7 +82,7 @@ def test_matched_features_stand_beside_the_paths_and_are_others(rm, asked) -> No
     ids, words = path_features(graph, int(asked[0].answer))
     others = matched(rm, graph, ids)
     assert ids and others and not set(ids) & set(others) and len(set(others)) == len(others)
-    assert " -> " in words
+    assert words.endswith(graph.logits[0].label) and (words.startswith("L") or " -> L" in words)
     beside = {(layer, position) for layer, position, _ in places(graph, others)}
     assert beside <= {(layer, position) for layer, position, _ in places(graph, ids)}
 
