@@ -19,6 +19,10 @@ Visit = Callable[[int, Tensor], None]
 the end of n."""
 
 
+Move = Callable[[int, Tensor], Tensor]
+"""Called with a layer and what sources change of its input; gives what its attention writes besides (`live`)."""
+
+
 class Origins(NamedTuple):
     """Sources in the order of the layer where they begin, and where each one's vectors are."""
 
@@ -36,7 +40,9 @@ def in_order(nodes: Sequence[Node]) -> Origins:
 
 
 @torch.no_grad()
-def carry(frozen: FrozenModel, nodes: Sequence[Node], stop: int, visit: Visit | None = None) -> tuple[Tensor, int]:
+def carry(
+    frozen: FrozenModel, nodes: Sequence[Node], stop: int, visit: Visit | None = None, move: Move | None = None
+) -> tuple[Tensor, int]:
     """What sources change of the residual stream that layer `stop` reads, [n, T', D], and the first of those positions.
 
     `nodes` are sources of the graph's own kinds, biases too, whose ids are those of the frozen prompt.
@@ -57,14 +63,21 @@ def carry(frozen: FrozenModel, nodes: Sequence[Node], stop: int, visit: Visit | 
         begun = sum(node.layer < layer or (node.layer == layer and node.kind == "bias") for node in origins.nodes)
         written = sum(node.layer <= layer for node in origins.nodes)
         if written:
-            _through_layer(frozen, layer, F[:written], begun, origins, ranks, visit)
+            _through_layer(frozen, layer, F[:written], begun, origins, ranks, visit, move)
     back = torch.empty_like(F)
     back[torch.tensor(origins.order, device=F.device)] = F
     return back, first
 
 
 def _through_layer(
-    frozen: FrozenModel, layer: int, F: Tensor, begun: int, origins: Origins, ranks: list[int], visit: Visit | None
+    frozen: FrozenModel,
+    layer: int,
+    F: Tensor,
+    begun: int,
+    origins: Origins,
+    ranks: list[int],
+    visit: Visit | None,
+    move: Move | None,
 ) -> None:
     """From a layer's input to its output, in place; the first `begun` of F are there before attention."""
     first, attention, writers = origins.first, frozen.layers[layer], frozen.sources.writers[layer]
@@ -80,7 +93,10 @@ def _through_layer(
                 values[n, k - first] += attention.of_key_heads(attention.value_bias[k])
         if visit is not None:
             visit(layer, values)
+        besides = None if move is None else move(layer, F[:begun])
         F[:begun] += attention.carry(values, first)
+        if besides is not None:
+            F[:begun] += besides
     for n in biases:
         if attention.written_bias is not None:
             k = origins.nodes[n].position
