@@ -13,9 +13,9 @@ from .heads import edge_heads as edge_heads
 from .heads import rank_heads as rank_heads
 from .heads import strongest_heads as strongest_heads
 from .heads import top_heads as top_heads
-from .live import LiveAttention as LiveAttention
 from .qk import CONSTANT as CONSTANT
 from .qk import Attention as Attention
+from .qk import LiveAttention as LiveAttention
 from .qk import attention as attention
 from .targets import Target as Target
 from .tracer import TraceSettings as TraceSettings

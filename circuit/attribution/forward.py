@@ -3,6 +3,9 @@
 Backwards, one sweep gives what every source adds to a target (`backward`). Forwards, one sweep gives what a source adds
 to every place: it is what a head sees of the source. Changes are [n, T', D]: n sources, positions from the first
 source's on (nothing flows back).
+
+`freeze_prompt` is what every look at a prompt's attention starts from. Nothing of it is kept with a graph: one forward
+pass makes it again from the tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +15,10 @@ import torch
 from torch import Tensor
 
 from ..graph import Node
-from .backward import FrozenModel
+from ..replacement import LocalModel
+from .backward import EdgeColumns, FrozenModel
+from .linear import Recording, record
+from .sources import Sources, active_features, find_sources
 
 Visit = Callable[[int, Tensor], None]
 """Called with a layer and what sources change of its values, [n, T', KV, hd]; those that begin later are left out at
@@ -21,6 +27,34 @@ the end of n."""
 
 Move = Callable[[int, Tensor], Tensor]
 """Called with a layer and what sources change of its input; gives what its attention writes besides (`live`)."""
+
+
+class FrozenPrompt(NamedTuple):
+    """The clean run of one prompt, its sources, and its frozen layers."""
+
+    recording: Recording
+    sources: Sources
+    model: FrozenModel
+    dtype: torch.dtype
+
+
+@torch.no_grad()
+def freeze_prompt(replacement: LocalModel, tokens: Tensor) -> FrozenPrompt:
+    """Run tokens [T] once and freeze them."""
+    lm, transcoder = replacement.lm, replacement.transcoder
+    dtype = torch.promote_types(lm.dtype, transcoder.dtype)
+    recording = record(lm, tokens)
+    masked = replacement.masked_positions(tokens[None], sites=recording.sites())[0]
+    features = active_features(lm, transcoder, recording, masked, dtype)
+    sources = find_sources(lm, transcoder, recording, features, masked, dtype)
+    return FrozenPrompt(recording, sources, FrozenModel(lm, recording, sources, dtype), dtype)
+
+
+def by_node(sources: Sources, edges: EdgeColumns) -> Tensor:
+    """Edges of a batch in the order of `Sources.nodes`, [S, n]."""
+    features = torch.empty_like(edges.features)
+    features[sources.run_order] = edges.features
+    return torch.cat([features, *(part.flatten(0, 1) for part in edges[1:])])
 
 
 class Origins(NamedTuple):

@@ -19,8 +19,7 @@ from ...data.errors import UserError, check_range
 from ..graph import Graph, Node
 from ..replacement import LocalModel, memory_named
 from .backward import Directions, Places
-from .forward import carry, in_order
-from .frozen import FrozenPrompt, by_node, freeze_prompt
+from .forward import FrozenPrompt, by_node, carry, freeze_prompt, in_order
 from .sources import ActiveFeatures
 from .targets import Target, choose_targets, feature_targets, next_token_targets, token_directions
 

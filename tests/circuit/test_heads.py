@@ -8,8 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from crosslace.circuit.attribution.forward import carry
-from crosslace.circuit.attribution.frozen import by_node, freeze_prompt
+from crosslace.circuit.attribution.forward import by_node, carry, freeze_prompt
 from crosslace.circuit.model import ReplacementModel
 from crosslace.data.errors import UserError
 

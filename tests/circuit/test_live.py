@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from crosslace.circuit.attribution.live import LiveAttention
+from crosslace.circuit.attribution.qk import LiveAttention
 
 PROMPT = [5, 0, 9, 3, 0, 7]
 STEP = 0.01

@@ -6,8 +6,7 @@ reads and the model's own attention is run again.
 
 import pytest
 import torch
-from crosslace.circuit.attribution.forward import carry
-from crosslace.circuit.attribution.frozen import freeze_prompt
+from crosslace.circuit.attribution.forward import carry, freeze_prompt
 from crosslace.circuit.attribution.qk import CONSTANT, attention
 from crosslace.circuit.model import ReplacementModel
 from crosslace.data.errors import UserError
