@@ -104,6 +104,13 @@ VERBS = {
         ),
         "lower store.batch_tokens or store.memory, or take model.dtype=bfloat16",
     ),
+    "store": Verb(
+        "describe a store, verify it, or remove one that is incomplete",
+        "launch.verbs.store",
+        "StoreVerbSettings",
+        (),
+        ("crosslace store path=stores/gpt2", "crosslace store path=stores/gpt2 verify=true"),
+    ),
     "train": Verb(
         "train a transcoder on a store, or on activations as they stream",
         "launch.verbs.train",

@@ -62,6 +62,21 @@ class CacheSettings(Common):
 
 
 @dataclass(frozen=True)
+class StoreVerbSettings(Common):
+    """A store, looked at."""
+
+    path: str = ""
+    """The store's folder or URL."""
+    verify: bool = False
+    """Read all of it and name the shard and the rows that are not what was written."""
+    remove: bool = False
+    """Remove a store that is incomplete."""
+
+    def __post_init__(self) -> None:
+        require("path", self.path, "the folder or URL of a store")
+
+
+@dataclass(frozen=True)
 class TrainSettings(Common):
     """Training."""
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 NEEDED = {
+    "store": ["path=s"],
     "train": ["run=r"],
     "eval": ["run=r"],
     "features": ["run=r"],

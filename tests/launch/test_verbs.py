@@ -377,3 +377,23 @@ def test_a_signal_stops_a_training_which_then_goes_on(
     assert again.code == 0
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == 1000
+
+
+def test_store_describes_verifies_and_removes(tmp_path, capsys):
+    import torch
+    from crosslace.data.store import StoreLayout, write_store
+    from crosslace.launch.cli.main import main
+
+    x, number, path = torch.randn(500, 2, 32), torch.arange(500), tmp_path / "s"
+    layout = StoreLayout(("resid", "mlp_out"), (0, 1), 32, "float32", 32, 128)
+    write_store(path, {"resid": x, "mlp_out": x}, number, number, number, layout, held_out=100)
+    assert main(["store", f"path={path}", "verify=true"]) == 0
+    assert "400 rows, 2 layers x 32" in capsys.readouterr().out.replace("\n", " ")
+    shard = path / "train/resid/c/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:99] + b"\x01" + shard.read_bytes()[100:])
+    assert main(["store", f"path={path}"]) == 0 and main(["store", f"path={path}", "remove=true"]) == 2
+    assert main(["store", f"path={path}", "verify=true"]) == 2
+    facts = path / "zarr.json"
+    facts.write_text(facts.read_text().replace('"complete": true', '"complete": false'))
+    assert main(["store", f"path={path}", "remove=true"]) == 0 and not list(path.iterdir())
+    assert main(["store", f"path={path}"]) == 2
