@@ -106,7 +106,7 @@ VERBS = {
     ),
     "store": Verb(
         "describe a store, verify it, or remove one that is incomplete",
-        "launch.verbs.store",
+        "launch.verbs.cache",
         "StoreVerbSettings",
         (),
         ("crosslace store path=stores/gpt2", "crosslace store path=stores/gpt2 verify=true"),

@@ -1,4 +1,5 @@
-"""`crosslace cache`: run the model over text and store what its layers read and write."""
+"""`crosslace cache`: run the model over text and store what its layers read and write; and `crosslace store`: what a
+store holds, whether every byte is what was written, and what is left of one cut off."""
 
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from ..workspace import Job, open_corpus, open_model, runs, wait_until
 
 def run(job: Job) -> Closing:
     """Fill a store, or go on with one that was cut off."""
+    if job.verb == "store":
+        return look(job)
     from ...data.store import ActivationStore
 
     path = job.store_path
@@ -46,3 +49,42 @@ def fill(job: Job) -> None:
 def remember(store: Path, job: Job) -> None:
     """Keep beside the store which model and text it came from, so that training need not be told again."""
     runs.write_yaml(store / "config.yaml", {name: job.config.values[name] for name in (*SOURCES, "store")})
+
+
+def look(job: Job) -> Closing:
+    """Describe a store; check it, or remove it where it is incomplete, when asked to."""
+    from ...data.store import ActivationStore, Place, is_complete, read_json
+
+    top = job.top
+    place = Place(top.path)
+    held = read_json(place, "zarr.json")
+    if held is None:
+        raise UserError(f"there is no store at {top.path}; make one with `crosslace cache store={top.path}`")
+    facts = held["attributes"]
+    if not is_complete(top.path):
+        files = place.sizes("")
+        done = sum(name.startswith(".progress/") and name.endswith(".npz") for name in files)
+        if top.remove:
+            for name in {name.split("/")[0] for name in files}:
+                place.remove(name)
+            return Closing("removed what was incomplete", notes=[f"{len(files)} files, {done} finished windows"])
+        left = f"{top.path} is incomplete: {done} windows of {facts.get('tokens')} rows are done"
+        return Closing(
+            left, next=["the same `crosslace cache` goes on", f"crosslace store path={top.path} remove=true"]
+        )
+    if top.remove:
+        raise UserError(f"{top.path} is whole, and only what is incomplete is removed here")
+    rows = []
+    for split in facts["tokens"]:
+        store = ActivationStore.open(top.path, split)
+        if top.verify:
+            store.verify(job.progress)
+        masked = ", ".join(f"{n} {why}" for why, n in store.attributes["masked"]["rows"].items() if "." not in why)
+        rows.append((split, f"{len(store)} rows, {store.n_layers} layers x {store.d_model}, {facts['dtype']}", masked))
+    model = facts["identity"].get("model", {})
+    notes = [
+        f"model {model.get('name')} ({model.get('fingerprint')}), text {facts.get('text')}",
+        f"versions {facts.get('versions')}",
+    ]
+    said = "verified" if top.verify else "described"
+    return Closing(said, tables=[table(top.path, ("split", "holds", "left out"), rows)], notes=notes)
