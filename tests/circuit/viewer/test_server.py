@@ -41,7 +41,7 @@ def test_gives_a_graph_with_its_figures(client, view_run):
     graph = Graph.load(view_run / "graphs" / "dallas")
     assert data["scores"] == pytest.approx(graph.scores()) and data["accounting"] == graph.accounting
     assert data["tokens"] == graph.token_strings and data["layers"] == 3
-    assert f"{HOSTILE} (F1 0.97)" in [node["label"] for node in data["nodes"] if node["kind"] == "feature"]
+    assert HOSTILE in [node["label"] for node in data["nodes"] if node["kind"] == "feature"]
     links = data["links"]
     assert len(links["source"]) == len(links["target"]) == len(links["weight"]) == len(links["flow"]) > 10
     assert all(0 <= end < len(data["nodes"]) for end in links["source"] + links["target"])
