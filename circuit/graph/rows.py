@@ -208,7 +208,7 @@ class DenseRows(Rows):
         return {
             "rows.shape": torch.tensor(rows.shape),
             "rows.counts": (rows != 0).sum(1),
-            "rows.columns": (places % max(1, rows.shape[1])).int(),
+            "rows.columns": packed_columns(places % max(1, rows.shape[1]), rows.shape[1]),
             "rows.values": rows.flatten()[places],
         }
 
@@ -299,6 +299,13 @@ class SparseRows(Rows):
         return {"strongest.values": self.values, "strongest.columns": self.columns, "strongest.features": sizes}
 
 
+def packed_columns(columns: Tensor, width: int) -> Tensor:
+    """Columns in as few bytes as they take: two below 65,536, where the upper half counts as negative."""
+    if width > 2**16:
+        return columns.int()
+    return torch.where(columns < 2**15, columns, columns - 2**16).to(torch.int16)
+
+
 def rows_of_tensors(tensors: dict[str, Tensor]) -> Rows:
     """The rows that `Rows.tensors` gave to a file."""
     if "strongest.values" in tensors:
@@ -309,5 +316,6 @@ def rows_of_tensors(tensors: dict[str, Tensor]) -> Rows:
     shape = tensors["rows.shape"].tolist()
     rows = tensors["rows.values"].new_zeros(shape)
     row = torch.arange(shape[0], device=rows.device).repeat_interleave(tensors["rows.counts"])
-    rows[row, tensors["rows.columns"].long()] = tensors["rows.values"]
+    columns = tensors["rows.columns"].long()
+    rows[row, columns & 0xFFFF if tensors["rows.columns"].dtype == torch.int16 else columns] = tensors["rows.values"]
     return DenseRows(rows)
