@@ -116,8 +116,8 @@ class ArrayReader:
             whole = google_crc32c.value(index[:-CRC_BYTES]) == int(index[-CRC_BYTES:].view("<u4")[0])
             if not whole or not (entries[written, 1] == self._chunk).all():
                 raise self._damaged(f"the index of shard {self._name(shard)} ({self._rows_of(shard)}) is not")
-            self._offsets[shard] = entries[..., 0]
             self._checked[shard] = ~written
+            self._offsets[shard] = entries[..., 0]  # last: by it another thread sees that this shard is known
 
     def is_whole(self, shard: int, size: int) -> bool:
         """Whether a file of this size has all that its index speaks of: chunks of zeros are left out of it."""
