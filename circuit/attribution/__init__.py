@@ -10,6 +10,7 @@ from .explained import save_heads as save_heads
 from .heads import EdgeHeads as EdgeHeads
 from .heads import Head as Head
 from .heads import edge_heads as edge_heads
+from .heads import likely_directions as likely_directions
 from .heads import rank_heads as rank_heads
 from .heads import strongest_heads as strongest_heads
 from .heads import top_heads as top_heads

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ...data.errors import UserError, check_range
+from ...data.models import LanguageModel
 from ..graph import Graph, Node
 from ..replacement import LocalModel, memory_named
 from .backward import Directions, Places
 from .forward import FrozenPrompt, by_node, carry, freeze_prompt, in_order
 from .sources import ActiveFeatures
-from .targets import Target, choose_targets, feature_targets, next_token_targets, token_directions
+from .targets import Target, choose_targets, feature_targets, likely_tokens, next_token_targets, token_directions
 
 TOGETHER = 64  # sources or targets in one sweep
 VALUES = 2**30  # bytes of sources' values that are kept while targets are swept
@@ -161,6 +162,15 @@ def targets_of(replacement: LocalModel, graph: Graph, prompt: FrozenPrompt, ids:
             one = choose_targets(lm, transcoder, prompt.recording, wanted, 1, 1.0, dtype).targets
         parts.append(one)
     return Directions(*(torch.cat(column) for column in zip(*parts)))
+
+
+def likely_directions(lm: LanguageModel, prompt: FrozenPrompt) -> tuple[Tensor, Tensor]:
+    """The likeliest next tokens of a prompt, at most 10 that reach 0.95, and the directions [n, D] that they read."""
+    last = prompt.recording.logits[-1].float().softmax(-1)
+    tokens = likely_tokens(last, 10, 0.95)
+    directions = token_directions(lm, tokens, prompt.dtype)[0]
+    where = torch.full_like(tokens, prompt.model.length - 1)
+    return tokens, next_token_targets(lm, prompt.recording, directions, where).direction
 
 
 def _named_target(graph: Graph, rank: int) -> Target:

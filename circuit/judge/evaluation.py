@@ -37,6 +37,7 @@ from .behaviour import (
 from .causal import causal_part
 from .controls import Calibration, LinearSubstitute, calibrate, down_norms, neuron_condition, strongest, untrained
 from .faithfulness import FaithfulnessPlan, measure_faithfulness
+from .frozen_attention import frozen_attention
 from .graph_scores import score_graphs
 from .health import health
 from .perturbation import perturbation_growth
@@ -339,6 +340,8 @@ def graph_part(
             **{kind: pairs.agreement() for kind, pairs in effects.items()},
             "growth": perturbation_growth(rm, tokens, seed=settings.seed),
         }
+        if comm.data_ranks == 1:
+            result["faithfulness"]["attention"] = frozen_attention(rm, graphs, seed=settings.seed)
     return result
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from crosslace.circuit.attribution.qk import LiveAttention
+from crosslace.circuit.judge.frozen_attention import frozen_attention
 
 PROMPT = [5, 0, 9, 3, 0, 7]
 STEP = 0.01
@@ -52,3 +53,12 @@ def test_the_first_order_effect_is_the_slope_of_small_steps(family, make_replace
         missed = (slope - straight).abs().max()
         assert float(missed) > 1e-2, "attention matters here"
         torch.testing.assert_close(change, slope, rtol=0, atol=1e-4)  # most families' softmax is float32
+
+
+def test_what_graphs_miss_is_measured_and_predicted(make_replacement):
+    """On a model whose features are made small, the first order is nearly all of it."""
+    replacement = make_replacement("gpt2", reach="all", activation="relu")
+    for weight in replacement.transcoder.W_dec:
+        weight.data *= 0.01
+    found = frozen_attention(replacement, [replacement.trace(PROMPT)], per_prompt=12)
+    assert found["effects"] >= 12 and 0 < found["missed"] < 2 and found["explained"] > 0.99
