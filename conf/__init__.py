@@ -198,9 +198,20 @@ VERBS = {
     ),
     "report": Verb(
         "draw one page about one run, several, or a sweep",
-        "launch.verbs.report",
+        "launch.overview.report",
         "ReportSettings",
         (),
-        ("crosslace report run=runs/sweep", "crosslace report runs/clt runs/plt"),
+        (
+            "crosslace report run=runs/sweep",
+            "crosslace report runs/clt runs/plt",
+            'crosslace report run=runs/sweep pick="min nmse where l0<=16 and dead<0.05"',
+        ),
+    ),
+    "runs": Verb(
+        "list runs and how they stand, or compare the settings of two",
+        "launch.overview.list",
+        "RunsSettings",
+        (),
+        ("crosslace runs", 'crosslace runs run=runs where="l0<=16 and dead<0.05"', "crosslace runs runs/clt runs/plt"),
     ),
 }

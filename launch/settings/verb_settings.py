@@ -280,6 +280,8 @@ class SweepSettings(Common):
     """The folder for all runs of the sweep; runs that are complete are not run again."""
     jobs: int = 0
     """At most so many runs; 0 for all combinations."""
+    init: str = "auto"
+    """What each training begins with, as for `crosslace train`; may have several values."""
 
     def __post_init__(self) -> None:
         require("run", self.run, "a folder for the sweep, such as runs/sweep")
@@ -290,12 +292,36 @@ class LauncherSettings:
     """Where the runs of a sweep run."""
 
     name: str = "basic"
-    """Hydra's launcher: `basic` (one after another, here), `joblib`, `submitit_local` or `submitit_slurm`."""
+    """`basic` (one after another, here), `processes` (several at once on this machine, each on a GPU of its own where
+    there are any), or one of Hydra's launchers: `joblib`, `submitit_local`, `submitit_slurm`."""
+    jobs: int = 0
+    """How many runs at once under `processes`; 0 for one a GPU, or one."""
     options: dict = field(default_factory=dict)
     """The launcher's own settings, such as `launcher.options.partition=gpu`; Hydra checks them."""
 
     def __post_init__(self) -> None:
-        check_choice("launcher.name", self.name, ("basic", "joblib", "submitit_local", "submitit_slurm"))
+        check_choice("launcher.name", self.name, ("basic", "processes", "joblib", "submitit_local", "submitit_slurm"))
+        check_range("launcher.jobs", self.jobs, low=0)
+
+
+@dataclass(frozen=True)
+class RunsSettings(Common):
+    """Lists of runs."""
+
+    run: str = "runs"
+    """The folder that is searched."""
+    where: str = ""
+    """Figures that a run must have, such as "l0<=16 and dead<0.05"."""
+    having: str = ""
+    """Settings that a run must have, such as "transcoder.k=16 and seed=0"."""
+    compare: list[str] = field(default_factory=list)
+    """Two runs whose settings are compared; `crosslace runs RUN RUN` is short for it."""
+
+    def __post_init__(self) -> None:
+        if self.compare and len(self.compare) != 2:
+            raise SettingsError(f"compare takes two runs, not {len(self.compare)}")
+        if wrong := [part for part in self.having.split(" and ") if self.having and "=" not in part]:
+            raise SettingsError(f"having={wrong[0]!r} is no setting with a value, such as transcoder.k=16")
 
 
 @dataclass(frozen=True)
@@ -308,6 +334,8 @@ class ReportSettings(Common):
     """Several runs; `crosslace report RUN RUN` is short for it."""
     out: str | None = None
     """The page to write; beside the run when not given."""
+    pick: str = ""
+    """Which run is wanted, such as "min nmse where l0<=16 and dead<0.05"."""
 
     def __post_init__(self) -> None:
         if not self.run and not self.runs:

@@ -1,39 +1,23 @@
 """`crosslace sweep`: every combination of the settings that are given several values, trained, measured, compared.
 
-Each combination is an ordinary run below the sweep's folder. All are checked before the first begins; one that is
-complete is left alone, one that was cut off goes on, and one that fails does not stop the others. The runs go one after
-another here, or through a Hydra launcher (joblib, submitit here or on SLURM), each in a process of its
-own.
+Each combination is an ordinary run below the sweep's folder. All are checked before the first begins: that its settings
+fit, and that its folder is free or holds a run of just these settings. One that is complete is left alone, one that was
+cut off goes on, one that was measured otherwise is measured again, and one that fails does not stop the others.
 """
 
-import subprocess
-import sys
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ...data.errors import UserError
 from ..pages import FIGURES, write_report
-from ..settings import Config, compose_config, grid
+from ..settings import compose_config, grid
 from ..terminal import Closing, table
-from ..verbs import evaluate, train
+from ..verbs import train
 from ..workspace import Job, runs
+from .running import Combination, Failures, elsewhere, here, in_processes, queued, visible_devices
 
 PLAN = "sweep.json"
-
-
-@dataclass(frozen=True)
-class Combination:
-    """One run of a sweep."""
-
-    folder: Path
-    words: list[str]
-    """Overrides, as for `crosslace train`."""
-
-    @property
-    def complete(self) -> bool:
-        """Was it trained and measured?"""
-        trained = (self.folder / "transcoder" / "transcoder.json").is_file()
-        return trained and (self.folder / "eval.json").is_file()
 
 
 def run(job: Job) -> Closing:
@@ -44,22 +28,41 @@ def run(job: Job) -> Closing:
     if job.top.jobs:
         planned = planned[: job.top.jobs]
     parts = {one.folder: part_of(job, one) for one in planned}
-    runs.write_json(folder / PLAN, [{"run": str(one.folder), "words": one.words} for one in planned])
-    waiting = [one for one in planned if not one.complete]
-    failed = here(job, waiting, parts) if job.section("launcher").name == "basic" else elsewhere(job, waiting)
-    done = [one for one in planned if one.complete]
-    if not done:
+    check_folders(planned, parts)
+    measure_again(planned, folder, job.config.values["eval"])
+    runs.write_json(
+        folder / PLAN,
+        {"eval": job.config.values["eval"], "runs": [{"run": one.folder.name, "words": one.words} for one in planned]},
+    )
+    failed = run_all(job, [one for one in planned if not one.complete], parts)
+    done, left = [one for one in planned if one.complete], [one for one in planned if queued(one.folder)]
+    if not done and not left:
         raise UserError(f"no run of the sweep came to its end: {'; '.join(failed.values())}")
+    notes = [f"{path.name} failed: {sentence}" for path, sentence in failed.items()]
+    notes += [f"{one.folder.name} is queued by an earlier call" for one in left]
+    if not done:
+        return Closing("no run is complete yet", notes=notes, next=[f"crosslace report run={folder}"])
     measured = write_report([one.folder for one in done], folder / "report.html")
     rows = [(Path(m.name).name, *(m.figures[name] for name in FIGURES)) for m in measured]
     return Closing(
         f"{len(done)} of {len(planned)} runs are complete",
         tables=[table("sweep", ("run", *FIGURES), rows)],
-        notes=[f"{path.name} failed: {sentence}" for path, sentence in failed.items()],
+        notes=notes,
         wrote=[(str(folder / "report.html"), "the comparison"), (str(folder / "plots"), "its pictures")],
         next=[f"crosslace report run={folder}", f"crosslace view run={folder}"],
         code=1 if failed else 0,
     )
+
+
+def run_all(job: Job, waiting: Sequence[Combination], parts: dict[Path, Job]) -> Failures:
+    """Where `launcher` says."""
+    launcher = job.section("launcher")
+    if launcher.name == "basic":
+        return here(job, waiting, parts)
+    if launcher.name == "processes":
+        devices = visible_devices()
+        return in_processes(job, waiting, launcher.jobs or max(1, len(devices)), devices)
+    return elsewhere(job, waiting)
 
 
 def part_of(job: Job, one: Combination) -> Job:
@@ -70,59 +73,28 @@ def part_of(job: Job, one: Combination) -> Job:
     return replace(job, verb="train", config=config, progress=job.progress.named(one.folder.name))
 
 
-def here(job: Job, waiting: list[Combination], parts: dict[Path, Job]) -> dict[Path, str]:
-    """One after another in this process; what failed, and why."""
-    failed: dict[Path, str] = {}
-    for number, one in enumerate(waiting):
-        job.progress("sweep", number, len(waiting), one.folder.name)
-        part = parts[one.folder]
-        try:
-            result = train.fit(part, one.folder)
-            if result is not None and result.status != "finished":
-                raise KeyboardInterrupt
-            evaluate.run(replace(part, verb="eval", config=_as_eval(part.config, one.folder)))
-        except UserError as error:
-            failed[one.folder] = str(error)
-    job.progress("sweep", len(waiting), len(waiting))
-    return failed
+def check_folders(planned: Sequence[Combination], parts: dict[Path, Job]) -> None:
+    """Two combinations in one folder, or a folder with a run of other settings, end the sweep before it begins."""
+    names = [one.folder.name for one in planned]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two combinations would write one folder, {twice[0]}; their values differ in signs alone")
+    for one in planned:
+        saved = runs.saved_settings(one.folder)
+        differing = runs.differences(saved, train.run_settings(parts[one.folder])) if saved else []
+        if differing:
+            shown = "; ".join(differing[:3]) + ("; ..." if len(differing) > 3 else "")
+            raise UserError(
+                f"{one.folder} holds a run with other settings ({shown}): name another folder for this sweep, "
+                "or remove that run"
+            )
 
 
-def _as_eval(config: Config, folder: Path) -> Config:
-    """The same settings for the verb that measures."""
-    found = Config("eval", config.values, config.given)
-    found.base_on(runs.saved_settings(folder))
-    return found
-
-
-def elsewhere(job: Job, waiting: list[Combination]) -> dict[Path, str]:
-    """Through a Hydra launcher, a process a run; what failed, and why."""
-    if not waiting:
-        return {}
-    settings, folder = job.section("launcher"), Path(job.top.run).resolve()
-    evaluation = [word for word in job.words if word.startswith("eval.")]
-    plan = [{"words": [*one.words, f"run={one.folder}"], "eval": [f"run={one.folder}", *evaluation]} for one in waiting]
-    runs.write_json(folder / "launched.json", plan)
-    options = [f"hydra.launcher.{name}={value}" for name, value in settings.options.items()]
-    launched = subprocess.run(
-        [
-            *(sys.executable, "-m", f"{__package__}.sweep_job", "--multirun"),
-            f"hydra/launcher={settings.name}",
-            *options,
-            f"hydra.sweep.dir={folder / 'launcher'}",
-            f"+plan={folder / 'launched.json'}",
-            f"+number={','.join(str(i) for i in range(len(plan)))}",
-        ],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    failed = {one.folder: f"see {folder / 'launcher'}" for one in waiting if not one.complete}
-    if failed and launched.returncode and len(failed) == len(waiting):
-        raise UserError(f"launcher {settings.name} could not run the sweep: {_reason(launched.stderr)}")
-    return failed
-
-
-def _reason(stderr: str) -> str:
-    """The line that says what was wrong: the last of a traceback, the first of Hydra's own messages."""
-    lines = [line for line in stderr.strip().splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
-    return (lines[-1 if "Traceback" in stderr else 0] if lines else "it gave no message").strip()
+def measure_again(planned: Sequence[Combination], folder: Path, settings: dict) -> None:
+    """Where the last call measured with other settings, its figures are put aside."""
+    if not (folder / PLAN).is_file():
+        return
+    before = runs.read_json(folder / PLAN)
+    if isinstance(before, dict) and before.get("eval") != settings:
+        for one in planned:
+            if one.complete:
+                (one.folder / "eval.json").rename(one.folder / "eval.before.json")

@@ -67,12 +67,14 @@ def start(verb: str, words: Sequence[str]) -> Job:
         # Read by Hugging Face's libraries when they are imported: no bars in a log file.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    if verb == "report":
+    if verb in ("report", "runs"):
         plain = [word for word in words if "=" not in word]
         words = [word for word in words if "=" in word]
-        if plain:
-            listed = ",".join(f"'{name}'" for name in plain)
-            words = [*words, f"runs=[{listed}]"]
+        listed = ",".join(f"'{name}'" for name in plain)
+        if verb == "runs" and len(plain) == 1:
+            words = [*words, f"run='{plain[0]}'"]
+        elif plain:
+            words = [*words, f"{'runs' if verb == 'report' else 'compare'}=[{listed}]"]
     if verb == "demo" and not any(word.startswith("experiment=") for word in words):
         words = ["experiment=demo", *words]
     if verb == "sweep":

@@ -17,6 +17,8 @@ FREE = ("wandb", "parallel", "store.path")
 """Sections and settings in which a resumed run may differ from the first call; those of the trainer say it themselves
 (`train.settings.free`). A store that was moved is the same one: the trainer looks at what it holds."""
 LOCK = ".lock"
+BESIDE = ("wandb", "error.log", "sweep.log", ".queued", LOCK)
+"""What may stand in a folder before a run is there."""
 
 
 def saved_settings(run: Path) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def claim(run: Path, settings: dict[str, Any]) -> bool:
             )
         write_yaml(config, saved_settings(run) | settings)
         return True
-    if run.exists() and any(path.name not in ("wandb", LOCK) for path in run.iterdir()):
+    if run.exists() and any(path.name not in BESIDE for path in run.iterdir()):
         raise UserError(f"{run} holds other files and no run; name another folder for this run")
     run.mkdir(parents=True, exist_ok=True)
     write_yaml(config, settings)
@@ -79,9 +81,21 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
+def held(run: Path) -> bool:
+    """Whether a training is at work in the folder just now."""
+    try:
+        with (run / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def release(run: Path) -> None:
     """Give up a folder that was claimed just now, where its training was refused before it wrote anything."""
-    if {path.name for path in run.iterdir()} <= {"config.yaml", "wandb", LOCK}:
+    if {path.name for path in run.iterdir()} <= {"config.yaml", *BESIDE}:
         for name in ("config.yaml", LOCK):
             (run / name).unlink(missing_ok=True)
         if not any(run.iterdir()):
@@ -114,6 +128,39 @@ def differences(saved: dict[str, Any], settings: dict[str, Any], prefix: str = "
             found += differences(old, new, f"{prefix}{key}.")
         elif old != new and f"{prefix}{key}" != "model.device":
             found.append(f"{prefix}{key} was {old}, not {new}")
+    return found
+
+
+def below(folder: Path) -> list[Path]:
+    """The folder itself where it is a run, and every run below it; stores and graphs are not searched."""
+    found = []
+    for path, folders, files in os.walk(folder):
+        if "config.yaml" in files and "zarr.json" not in files:
+            found.append(Path(path))
+        skipped = ("checkpoints", "features", "graphs", "plots", "transcoder", "wandb", "launcher")
+        folders[:] = [] if "zarr.json" in files else sorted(name for name in folders if name not in skipped)
+    return found
+
+
+def state_of(run: Path) -> tuple[str, str]:
+    """finished, running, failed, interrupted or begun; and why, or how far it came."""
+    if held(run):
+        return "running", ""
+    log, checkpoints = run / "error.log", run / "checkpoints"
+    steps = [int(path.name[5:]) for path in checkpoints.glob("step-*") if path.name[5:].isdigit()]
+    if (run / "transcoder" / "transcoder.json").is_file():
+        return ("finished", "") if (run / "eval.json").is_file() else ("finished", "not evaluated")
+    if log.is_file() and log.stat().st_mtime >= (run / "config.yaml").stat().st_mtime:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return "failed", lines[-1][:80] if lines else ""
+    return ("interrupted", f"at step {max(steps)}") if steps else ("begun", "")
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
 
 

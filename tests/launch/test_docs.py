@@ -36,7 +36,10 @@ QUICK = {
     "cache": [*WORLD, "tokens=3K", "store.held_out=300", "store.dtype=float16"],
     "train": [*WORLD, *TRAIN, "parallel.data=1", "parallel.features=1"],
     "eval": EVAL,
-    "features": ["features.tokens=1000", "features.top=2"],
+    "features": [
+        *("features.tokens=1000", "features.top=2"),
+        *("labels.tokens=1000", "labels.held_out=1000", "labels.features=4"),
+    ],
     "sweep": [*WORLD, *TRAIN, *EVAL],
     "import": WORLD,
 }

@@ -1,7 +1,10 @@
 """Sweeps: all combinations, checked first; what is complete is left alone; one failure does not stop the rest."""
 
 import json
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from crosslace.data.errors import SettingsError
@@ -63,8 +66,105 @@ def test_a_sweep_ends_in_a_table_and_goes_on(demo: Path, crosslace, tmp_path: Pa
     assert trained == ["k-99"]
 
 
+def test_a_second_call_with_other_settings_is_refused_not_answered_with_old_results(demo, crosslace, tmp_path) -> None:
+    words = [f"run={tmp_path / 's'}", f"store={demo / 'store'}", *SMALL, "transcoder.k=2,3"]
+    assert crosslace("sweep", *words).code == 0
+    before = (tmp_path / "s" / "k-2" / "eval.json").read_text()
+    ended = crosslace("sweep", *words, "trainer.steps=12")
+    assert ended.code == 2 and "trainer.steps was 10, not 12" in ended.err
+    assert (tmp_path / "s" / "k-2" / "eval.json").read_text() == before
+    # Measured with other settings: the training stays, the figures are made again.
+    weights = (tmp_path / "s" / "k-2" / "transcoder" / "transcoder.safetensors").stat().st_mtime_ns
+    ended = crosslace("sweep", *words, "eval.tokens=1100")
+    assert ended.code == 0
+    assert json.loads((tmp_path / "s" / "k-2" / "eval.json").read_text())["tokens"] != json.loads(before)["tokens"]
+    assert (tmp_path / "s" / "k-2" / "transcoder" / "transcoder.safetensors").stat().st_mtime_ns == weights
+
+
+def test_where_training_begins_may_vary_and_a_crash_stops_nobody(demo, crosslace, tmp_path, monkeypatch) -> None:
+    fit = train.fit
+
+    def out_of_memory(job, folder):
+        if "random" in folder.name:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+        return fit(job, folder)
+
+    monkeypatch.setattr(train, "fit", out_of_memory)
+    words = [f"run={tmp_path / 's'}", f"store={demo / 'store'}", *SMALL, "transcoder.k=2", "init=random,mlp"]
+    ended = crosslace("sweep", *words)
+    assert ended.code == 1 and "1 of 2 runs are complete" in ended.out
+    assert "init-random failed: RuntimeError: CUDA out of memory" in ended.out
+    assert "out_of_memory" in (tmp_path / "s" / "init-random" / "error.log").read_text()
+    monkeypatch.undo()
+    assert crosslace("sweep", *words).code == 0
+
+
+def test_a_queued_run_is_not_queued_twice(tmp_path) -> None:
+    from crosslace.launch.sweeps.running import QUEUED, queued
+
+    assert not queued(tmp_path)
+    (tmp_path / QUEUED).write_text(f"{time.time():.0f}")
+    assert queued(tmp_path)
+    (tmp_path / QUEUED).write_text(f"{time.time() - 1e6:.0f}")
+    assert not queued(tmp_path)
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, tmp_path) -> None:
+    """Three runs on two GPUs, two at once: never two on one, and names of CUDA_VISIBLE_DEVICES are kept."""
+    from crosslace.launch.sweeps import running
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-7")
+    now, seen, lock = [], [], threading.Lock()
+
+    def command(one, words, environment):
+        device = environment["CUDA_VISIBLE_DEVICES"]
+        with lock:
+            assert device not in now
+            now.append(device)
+            seen.append(device)
+        time.sleep(0.2)
+        with lock:
+            now.remove(device)
+        return "it broke" if one.folder.name == "1" else None
+
+    monkeypatch.setattr(running, "_commands", command)
+    job = SimpleNamespace(words=[], progress=lambda *args: None)
+    waiting = [running.Combination(tmp_path / str(i), []) for i in range(3)]
+    failed = running.in_processes(job, waiting, 2, [0, 1])
+    assert set(seen) == {"3", "GPU-7"} and len(seen) == 3 and failed == {tmp_path / "1": "it broke"}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert running.device_environment(1, 2) == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert int(running.device_environment(None, 64)["OMP_NUM_THREADS"]) == 1
+
+
+def test_runs_are_listed_compared_and_chosen(demo, crosslace, tmp_path) -> None:
+    folder = tmp_path / "s"
+    words = [f"run={folder}", f"store={demo / 'store'}", *SMALL, "transcoder.k=2,3", "seed=0,1"]
+    assert crosslace("sweep", *words).code == 0
+    l0 = {path.parent.name: json.loads(path.read_text())["overall"]["l0"] for path in folder.glob("*/eval.json")}
+    fewest = min(l0, key=l0.__getitem__)
+    ended = crosslace("report", f"run={folder}", f"pick=min nmse where l0<={l0[fewest] + 1e-6}")
+    assert ended.code == 0 and f"{fewest} it is: nmse" in ended.out
+    assert "mean over seeds" in ended.out and ended.out.count("±") >= 2 * 3
+    ended = crosslace("report", f"run={folder}", "pick=min nmse where l0<=0.1")
+    assert ended.code == 2 and f"no run meets the choice; nearest are {folder / fewest}" in ended.err
+    assert crosslace("report", f"run={folder}", "pick=best").code == 2
+    (folder / "k-3_seed-1" / "transcoder" / "transcoder.json").unlink()
+    (folder / "k-3_seed-0" / "eval.json").unlink()
+    ended = crosslace("runs", f"run={tmp_path}")
+    lines = {line.split()[0].rpartition("/")[2]: line for line in ended.out.splitlines() if "seed-" in line}
+    assert len(lines) == 4 and "finished" in lines["k-2_seed-0"]
+    assert "not evaluated" in lines["k-3_seed-0"] and "interrupted" in lines["k-3_seed-1"]
+    ended = crosslace("runs", f"run={tmp_path}", "having=transcoder.k=2 and seed=1")
+    assert ended.out.count("seed-") == 1
+    ended = crosslace("runs", str(folder / "k-2_seed-0"), str(folder / "k-2_seed-1"))
+    assert ended.code == 0 and "2 settings differ" in ended.out  # the seed, and what takes it over
+    (folder / "k-3_seed-1" / "error.log").write_text("Traceback\nRuntimeError: it broke")
+    assert "failed" in crosslace("runs", f"run={tmp_path}").out
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["submitit_local", "joblib"])
+@pytest.mark.parametrize("launcher", ["submitit_local", "joblib", "processes"])
 def test_a_launcher_runs_the_sweep_in_processes(launcher: str, demo: Path, crosslace, tmp_path: Path) -> None:
     words = [f"run={tmp_path / 's'}", f"store={demo / 'store'}", *SMALL, "transcoder.k=2,3", f"launcher={launcher}"]
     ended = crosslace("sweep", *words)

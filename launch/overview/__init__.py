@@ -1,0 +1,1 @@
+"""Runs side by side: the list, the comparison, and the choice among them."""
