@@ -77,7 +77,7 @@ class Bars:
         speed = self.paces[label].at(time.monotonic(), done)
         whole = int(total) if total is not None and float(total).is_integer() else total
         shown = int(done) if float(done).is_integer() else done
-        told = {"rate": rate(speed) if speed > 0 else "", "left": left(done, total, speed), "note": note}
+        told: dict[str, Any] = {"rate": rate(speed) if speed > 0 else "", "left": left(done, total, speed), "note": note}
         self.bars.update(self.tasks[label], completed=shown, total=whole, **told)
 
     def close(self) -> None:

@@ -98,7 +98,7 @@ def evaluated(
 
 def write(folder: Path, result: dict[str, Any]) -> None:
     """`eval.json`, then the page."""
-    from .report import write_report
+    from ..pages import write_report
 
     runs.write_json(folder / "eval.json", result)
     write_report([folder], folder / "report.html")
