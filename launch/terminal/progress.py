@@ -5,7 +5,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -77,7 +77,8 @@ class Bars:
         speed = self.paces[label].at(time.monotonic(), done)
         whole = int(total) if total is not None and float(total).is_integer() else total
         shown = int(done) if float(done).is_integer() else done
-        told: dict[str, Any] = {"rate": rate(speed) if speed > 0 else "", "left": left(done, total, speed), "note": note}
+        told: dict[str, Any] = {"rate": rate(speed) if speed > 0 else "", "note": note}
+        told["left"] = left(done, total, speed)
         self.bars.update(self.tasks[label], completed=shown, total=whole, **told)
 
     def close(self) -> None:
