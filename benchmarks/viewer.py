@@ -30,7 +30,7 @@ def random_graph(features: int, edges: int, seed: int = 0) -> Graph:
     none, last = torch.zeros(L * T, dtype=torch.long), torch.full((5,), T - 1)
     nodes = Nodes.join(
         [
-            Nodes.of("feature", *place.T, torch.rand(features, generator=random)),
+            Nodes.of("feature", place[:, 0], place[:, 1], place[:, 2], torch.rand(features, generator=random)),
             Nodes.of("error", grid[:, 0], grid[:, 1], none),
             Nodes.of("embedding", position * 0 - 1, position, position),
             Nodes.of("logit", last * 0 + L, last, torch.arange(5)),

@@ -91,6 +91,7 @@ class Rerun:
         tokens = torch.tensor(PROMPT)
         with listen(self.lm, layer) as heard:
             self.frozen = freeze_prompt(replacement, tokens)
+        assert heard.called is not None
         self.args, self.kwargs = heard.called
         self.x = self.frozen.recording.layer_in[layer]
         self.denominators: dict = {}

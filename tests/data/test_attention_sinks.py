@@ -39,7 +39,8 @@ def test_a_second_mode_is_told_whole_and_alone(times, members):
 
 def test_a_mode_of_more_than_a_hundredth_is_no_second_one():
     norms = torch.cat([words(9800), 8 * words(200)])
-    assert not find_limit(norms).known
+    limit = find_limit(norms)
+    assert limit is not None and not limit.known
 
 
 def test_later_text_that_goes_past_the_sample():
@@ -48,7 +49,7 @@ def test_later_text_that_goes_past_the_sample():
     rule = SinkRule(None, "auto").learned({"resid": {3: first}, "mlp_out": {3: first}})
     norms = {"resid": {3: second}, "mlp_out": {3: torch.ones_like(second)}}
     sinks = rule.large(norms)
-    assert sinks.tolist() == [False] * 20_000 + [True] * 40
+    assert sinks is not None and sinks.tolist() == [False] * 20_000 + [True] * 40
     assert rule.places(norms, sinks) == {"resid.3": 40, "unforeseen": 40}
 
 
@@ -67,7 +68,8 @@ def test_the_rules_one_can_choose():
     assert {sinks: bool(rule.limits) for sinks, rule in masked.items()} == {
         "auto": True, "first": False, "none": False, "10": True, "20": True,
     }  # fmt: skip
-    assert masked["10"].large(norms).sum() == 1 and not masked["20"].large(norms).any()
+    ten, twenty = masked["10"].large(norms), masked["20"].large(norms)
+    assert ten is not None and twenty is not None and ten.sum() == 1 and not twenty.any()
     tokens = torch.tensor([[7, 3, 7]])
     assert [mask.tolist() for mask in masked["auto"].by_token(tokens)] == [
         [[True, False, False]],
@@ -90,7 +92,8 @@ def test_the_old_rule_is_still_read():
         {"bos": 3, "multiple": 10.0, "median_norm": {"0": 2.0, "1": 3.0}, "rows": {"sink": 1}}
     )
     norms = {"resid": {0: torch.tensor([19.0, 21.0, 5.0]), 1: torch.tensor([1.0, 1.0, 31.0])}}
-    assert rule.sinks == "10.0" and rule.large(norms).tolist() == [False, True, True]
+    large = rule.large(norms)
+    assert rule.sinks == "10.0" and large is not None and large.tolist() == [False, True, True]
     assert SinkRule.from_attributes(rule.to_attributes()) == rule
 
 

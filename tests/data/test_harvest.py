@@ -151,7 +151,7 @@ def test_sinks_are_masked_and_counted(tmp_path):
     with lm.capture() as captured:
         lm(prompt)
     large = rule.large(rule.norms({"resid": captured.resid, "mlp_out": captured.mlp_out}))
-    assert large.tolist() == [[False, True, False, False]]
+    assert large is not None and large.tolist() == [[False, True, False, False]]
     # and the model that its transcoders are used with keeps its own output at the same positions
     transcoder = Transcoder(
         TranscoderSettings(features=4), lm.d_model, [0, 1, 2], meta={"masked": store.attributes["masked"]}

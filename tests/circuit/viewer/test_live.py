@@ -132,6 +132,7 @@ def test_one_trace_at_a_time_and_it_can_be_called_off(client, live, model, monke
     def slow(ids, targets=None, progress=None):
         for n in range(1000):
             begun.set()
+            assert progress is not None
             progress("tracing", n, 1000)
             go_on.wait(0.05)
         raise AssertionError("nobody called it off")
