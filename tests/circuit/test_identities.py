@@ -9,6 +9,7 @@ from crosslace.circuit.attribution.linear import record
 from crosslace.circuit.attribution.sources import active_features, find_sources
 from crosslace.circuit.attribution.targets import feature_targets
 from crosslace.circuit.attribution.tracer import trace
+from crosslace.circuit.graph.nodes import KINDS as NODE_KINDS
 from crosslace.circuit.model import ReplacementModel
 from crosslace.circuit.replacement import Intervention
 from crosslace.train.settings import TranscoderSettings
@@ -48,7 +49,12 @@ def autograd_rows(replacement, graph):
     T, L = tokens.shape[1], lm.n_layers
     scales = torch.ones(len(graph.nodes), dtype=torch.float64, requires_grad=True)
     ids = {key: id for id, key in enumerate(graph.nodes.keys())}
-    error_of = [[ids[1, layer, position, 0] for position in range(T)] for layer in range(L)]
+    # where a position is left to the model, its own output stands in the error's place
+    kept = NODE_KINDS.index("kept")
+    error_of = [
+        [ids[key] for p in range(T) for key in ((1, layer, p, 0), (kept, layer, p, 0)) if key in ids]
+        for layer in range(L)
+    ]
     read = transcoder.settings.read
     seen = {}
 

@@ -19,6 +19,7 @@ NEEDED = {
     "import": ["path=p", "run=r"],
     "sweep": ["run=r"],
     "report": ["run=r"],
+    "compare": ["run=r", "first=a", "second=b"],
 }
 
 
