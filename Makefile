@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := __init__.py data train circuit launch conf docs benchmarks tests
 RUN ?= runs/demo
-# Without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu takes a torch of 200 MB in place of 3 GB.
+# Without a GPU, TORCH_INDEX=ADDRESS (the CPU index that PyTorch's install page names) takes a torch of 200 MB, not 3 GB.
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
