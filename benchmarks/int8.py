@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crosslace.data.store.layout import StoreLayout
+from crosslace.data.layout.layout import StoreLayout
 from crosslace.data.store.store import ActivationStore
 from crosslace.data.store.writer import write_store
 

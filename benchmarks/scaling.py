@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from crosslace.data.device import find_device
-from crosslace.data.store.layout import StoreLayout
+from crosslace.data.layout.layout import StoreLayout
 from crosslace.data.store.store import ActivationStore
 from crosslace.data.store.writer import write_store
 from crosslace.train.loss.state import Counters, RunningState

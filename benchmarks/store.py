@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from crosslace.data.store.layout import StoreLayout
+from crosslace.data.layout.layout import StoreLayout
 from crosslace.data.store.store import ActivationStore
 from crosslace.data.store.writer import StoreWriter
 

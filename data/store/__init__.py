@@ -1,28 +1,28 @@
-"""Activations on disk: the Zarr layout, writing, reading, shuffling, batches."""
+"""Activations on disk: written as Zarr, read in batches, handed to training."""
 
+from ..layout import BLOCK_ROWS as BLOCK_ROWS
+from ..layout import COLUMNS as COLUMNS
+from ..layout import DTYPES as DTYPES
+from ..layout import FLOAT16_MAX as FLOAT16_MAX
+from ..layout import Blocks as Blocks
+from ..layout import Order as Order
+from ..layout import Place as Place
+from ..layout import Span as Span
+from ..layout import StoreLayout as StoreLayout
+from ..layout import StoreLock as StoreLock
+from ..layout import channel_scale as channel_scale
+from ..layout import hashed as hashed
+from ..layout import permutation as permutation
+from ..layout import read_fully as read_fully
+from ..layout import read_json as read_json
+from ..layout import room as room
+from ..layout import write_json as write_json
 from .batch import Batch as Batch
 from .batch import Statistics as Statistics
-from .codecs import DTYPES as DTYPES
-from .codecs import FLOAT16_MAX as FLOAT16_MAX
-from .codecs import channel_scale as channel_scale
 from .disk import DiskSource as DiskSource
-from .layout import BLOCK_ROWS as BLOCK_ROWS
-from .layout import COLUMNS as COLUMNS
-from .layout import StoreLayout as StoreLayout
-from .lock import StoreLock as StoreLock
-from .place import Place as Place
-from .place import read_fully as read_fully
-from .place import read_json as read_json
-from .place import room as room
-from .place import write_json as write_json
 from .reader import ShardedRows as ShardedRows
 from .shards import ShardWriter as ShardWriter
 from .shards import window_sizes as window_sizes
-from .shuffle import Blocks as Blocks
-from .shuffle import Order as Order
-from .shuffle import Span as Span
-from .shuffle import hashed as hashed
-from .shuffle import permutation as permutation
 from .store import ActivationStore as ActivationStore
 from .store import in_memory_store as in_memory_store
 from .store import is_complete as is_complete

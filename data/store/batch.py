@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .codecs import Int8Rows
-from .shuffle import Blocks, Order, Span
+from ..layout import Blocks, Int8Rows, Order, Span
 
 
 class Statistics(NamedTuple):

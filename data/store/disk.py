@@ -8,11 +8,9 @@ import torch
 import zarr
 
 from ..errors import Progress, UserError
+from ..layout import Order, Place, Span, StoreLayout, permutation, read_json
 from .batch import Batch, Statistics
-from .layout import StoreLayout
-from .place import Place, read_json
 from .reader import ShardedRows, read_small, read_statistics
-from .shuffle import Order, Span, permutation
 
 
 class DiskSource(ShardedRows):

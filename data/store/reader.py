@@ -15,11 +15,8 @@ import torch
 import zarr
 
 from ..errors import Progress, UserError
+from ..layout import CODECS, CRC_BYTES, ArraySpec, Blocks, Int8Rows, Order, Place, Span, StoreLayout
 from .batch import Batch, Statistics
-from .codecs import CODECS, Int8Rows
-from .layout import CRC_BYTES, ArraySpec, StoreLayout
-from .place import Place
-from .shuffle import Blocks, Order, Span
 
 _AT_ONCE = 32  # blocks that Zarr reads side by side
 _KEPT = 16

@@ -8,8 +8,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from .layout import StoreLayout
-from .place import Place
+from ..layout import Place, StoreLayout
 from .window import Window
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from ..errors import Progress, UserError, silent
+from ..layout import Place, read_json
 from .batch import Batch, MemorySource, RowSource, Statistics
 from .disk import DiskSource, JoinedSource
 from .loader import Loader
-from .place import Place, read_json
 
 __all__ = ["ActivationStore", "Batch", "Loader", "Statistics", "in_memory_store"]
 

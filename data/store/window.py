@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from ..device import in_float64
-from .codecs import CODECS, quantise
-from .layout import StoreLayout
-from .shuffle import permutation
+from ..layout import CODECS, StoreLayout, permutation, quantise
 
 
 class Moments:

@@ -21,11 +21,8 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import UserError
+from ..layout import COLUMNS, FORMAT, VERSION, Place, StoreLayout, StoreLock, channel_scale, read_json, room, write_json
 from ..memory import host_memory
-from .codecs import channel_scale
-from .layout import COLUMNS, FORMAT, VERSION, StoreLayout
-from .lock import StoreLock
-from .place import Place, read_json, room, write_json
 from .shards import ShardWriter, put_array, window_sizes
 from .window import Moments, Window, pack_record, read_record
 

@@ -270,7 +270,7 @@ def test_says_what_it_will_weigh(lm, tmp_path, monkeypatch):
     size, _ = weigh(lm, to(tmp_path / "s"))
     there = sum(file.stat().st_size for file in (tmp_path / "s").rglob("c/**/*") if file.is_file())
     assert size <= there < 1.01 * size  # statistics lie there, too
-    monkeypatch.setattr("crosslace.data.store.place.Place.free", lambda self: 1_000_000)
+    monkeypatch.setattr("crosslace.data.layout.place.Place.free", lambda self: 1_000_000)
     with pytest.raises(UserError, match=r"would weigh 7\.\d+ MB.* has room for 1(\.\d+)? MB: lower store.tokens"):
         harvest(lm, RandomText(), to(tmp_path / "t"))
 

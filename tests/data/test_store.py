@@ -11,8 +11,8 @@ import pytest
 import torch
 import zarr
 from crosslace.data.errors import UserError
+from crosslace.data.layout.layout import StoreLayout
 from crosslace.data.store.batch import Batch
-from crosslace.data.store.layout import StoreLayout
 from crosslace.data.store.store import ActivationStore, in_memory_store
 from crosslace.data.store.writer import StoreWriter, write_store
 

@@ -16,9 +16,9 @@ import torch
 import zarr
 from crosslace.data import memory
 from crosslace.data.errors import UserError
-from crosslace.data.store import lock as locks
-from crosslace.data.store.layout import StoreLayout
-from crosslace.data.store.place import Place
+from crosslace.data.layout import lock as locks
+from crosslace.data.layout.layout import StoreLayout
+from crosslace.data.layout.place import Place
 from crosslace.data.store.store import ActivationStore
 from crosslace.data.store.window import Window
 from crosslace.data.store.writer import StoreWriter, write_store

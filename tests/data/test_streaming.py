@@ -9,8 +9,8 @@ import torch
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.harvest.harvest import Harvester, HarvestSettings, harvest
 from crosslace.data.harvest.streaming import RingSource, open_streaming
+from crosslace.data.layout.place import Place
 from crosslace.data.models.language_model import LanguageModel
-from crosslace.data.store.place import Place
 from crosslace.data.store.store import ActivationStore
 from crosslace.data.text.corpus import TokenSequence
 from transformers import LlamaConfig, LlamaForCausalLM

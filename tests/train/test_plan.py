@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosslace.data.store.layout import StoreLayout
+from crosslace.data.layout.layout import StoreLayout
 from crosslace.data.store.writer import write_store
 from crosslace.train.parallel.mesh import ParallelSettings
 from crosslace.train.planning.plan import MachineSettings, Shape, make_plan, what_fits

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from crosslace import Transcoder
-from crosslace.data.store.layout import StoreLayout
+from crosslace.data.layout.layout import StoreLayout
 from crosslace.data.store.writer import write_store
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
 
