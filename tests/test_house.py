@@ -31,12 +31,6 @@ LINES_IN_A_FILE = 450
 UPWARDS = {("circuit/graph/graph", "circuit/formats"), ("circuit/graph/graph", "circuit/viewer")}
 """What runs upwards: `Graph.to_neuronpedia` and `Graph.show`, which spare a user to know the modules that do it."""
 
-STILL_TIED: set[str] = set()
-"""Floors and modules that import each other in circles and are being untied; this list only shrinks."""
-STILL_ENTERED_ELSEWHERE = ("circuit/formats", "data/worlds/stdlib")
-"""Floors and modules that are not yet entered by their doors alone; this list only shrinks."""
-STILL_LARGE: set[str] = set()
-
 
 class Import(NamedTuple):
     """One import inside the package."""
@@ -151,12 +145,12 @@ def test_floors_of_a_room_import_one_way() -> None:
         for one in imports()
         if room_of(one.source) == room_of(one.target) and (one.source, floor_of(one.target)) not in UPWARDS
     }
-    assert not [c for c in circles({(a, b) for a, b in edges if a != b}) if not STILL_TIED.issuperset(c)]
+    assert not list(circles({(a, b) for a, b in edges if a != b}))
 
 
 def test_no_two_modules_import_each_other_in_a_circle() -> None:
     edges = {(one.source, one.target) for one in imports() if (one.source, floor_of(one.target)) not in UPWARDS}
-    assert not [c for c in circles(edges) if not STILL_TIED.issuperset(c)]
+    assert not list(circles(edges))
 
 
 def test_a_floor_is_entered_by_its_door() -> None:
@@ -164,7 +158,6 @@ def test_a_floor_is_entered_by_its_door() -> None:
     past = [
         f"{one.source} imports {one.target}"
         for one in imports()
-        if not one.target.startswith(STILL_ENTERED_ELSEWHERE)
         if one.target.count("/") >= 2 and floor_of(one.source) != floor_of(one.target) and not one.offered
     ]
     assert not past
@@ -191,7 +184,7 @@ def test_folders_and_files_stay_small() -> None:
     folders = {path.parent for path in MODULES}
     large = {name_of(folder) for folder in folders if len(list(folder.glob("*.py"))) - 1 > FILES_IN_A_FOLDER}
     long = {name_of(path) for path in TRACKED if path.suffix == ".py" and lines(path) > LINES_IN_A_FILE}
-    assert not large - STILL_LARGE and not long
+    assert not large and not long
 
 
 def lines(path: Path) -> int:

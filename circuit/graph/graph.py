@@ -424,7 +424,7 @@ class Graph:
 
     def to_neuronpedia(self, path: str | Path, **options: Any) -> Path:
         """Write the graph as Neuronpedia's JSON: circuit/formats/neuronpedia.py."""
-        from ..formats.neuronpedia import write_neuronpedia
+        from ..formats import write_neuronpedia
 
         return write_neuronpedia(self, path, **options)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from ...data.errors import UserError
 from ..features import Labels
-from ..formats.neuronpedia import graph_to_neuronpedia, slugified
+from ..formats import graph_to_neuronpedia, slugified
 from ..graph import Graph
 from .payload import n_layers, node_keys
 

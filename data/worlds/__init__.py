@@ -1,5 +1,6 @@
 """The bundled language models and their texts: the world, whose right circuits are known, and Python's own source."""
 
+from . import stdlib as stdlib
 from .bundled import is_held_out as is_held_out
 from .stdlib import StdlibSettings as StdlibSettings
 from .stdlib import build_stdlib as build_stdlib
