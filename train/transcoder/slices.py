@@ -89,7 +89,7 @@ def whole_norms(norms: Sequence[Tensor], comm: Collectives) -> list[Tensor]:
         return list(norms)
     squares = torch.cat([norm.square().unflatten(0, (comm.slices, -1)) for norm in norms], dim=1)
     total = reduce_scatter_features(squares, comm)
-    # A row of zeros has no direction to grow in: the clamp gives it the gradient zero.
+    # The norm has no slope at a row of zeros: the clamp gives such a row the gradient zero.
     whole = total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
     return list(whole.split([len(norm) // comm.slices for norm in norms]))
 
