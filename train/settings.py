@@ -18,7 +18,9 @@ PRECISIONS = ("auto", "float32", "bf16", "fp16")
 LAM, LAM_TARGET = 1e-3, 0.1
 
 # Settings that may differ between a run and its resumption: none of them changes a weight.
-HARMLESS = ("log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "prefetch")
+HARMLESS = (
+    "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "prefetch", "on_divergence",
+)  # fmt: skip
 
 # Below this, a bandwidth belongs to activations of unit norm, not to E|x|^2 = D.
 _LEAST_BANDWIDTH = 0.05
@@ -218,6 +220,11 @@ class TrainerSettings:
     resample_until: float = 0.8
     """Share of the run after which nothing is resampled."""
 
+    on_divergence: str = "warn"
+    """What follows when the NMSE, in training or held out, is above 1 or ten times its best: warn says so, with the
+    tokens that carry it; stop ends the run; rewind goes back to the last checkpoint, at half the learning rate and
+    without resampling, three times at most."""
+
     init_firing_rate: float | None = None
     """Share of tokens on which each feature fires at first, set through b_enc; not given, the first L0 / features."""
 
@@ -273,6 +280,7 @@ class TrainerSettings:
             for value in values:
                 check_range(f"trainer.{name}", value, low=0, high=high)
         check_choice("trainer.optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("trainer.on_divergence", self.on_divergence, ("warn", "stop", "rewind"))
         check_choice("trainer.precision", self.precision, PRECISIONS)
         check_choice("trainer.sparse", self.sparse, ("auto", "on", "off"))
         check_choice("trainer.sparsity", self.sparsity, SPARSITIES)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .loss import Objective, Pass, StepInputs, StepLoss, annealed_k, choose, dense_pass, ramp, scheduled_lr, step_loss
-from .run import StepParts, total_and_layer_norms
+from .run import StepParts, hold, take_hold, total_and_layer_norms
 from .settings import TOPK, TrainerSettings
 from .sparse import RowGradients, sparse_pass
 from .transcoder import Transcoder, candidates, cut_dim, decoder_norms
@@ -54,7 +54,10 @@ def step_inputs(parts: StepParts) -> StepInputs:
     else:
         lam = parts.state.log_lam.exp() * rising
     dead = parts.state.dead(step)
-    return StepInputs(k, lam, settings.lam_preactivation, dead, parts.target_l0, use_aux=parts.counters.use_aux)
+    return StepInputs(
+        k, lam, settings.lam_preactivation, dead, parts.target_l0, row_cap=parts.state.row_cap(),
+        use_aux=parts.counters.use_aux,
+    )  # fmt: skip
 
 
 def chosen_pass(parts: StepParts, unformed: RowGradients | None = None) -> Callable[..., Pass]:
@@ -69,6 +72,7 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
     settings, transcoder, comm = parts.settings, parts.transcoder, parts.comm
     pieces = list(zip(x.chunk(settings.accumulate), y.chunk(settings.accumulate), strict=True))
     inputs = step_inputs(parts)
+    take_hold(transcoder, parts.state, comm)
     if len(pieces) > 1:
         inputs = collect_batch_statistics(parts, [x_B for x_B, _ in pieces], inputs)
 
@@ -109,6 +113,7 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
     clip = (norm / settings.clip).clamp_min(1.0) if settings.clip else torch.ones_like(norm)
     parts.optimizers.set_lr(scheduled_lr(settings, max(transcoder.features) * comm.feature_ranks, parts.counters.step))
     parts.optimizers.step(clip * scale, bad, rows)
+    hold(transcoder, parts.state, comm)
 
     # Averages for the next steps and for the metrics.
     parts.state.update(whole, x.shape[0], norms_1L, bad, inputs.lam, comm)
@@ -157,7 +162,8 @@ def mean_of(seen: list[StepLoss]) -> StepLoss:
     def mean(name: str) -> Tensor:
         return torch.stack([getattr(piece, name) for piece in seen]).mean(0)
 
-    return StepLoss(mean("loss"), terms, fired, mean("l0"), mean("power"))
+    row_loss, capped = torch.cat([piece.row_loss for piece in seen]), sum(piece.capped for piece in seen)
+    return StepLoss(mean("loss"), terms, fired, mean("l0"), mean("power"), row_loss, torch.as_tensor(capped))
 
 
 def autocast(settings: TrainerSettings, device: torch.device) -> torch.autocast:

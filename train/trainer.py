@@ -11,7 +11,7 @@ the end      thresholds are calibrated, the scales folded into the weights, one 
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,11 +22,14 @@ from torch import Tensor
 from ..data.device import find_device
 from ..data.errors import Progress, UserError, out_of_room, silent
 from ..data.store import ActivationStore, Batch
-from .loss import Counters, RunningState, StepInputs
-from .parallel import SINGLE, Collectives
+from .loss import Counters, Pass, RunningState, StepInputs
+from .parallel import SINGLE, Collectives, whole_batch
 from .run import (
+    MOST_REWINDS,
     Checkpoints,
+    Diverged,
     Evaluation,
+    Guard,
     HeldOut,
     Optimizers,
     Records,
@@ -35,6 +38,7 @@ from .run import (
     Tracker,
     check_run,
     check_same_run,
+    eased,
     evaluate,
     resample,
     store_identity,
@@ -43,8 +47,8 @@ from .run import (
 from .settings import TOPK, TrainerSettings, TranscoderSettings
 from .sparse import Workspace, use_sparse
 from .start import Neurons, initialise, rows_for, start_from, start_from_neurons
-from .step import autocast, objective_of, step_inputs, train_step
-from .transcoder import Normalisation, Transcoder, new_part, normalisation_of, own_slice, part_of, save_whole
+from .step import autocast, chosen_pass, collect_batch_statistics, objective_of, step_inputs, train_step
+from .transcoder import Normalisation, Reading, Transcoder, new_part, normalisation_of, own_slice, part_of, save_whole
 
 # Steps between looks at the densities, which decide whether the sparse step and the auxiliary loss are worth it.
 LOOK_EVERY = 25
@@ -88,6 +92,7 @@ class Trainer:
         init: Transcoder | None = None,
         neurons: Iterable[Neurons] | None = None,
         meta: dict[str, Any] | None = None,
+        token_name: Callable[[int], str] = str,
     ) -> None:
         # Settings. A finished transcoder's features need not find their places.
         if init is not None and settings.k_first is None:
@@ -99,11 +104,13 @@ class Trainer:
         check_run(settings, transcoder_settings, store, held_out, self.layers, self.device, comm)
 
         # Data.
-        self.read = transcoder_settings.read
-        self.store = ActivationStore(store.source, self.layers, (self.read, "mlp_out"))
+        read = transcoder_settings.read
+        self.reading = Reading(store, read, self.layers)
+        self.store = ActivationStore(store.source, self.layers, (self.reading.site, "mlp_out"))
         rows = [store.layers.index(layer) for layer in self.layers]
-        self.normalisation = normalisation_of(store.statistics, self.read, rows, store.d_model)
-        held = ActivationStore(held_out.source, self.layers, (self.read, "mlp_out"))
+        read_square = self.reading.mean_square(store, self.layers)
+        self.normalisation = normalisation_of(store.statistics, read, rows, store.d_model, read_square)
+        held = ActivationStore(held_out.source, self.layers, (self.reading.site, "mlp_out"))
         self.identity = {"store": store_identity(store), "held_out": store_identity(held_out)}
 
         # Model, optimizer, state.
@@ -112,7 +119,7 @@ class Trainer:
         transcoder = self._new_transcoder(init)
         self.neurons = neurons
         self.normalisation = self.normalisation.to(self.device)
-        self.held_out = HeldOut(held, self.normalisation, self.read, self.layers, comm)
+        self.held_out = HeldOut(held, self.normalisation, self.reading, self.layers, comm)
         target = None if self.targets is None else torch.tensor(self.targets, device=self.device)
         self.parts = StepParts(
             settings=settings,
@@ -131,15 +138,28 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", settings.keep_checkpoints, comm)
         self.records = Records(self.folder / "metrics.jsonl", comm.is_main)
         self.evaluation: Evaluation | None = None
+        self.tokens: Tensor = torch.zeros(0)
+        topk_kind = transcoder_settings.activation in TOPK
+        self.guard = Guard(settings, topk_kind, self.parts.counters, self._say, token_name)
 
     # The run.
 
     def run(self) -> TrainResult:
         """Train to the end, or until asked to stop."""
-        settings, parts, counters = self.settings, self.parts, self.parts.counters
+        parts, counters = self.parts, self.parts.counters
         if not self._resume() and self.neurons is not None:
             start_from_neurons(parts.transcoder, self.neurons, self.normalisation, self.comm)
         begun = time.perf_counter() - counters.seconds
+        while True:
+            self.parts = self.parts._replace(settings=eased(self.settings, self.parts.counters.rewinds))
+            try:
+                return self._steps(begun)
+            except Diverged as divergence:
+                self._rewind(divergence)
+
+    def _steps(self, begun: float) -> TrainResult:
+        """Train from where the counters stand."""
+        settings, parts, counters = self.settings, self.parts, self.parts.counters
         loader = self.store.loader(
             settings.batch, counters.step, settings.steps - counters.step, self.device,
             rank=self.comm.data_rank, world=self.comm.data_ranks, prefetch=settings.prefetch,
@@ -148,11 +168,12 @@ class Trainer:
             self.records.start(counters.step)
             for batch in loader:
                 x, y = self._normalised(batch)
+                self.tokens = batch.token
                 if counters.step % LOOK_EVERY == 0:
                     self._refresh_density_flags(x)
-                if settings.resample_every and self._due(settings.resample_every, before_step=True):
+                if parts.settings.resample_every and self._due(settings.resample_every, before_step=True):
                     self._resample(x, y)
-                train_step(parts, x, y)
+                train_step(self.parts, x, y)
                 if not self.records.speed:
                     self.records.set_apart(counters.step, loader.stall_seconds, self.device)
                 counters.seconds = time.perf_counter() - begun
@@ -174,7 +195,7 @@ class Trainer:
         return every > 0 and step > 0 and (step % every == 0 or (last and every == self.settings.log_every))
 
     def _normalised(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.normalisation.x(batch.sites[self.read]), self.normalisation.y(batch.mlp_out)
+        return self.normalisation.x(self.reading.of(batch)), self.normalisation.y(batch.mlp_out)
 
     def _refresh_density_flags(self, x: Tensor) -> None:
         """Decide, from a reading that is the same after a resume, which step to take and whether anything is dead."""
@@ -199,8 +220,17 @@ class Trainer:
         if step > self.settings.resample_until * self.settings.steps:
             return
         inputs: StepInputs = step_inputs(parts)
+        pieces = self.settings.accumulate
+        if pieces > 1:
+            inputs = collect_batch_statistics(parts, list(x.chunk(pieces)), inputs)
         seed = self.settings.seed * 1_000_003 + step
-        resample(parts.transcoder, parts.optimizers, parts.state, inputs, x, y, seed, self.comm)
+
+        def forward(*given: Any) -> Pass:
+            with autocast(self.settings, self.device):
+                return chosen_pass(parts)(*given)
+
+        state = parts.state
+        resample(parts.transcoder, parts.optimizers, state, inputs, x, y, seed, self.comm, forward, pieces)
 
     # The beginning.
 
@@ -209,7 +239,7 @@ class Trainer:
         rates = self._rates()
         sample = min(len(self.store), rows_for(min(rates)))
         batch = self.store.batch(0, 0, sample)
-        x, y_mean = self.normalisation.x(batch.sites[self.read]), self.normalisation.y_mean
+        x, y_mean = self.normalisation.x(self.reading.of(batch)), self.normalisation.y_mean
         if init is not None:
             whole = Transcoder(shape, d_model, self.layers, seed=seed, meta=self.meta)
             initialise(whole, x, y_mean, rates, self.settings.init_decoder)
@@ -272,8 +302,7 @@ class Trainer:
 
     def _save(self) -> None:
         counters = dataclasses.asdict(self.parts.counters)
-        if counters["best_score"] == float("inf"):
-            counters["best_score"] = None
+        counters = {name: None if value == float("inf") else value for name, value in counters.items()}
         trackers = {type(t).__name__: t.state() for t in self.trackers} if self.comm.is_main else {}
         state = {"counters": counters, "trackers": trackers, **self._description()}
         self.checkpoints.save(self.parts.counters.step, self._tensors(), state)
@@ -291,6 +320,24 @@ class Trainer:
             )
         self.records.note = f"nmse {values['nmse']:.4f}  l0 {values['l0']:.1f}  dead {values['dead']:.1%}"
         self._emit(values, histograms)
+        self._guard(values["nmse"])
+
+    def _guard(self, nmse: float, held_out: bool = False) -> None:
+        last = self.parts.state.row_losses[:, -self.settings.batch :]
+        self.guard.look(nmse, last, whole_batch(self.tokens, self.comm)[-last.shape[1] :], held_out)
+
+    def _say(self, message: str) -> None:
+        step = self.parts.counters.step
+        self.records.write(step, {"divergence": message})
+        self.progress("training", step, self.settings.steps, message)
+
+    def _rewind(self, divergence: Diverged) -> None:
+        """Back to the newest checkpoint, to go on from there more carefully."""
+        rewinds = self.parts.counters.rewinds + 1
+        if rewinds > MOST_REWINDS or not self._resume():
+            cause = f"{MOST_REWINDS} rewinds did not help" if rewinds > MOST_REWINDS else "there is no checkpoint yet"
+            raise UserError(f"training stopped at {divergence} ({cause}: lower trainer.lr)") from divergence
+        self.parts.counters.rewinds, self.parts.counters.diverging, self.parts.state.held = rewinds, False, None
 
     def _emit(self, values: dict[str, float], histograms: dict[str, Tensor]) -> None:
         self.records.write(self.parts.counters.step, values)
@@ -314,6 +361,7 @@ class Trainer:
             values |= {f"held_out/theta/{layer}": mean for layer, mean in zip(self.layers, means, strict=True)}
         histograms = {f"held_out/density/{l}": d.cpu() for l, d in zip(self.layers, self.evaluation.densities)}
         self._emit(values | {"held_out/tokens": report["tokens"]}, histograms)
+        self._guard(report["overall"]["nmse"], held_out=True)
         score = self._score(report)
         if score < counters.best_score:
             counters.best_score = score

@@ -162,6 +162,7 @@ def evaluate(
         "tokens": found["tokens"],
         "overall": found["overall"],
         "layers": found["layers"],
+        **({"worst_tokens": found["worst_tokens"]} if "worst_tokens" in found else {}),
         "behaviour": behaviour_part(sums, rm.transcoder.layers, settings.seed),
         "health": health(rm.transcoder, reconstruction.trained.densities()),
     }
@@ -194,7 +195,9 @@ class Reconstruction:
         x_NLD = found.stacked(read)[~masked_BT].to(transcoder.dtype)
         y_NLD = found.stacked("mlp_out")[~masked_BT].to(transcoder.dtype)
         acts = [transcoder.encode_layer(x_NLD[:, l], l) for l in range(transcoder.n_layers)]
-        self.trained.update(y_NLD, transcoder.decode(acts, x_NLD), acts)
+        self.trained.update(
+            y_NLD, transcoder.decode(acts, x_NLD), acts, batch.tokens_BT.to(masked_BT.device)[~masked_BT]
+        )
 
     @contextmanager
     def observe_controls(

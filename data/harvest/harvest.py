@@ -23,7 +23,7 @@ from torch import Tensor
 from ... import __version__
 from ..errors import Progress, SettingsError, UserError, check_choice, check_range, silent
 from ..memory import host_memory
-from ..models import SITES, SITES_LOOKED_AT, LanguageModel, SinkRule, check_sinks, row_norms
+from ..models import SITES, SITES_LOOKED_AT, InputNorms, LanguageModel, SinkRule, check_sinks, row_norms
 from ..store import (
     BLOCK_ROWS,
     COLUMNS,
@@ -200,6 +200,7 @@ class Harvester:
         kept = {name: value for name, value in self.sampled.items() if name != "channel_scale"}
         return {
             "masked": self.rule.to_attributes(),
+            "input_norms": InputNorms.of(self.lm, self.layout.layers).to_attributes(),
             "largest_in_sample": self.sampled["largest"],
             "sample": kept,
         }

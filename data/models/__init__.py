@@ -3,12 +3,14 @@
 from .attention_sinks import SITES_LOOKED_AT as SITES_LOOKED_AT
 from .attention_sinks import SinkRule as SinkRule
 from .attention_sinks import check_sinks as check_sinks
+from .attention_sinks import described as described
 from .attention_sinks import row_norms as row_norms
 from .families import Affine as Affine
 from .families import LayerParts as LayerParts
 from .families import MlpWeights as MlpWeights
 from .families import Norm as Norm
 from .families import find_family as find_family
+from .input_norms import InputNorms as InputNorms
 from .language_model import SITES as SITES
 from .language_model import Captured as Captured
 from .language_model import LanguageModel as LanguageModel

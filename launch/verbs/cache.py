@@ -10,12 +10,14 @@ from ..workspace import Job, open_corpus, open_model, runs, wait_until
 
 def run(job: Job) -> Closing:
     """Fill a store, or go on with one that was cut off."""
+    from ...data.models import described
     from ...data.store import ActivationStore
 
     path = job.store_path
     fill(job)
     store = ActivationStore.open(path)
     rows = [("rows", len(store)), ("layers", store.n_layers), ("width", store.d_model), ("dtype", str(store.dtype))]
+    rows += described(store.attributes.get("masked", {}), len(store))
     return Closing(
         "cached",
         tables=[table("store", ("", "value"), rows)],

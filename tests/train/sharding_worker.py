@@ -171,7 +171,9 @@ def resample_alike(sharded: StepParts, whole: StepParts, comm: Collectives) -> N
     for parts, mask, rows in ((sharded, own, (rows_of(x, comm, 1), rows_of(y, comm, 1))), (whole, dead, (x, y))):
         inputs = step_inputs(parts)._replace(dead=mask)
         resample(parts.transcoder, parts.optimizers, parts.state, inputs, *rows, seed=3, comm=parts.comm)
-        assert all((layer[m] > parts.state.dead_below).all() for layer, m in zip(parts.state.density, mask))
+        started = [steps > 0 for steps in parts.state.held_steps]
+        assert not any((steps & ~m).any() for steps, m in zip(started, mask))
+        assert comm.max_all(torch.stack([steps.any() for steps in started]).any().float()) > 0
 
 
 def compare_metrics(case: Case, sharded: StepParts, whole: StepParts, comm: Collectives) -> None:

@@ -2,6 +2,7 @@
 
 from .collectives import SINGLE as SINGLE
 from .collectives import Collectives as Collectives
+from .collectives import whole_batch as whole_batch
 from .mesh import BUCKET_BYTES as BUCKET_BYTES
 from .mesh import EXCHANGES as EXCHANGES
 from .mesh import FirstFailure as FirstFailure

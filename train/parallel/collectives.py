@@ -130,3 +130,12 @@ class SingleProcess:
 
 
 SINGLE: Collectives = SingleProcess()
+
+
+def whole_batch(x: Tensor, comm: Collectives) -> Tensor:
+    """All data ranks' rows [B, ...] in the order of the batch, of which each rank holds one stretch."""
+    if comm.data_ranks == 1:
+        return x
+    slots = x.new_zeros(comm.data_ranks, *x.shape)
+    slots[comm.data_rank] = x
+    return comm.all_reduce_data(slots).flatten(0, 1)

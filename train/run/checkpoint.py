@@ -149,7 +149,7 @@ def _cut_dim(name: str, comm: Collectives) -> int | None:
     group, _, rest = name.partition("/")
     if group == "step":
         return None
-    return 0 if rest.startswith("density.") else cut_dim(rest, comm)
+    return 0 if rest.startswith(("density.", "held_steps.", "write_limit.")) else cut_dim(rest, comm)
 
 
 def _sync(path: Path) -> None:

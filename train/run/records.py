@@ -107,6 +107,8 @@ def training_values(
         return comm.all_reduce_features(torch.stack([mask.sum() for mask in masks]).float()).cpu() / sizes
 
     columns["nmse"] = means["reconstruction"] / means["power"].clamp_min(1e-30)
+    columns["capped_rows"] = means["capped"]
+    columns["worst_share"] = worst_share(state.row_losses)
     columns["l0"] = means["l0"]
     columns["lam"] = means["lam"]
     columns["dead"] = share(state.dead(counters.step))
@@ -137,6 +139,13 @@ def training_values(
     for l, log_theta in zip(transcoder.layers, transcoder.log_theta):
         histograms[f"theta/{l}"] = _sample(log_theta.exp())
     return values, histograms
+
+
+def worst_share(row_losses: Tensor) -> Tensor:
+    """[L]: the share of the squared error that lies in the worst thousandth of the last rows [L, N]."""
+    seen = row_losses.where(row_losses.isfinite(), 0.0)
+    worst = seen.topk(max(1, round(seen.shape[1] / 1000)), dim=1).values.sum(1)
+    return (worst / seen.sum(1).clamp_min(1e-30)).cpu()
 
 
 def _sample(values: Tensor) -> Tensor:
