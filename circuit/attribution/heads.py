@@ -227,7 +227,6 @@ def _sweep(
     """One sweep backwards: edges `mine` [E, 3] are (number, column of `targets`, source)."""
     number, column, source = mine.T
     batch, row = kept.batch_of[source], kept.row_of[source]
-    block = max(1, 2**24 // (prompt.model.length * found.shape[2] * prompt.model.layers[0].head_dim))
 
     def visit(layer: int, columns: slice, G: Tensor | None, V: Tensor) -> None:
         for b, (first, seen) in enumerate(kept.batches):
@@ -235,12 +234,17 @@ def _sweep(
                 continue
             values = seen[layer]
             here = (batch == b) & (row < len(values)) & (column >= columns.start) & (column < columns.stop)
-            cotangents = V[first:].unflatten(1, (values.shape[2], -1, values.shape[3]))
-            for some in here.nonzero().squeeze(1).split(block):
-                of_sources = values[row[some], : len(V) - first]
-                of_targets = cotangents[..., column[some] - columns.start]
-                parts = torch.einsum("ntkd,tkgdn->nkg", of_sources, of_targets)
-                found[number[some], layer] = parts.flatten(1)
+            some = here.nonzero().squeeze(1)
+            if len(some) == 0:
+                continue
+            # the sources and targets of these edges, each with each: one product for every key head
+            rows, of_row = row[some].unique(return_inverse=True)
+            picked, of_column = (column[some] - columns.start).unique(return_inverse=True)
+            T, KV, hd = len(V) - first, *values.shape[2:]
+            of_sources = values[rows, :T].permute(2, 0, 1, 3).flatten(2)  # [KV, s, T' * hd]
+            of_targets = V[first:, :, picked].view(T, KV, -1, hd, len(picked)).permute(1, 0, 3, 2, 4)
+            parts = torch.bmm(of_sources, of_targets.reshape(KV, T * hd, -1)).unflatten(2, (-1, len(picked)))
+            found[number[some], layer] = parts[:, of_row, :, of_column].flatten(1)
 
     edges = prompt.model.edges(targets, Places(targets.layer.tolist(), targets.position.tolist()), visit)
     value[number] = by_node(prompt.sources, edges)[kept.ids[source], column]
