@@ -59,10 +59,11 @@ class TranscoderSettings:
     """Active features per token and layer, for topk and batchtopk; `trainer.target_l0` takes its place where given."""
 
     k_per_layer: list[int] | None = None
-    """The same, one number a layer; takes the place of `k`."""
+    """k of each covered layer, one number a layer; takes the place of `k`."""
 
     k_scope: str = "layer"
-    """Where batchtopk chooses: `layer` gives each layer its own k, `all` lets layers compete for n_layers * k."""
+    """batchtopk: `layer` keeps k features in each layer; `all` keeps n_layers * k over all layers together, so that
+    some layers have more than others."""
 
     skip: bool = False
     """Add a linear map from each layer's input to its output."""
@@ -74,13 +75,15 @@ class TranscoderSettings:
     """Layers of the model to cover; all of the store's where not given."""
 
     theta_init: float = 0.03
-    """jumprelu: the thresholds' first value, under E|x|^2 = D."""
+    """jumprelu: the first value of all thresholds. Inputs are scaled so that their mean squared norm is the model's
+    width."""
 
     bandwidth: float = 1.0
-    """jumprelu: width of the straight-through window, under E|x|^2 = D."""
+    """jumprelu: how near a pre-activation must be to its threshold to give the threshold a gradient (inputs scaled as
+    for theta_init)."""
 
     ste_reaches_h: bool = True
-    """jumprelu: whether the estimator's gradient reaches the pre-activation too, or the threshold alone."""
+    """jumprelu: pass that gradient to the pre-activation as well, not to the threshold alone."""
 
     def __post_init__(self) -> None:
         check_choice("transcoder.activation", self.activation, ACTIVATIONS)
@@ -138,38 +141,38 @@ class TrainerSettings:
     """Optimizer steps."""
 
     batch: int = 1024
-    """Tokens a step, over all data ranks and micro-batches."""
+    """Tokens in a step, counted over all processes and micro-batches."""
 
     accumulate: int = free(1)
-    """Micro-batches a step: the same result as one large batch, in less memory."""
+    """Micro-batches in a step: more of them take less memory, and the result is the same."""
 
     seed: int = 0
-    """Initial weights, the order of the data, resampling."""
+    """Where random numbers start: initial weights, order of the data, resampling."""
 
     device: str = free("auto")
     """auto (this process's GPU, the CPU where there is none), cpu, cuda, cuda:N or mps."""
 
     precision: str = "auto"
-    """Of the products: float32, tf32 (a GPU's own short float32), bf16 or fp16 by autocast, or auto: what `accelerate
-    config` says, else float32. Parameters, norms and penalties are float32 always."""
+    """Precision of matrix products: float32, tf32 (a GPU's faster float32 with fewer digits), bf16, fp16, or auto: what
+    `accelerate config` says, else float32. Parameters, norms and penalties are float32 always."""
 
     sparse: str = free("auto")
-    """The step that never touches a zero: on, off, or auto by the measured density."""
+    """Compute with active features only (on) or with all (off); auto decides by how many are active."""
 
     optimizer: str = "adam"
     """adam, adamw, or muon (encoders and skips by Muon, the rest by AdamW)."""
 
     lr: float | None = None
-    """Peak learning rate; not given, 2e-4 * sqrt(2^14 / features) times lr_scale."""
+    """Highest learning rate; 2e-4 * sqrt(2^14 / features) * lr_scale where not given."""
 
     lr_scale: float = 1.0
-    """Factor on the default learning rate; short runs on small models take up to 6."""
+    """Factor on the default learning rate; short runs on small models work with 6 and more."""
 
     betas: list[float] | None = None
-    """Adam's two rates; 0.9 and 0.999 where not given."""
+    """Adam's two decay rates; 0.9 and 0.999 where not given."""
 
     weight_decay: float = 0.0
-    """Decoupled decay, for adamw and muon."""
+    """Decay of the weight matrices, for adamw and muon."""
 
     clip: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
@@ -178,22 +181,25 @@ class TrainerSettings:
     """Share of the run over which the learning rate rises."""
 
     lr_decay: float = 0.2
-    """Share of the run over which it falls to zero, at the end."""
+    """Share of the run, at its end, over which the learning rate falls to zero."""
 
     lr_schedule: str = "linear"
-    """How it falls: linear, cosine or constant."""
+    """How the learning rate falls: linear, cosine, or constant (not at all)."""
 
     target_l0: float | None = None
-    """Active features per token and layer on held-out data: sets k for topk kinds, steers the others."""
+    """Wanted number of active features per token and layer on held-out text. topk and batchtopk take it as k; for relu
+    and jumprelu the penalty is adjusted until it is met."""
 
     target_l0_per_layer: list[float] | None = None
-    """The same, one number a layer."""
+    """target_l0 of each covered layer, one number a layer."""
 
     k_first: float | None = None
-    """topk kinds: k at the start; ten times the final k where not given, a quarter of the features at most."""
+    """topk, batchtopk: k at the start of the run; ten times the final k where not given, at most a quarter of the
+    features."""
 
     k_share: float = 0.35
-    """topk kinds: share of the run over which k falls to its final value; 0 keeps it there from the start."""
+    """topk, batchtopk: share of the run over which k falls from k_first to its final value; 0 starts with the final
+    one."""
 
     sparsity: str = "auto"
     """relu, jumprelu: the penalty, tanh, l1, l0, or target (quadratic in L0 around target_l0, for jumprelu); auto is
@@ -204,22 +210,23 @@ class TrainerSettings:
     or l0, its first value."""
 
     lam_per_layer: list[float] | None = None
-    """The same, one number a layer."""
+    """lam of each covered layer, one number a layer."""
 
     lam_share: float = 1.0
     """Share of the run over which lam rises from 0; 0 keeps it at its value from the start."""
 
     tanh_c: float = 4.0
-    """c in tanh(c n_i a_i)."""
+    """How fast the tanh penalty saturates: c in tanh(c * activation * norm of the decoder)."""
 
     lam_preactivation: float = 3e-6
     """relu, jumprelu: the coefficient of the pre-activation penalty."""
 
     preactivation_over: str = "dead"
-    """Which features the pre-activation penalty covers: dead or all."""
+    """Which features have the pre-activation penalty: dead or all."""
 
     aux_weight: float = 1 / 32
-    """topk kinds: weight of the auxiliary loss, by which dead features reconstruct the error; 0 turns it off."""
+    """topk, batchtopk: weight of the auxiliary loss, in which dead features learn to reconstruct what is missing; 0
+    turns it off."""
 
     aux_k: int | None = None
     """Dead features per token and layer in the auxiliary loss; half of d_model where not given."""
@@ -228,28 +235,29 @@ class TrainerSettings:
     """Tokens without firing after which a feature counts as dead."""
 
     resample_every: int = 50
-    """Steps between resamplings of dead features towards badly reconstructed tokens; 0 turns it off."""
+    """Every so many steps dead features start again, at tokens that are badly reconstructed; 0 turns it off."""
 
     resample_until: float = 0.8
     """Share of the run after which nothing is resampled."""
 
     init_firing_rate: float | None = None
-    """Share of tokens on which each feature fires at first, set through b_enc; not given, the first L0 / features."""
+    """Share of tokens on which each feature fires at the start, set by its bias; the first L0 / features where not
+    given."""
 
     init_decoder: str = "zero"
-    """The decoder's first value: zero, or uniform."""
+    """The decoders' first values, for init=random: zero, or uniform."""
 
     calibrate_tokens: int = free(65_536)
-    """Held-out tokens on which the exported thresholds are set."""
+    """Held-out tokens on which the thresholds of the finished transcoder are set."""
 
     log_every: int = free(50)
-    """Steps between metric lines; nothing is read back from the device in between."""
+    """Steps between two lines of metrics."""
 
     eval_every: int = free(200)
     """Steps between held-out evaluations; 0 evaluates at the end only."""
 
     eval_tokens: int = free(16_384)
-    """Held-out tokens of an evaluation during training; the last one takes calibrate_tokens."""
+    """Held-out tokens of an evaluation during training; the last evaluation takes calibrate_tokens."""
 
     checkpoint_every: int = free(500)
     """Steps between checkpoints; 0 writes the last one only."""
@@ -258,13 +266,13 @@ class TrainerSettings:
     """How many of the newest checkpoints stay on disk."""
 
     keep_every: int = free(0)
-    """Checkpoints of steps that this divides stay for good; 0 keeps none beyond the newest."""
+    """Checkpoints of every so many steps are never removed; 0 keeps the newest alone."""
 
     keep_best: bool = free(False)
     """Export the best transcoder so far, by held-out nmse (at its L0), to `best/` as training goes on."""
 
     prefetch: int = free(2)
-    """Batches read ahead."""
+    """Batches that are read ahead of their use."""
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch", 1), ("accumulate", 1), ("log_every", 1), ("keep_checkpoints", 1)):

@@ -1,4 +1,4 @@
-"""Through which heads an edge goes (SPEC 10, OV).
+"""Through which heads an edge goes: its part by way of each head's values and outputs.
 
 With attention frozen a layer's heads are a sum of linear maps, so of what source s adds to target t,
 

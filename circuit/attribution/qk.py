@@ -1,4 +1,4 @@
-"""Why a head looked there (SPEC 10, QK).
+"""Why a head looked there: its score, split over what queries and keys are made of.
 
 The score of a query p and a key j is a product of two vectors that are affine in the residual stream,
 

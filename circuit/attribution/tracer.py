@@ -44,7 +44,7 @@ class TraceSettings:
     """Most next tokens that the graph explains."""
 
     logit_mass: float = 0.95
-    """Probability that those tokens reach together, where `max_logits` of them suffice."""
+    """Explain the likeliest next tokens until their probabilities sum to this, at most `max_logits` of them."""
 
     targets: list[str] | None = None
     """What to explain instead of the likely next tokens: `Austin`, `Austin - Dallas`, `L3:12` (a feature), each with

@@ -1,4 +1,4 @@
-"""Feature dashboards (SPEC 6.5): one pass over a corpus, then one record a feature.
+"""Feature dashboards: one pass over a corpus, then one record a feature.
 
     sequences [S, T] --lm--> read [S, T, D] a layer --encode--> activations [S, T, F]      (gather)
     activations --> per feature its strongest tokens, a sample, counts                     (examples)
@@ -42,7 +42,7 @@ class FeatureSettings:
     """Strongest examples kept of each feature."""
 
     quantiles: int = 4
-    """Groups of further examples, from all over a feature's active range."""
+    """Groups of further examples, from weak to strong activations."""
 
     per_quantile: int = 4
     """Examples in each group."""
@@ -54,7 +54,7 @@ class FeatureSettings:
     """Tokens shown after it."""
 
     logits: int = 10
-    """Tokens listed that a feature makes likelier, and less likely."""
+    """How many tokens are listed that a feature makes likelier, and as many that it makes less likely."""
 
     layers: list[int] | None = None
     """Layers of the model to describe; all that the transcoder covers by default."""

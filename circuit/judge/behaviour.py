@@ -16,7 +16,7 @@ from ...data.models import LanguageModel
 from ..precision import wide, widest
 
 HARD_CONFIDENCE = 0.8
-"""A token is hard where the model is right with less than this probability (SPEC 5)."""
+"""A token is hard where the model is right with less than this probability."""
 
 STATISTICS = ("tokens", "ce", "kl", "top1", "hard_tokens", "hard_top1")
 """The columns of a condition's sums."""

@@ -1,4 +1,4 @@
-"""All of SPEC 5 for one transcoder on held-out text: the parts that `eval.json` holds.
+"""How good one transcoder is on held-out text: the parts that `eval.json` holds.
 
     text [B, T] --clean pass--> reconstruction [tokens, L, D], sums of behaviour [sequences, statistics]
     text [B, T] --one pass a condition--> the same sums, MLP outputs overwritten          (behaviour, controls)
@@ -66,10 +66,10 @@ class EvalSettings:
     """Tokens of one forward pass."""
 
     layers: bool = True
-    """Measure each layer spliced alone, and layers 0..l replaced for each l."""
+    """Also replace each layer alone, and for each l the layers 0 to l."""
 
     controls: bool = True
-    """Measure the untrained transcoder, the neurons at equal L0, and a linear map."""
+    """Also measure an untrained transcoder, the MLP's strongest neurons (as many as L0), and a linear map."""
 
     prompts: int = 20
     """Prompts of the prompt set that graphs are made for; 0 leaves graphs and faithfulness out."""
@@ -85,13 +85,13 @@ class EvalSettings:
     """Feature nodes of a graph, as in `trace.max_nodes`."""
 
     node: float = 0.8
-    """Share of influence that the nodes of a pruned graph carry."""
+    """Pruning: the strongest nodes are kept that carry this share of the influence."""
 
     edge: float = 0.98
-    """Share of influence that the edges of a pruned graph carry."""
+    """Pruning: the strongest edges are kept that carry this share of the influence."""
 
     node_thresholds: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8, 0.9, 0.95, 1.0])
-    """Node thresholds of the frontier of graph size against score."""
+    """Values of `node` at which size and score of the pruned graphs are measured."""
 
     seed: int = 0
     """Which features are drawn, which sequences are resampled, and the untrained control's weights."""

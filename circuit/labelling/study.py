@@ -1,7 +1,10 @@
 """Labels and their scores, with the controls in the same table.
 
-evidence (evidence.py) -> labels (explain.py) -> scores (scoring.py)   for the transcoder's features,
-the same features with the labels dealt at random, random directions, the MLP's own neurons (controls.py)
+    training text --activations [S, T, F]--> examples of each feature            (evidence)
+    examples --explainer--> one label a feature                                  (explain, judges)
+    labels + held-out text --detection, fuzzing, simulation--> scores            (scoring)
+
+The same is done with the labels dealt at random, with random directions and with the MLP's own neurons (controls).
 """
 
 import random
@@ -81,10 +84,10 @@ class LabelSettings:
     """Money that the endpoint may use, at the two prices; 0 for no limit."""
 
     price_in: float = 0.0
-    """For a million tokens of questions."""
+    """Price of a million tokens of questions."""
 
     price_out: float = 0.0
-    """For a million tokens of answers."""
+    """Price of a million tokens of answers."""
 
     concurrency: int = 8
     """Questions that wait for the endpoint at once."""

@@ -1,6 +1,6 @@
 """Who answers to an intervention: layer by layer the MLPs, and what of attention and norms stays as it was.
 
-Two switches, SPEC 3. `mlps`, a layer: `model` (the language model's own MLP is live, and what set features write is
+Two switches. `mlps`, a layer: `model` (the language model's own MLP is live, and what set features write is
 added to it), `transcoder` (features are encoded anew, the clean error is added), `clean` (frozen, but for a skip
 connection, which follows its input as it does in a graph). `freeze`: `attention` (patterns) and `norms`
 (denominators) as in the clean run. The modes are names for what people use.

@@ -1,4 +1,4 @@
-"""Carrying interventions out: set features of a prompt and see what the model does (SPEC 3).
+"""Carrying interventions out: set features of a prompt and see what the model does.
 
     groups of interventions --_changes--> activations to set: row, position, feature, value [n] a covered layer
     clean run [1, T] + changes --_writer--> MLP outputs [R, T, D], a row per group --lm--> logits [R, T, V]

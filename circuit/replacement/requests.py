@@ -1,4 +1,4 @@
-"""What can be asked of features (SPEC 3), and what comes back: `Intervention`, `InterventionResult`, `Generation`."""
+"""What can be asked of features, and what comes back: `Intervention`, `InterventionResult`, `Generation`."""
 
 import math
 import re

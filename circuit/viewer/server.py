@@ -1,5 +1,9 @@
 """The viewer: a small local server over a run folder, or a folder of runs.
 
+    request --security: who asks?--> api: a route --runs: graphs and features from files--> JSON for static/*.js
+                                                  --kept: what people add--------------> view.json beside the graph
+                                                  --live: trace, steer, with the model-> a new graph, or next tokens
+
 It listens on this machine alone unless told otherwise, and answers whoever opened the address that it printed
 (`security`). It reads runs (`api`), keeps what people add (`kept`), and works on prompts with the run's model (`live`).
 """

@@ -80,13 +80,13 @@ class HarvestSettings:
     none by their norm; `none`, nothing; or a number, rows above so many medians of the residual stream's norm."""
 
     sample_tokens: int = 16384
-    """Tokens by which the sinks are told and the dtype is chosen."""
+    """Tokens of a first sample, on which attention sinks are found and the dtype is chosen."""
 
     batch_tokens: int = 16384
     """Tokens per forward pass."""
 
     shuffle_rows: int = SHUFFLE_ROWS
-    """Rows across which rows are shuffled before they are written, at least."""
+    """Rows are shuffled among at least so many others before they are written."""
 
     memory: str = "auto"
     """Memory for rows that wait to be shuffled, such as 8GB; by default a quarter of what this job may take."""
@@ -95,13 +95,13 @@ class HarvestSettings:
     """Folder of a fast local disk for rows that wait beyond that memory; beside the store if not given."""
 
     block_rows: int = BLOCK_ROWS
-    """Rows that stay together in every epoch."""
+    """Rows that lie together on disk and are read together in every epoch."""
 
     shard_rows: int = 0
     """Rows per file; 0 chooses about 128 MiB of each site."""
 
     seed: int = 0
-    """Of the shuffle."""
+    """Seed of the shuffle."""
 
     def __post_init__(self):
         check_choice("store.mode", self.mode, ["disk", "streaming"])

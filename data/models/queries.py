@@ -1,4 +1,4 @@
-"""Queries and keys of one attention layer as affine functions of the residual stream, on one prompt (SPEC 10).
+"""Queries and keys of one attention layer as affine functions of the residual stream, on one prompt.
 
 The model's own attention module is run up to where it hands queries and keys over, with the denominators of the norms
 on its way fixed: what rotates, what has a gain or a bias, and where, is the model's business and stays there.

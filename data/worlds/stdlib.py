@@ -45,7 +45,7 @@ class StdlibSettings:
     seed: int = 0
     """Decides the model's initial weights, which files are held out, and the order of training."""
     steps: int | None = None
-    """Training steps; None takes the size's own number."""
+    """Training steps; null takes the size's own number."""
 
     def __post_init__(self) -> None:
         check_choice("stdlib.size", self.size, SIZES)

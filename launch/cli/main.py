@@ -1,5 +1,8 @@
 """`crosslace VERB [overrides]`: find the verb, check its settings, run it, and say how it ended.
 
+    words -> flags apart (`flags`) -> `workspace.start`: a Job of checked settings -> the verb's `run(job)` -> Closing
+    an exception -> a sentence, an exit code, perhaps a traceback in the run's error.log (`failures`)
+
 Nothing heavy is imported before the verb is known, so that help answers at once.
 """
 

@@ -1,5 +1,7 @@
 """The circuit that the world's ground truth asks for: city -> its state -> the answer.
 
+    question -> graph, pruned -> paths, strongest first -> the first that passes a state's feature -> right or wrong
+
 The path is the strongest of those that lead from a token of the city to the answer through a feature named after any
 state, where a path's strength is the product of its edges, each as a share of all that its target receives. It names
 the right state or it does not; over many held-out cities, that is a test of graph and names together.

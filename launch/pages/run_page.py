@@ -1,4 +1,7 @@
-"""The page about one run: everything that `eval.json` holds, and the course of its training."""
+"""The page about one run: everything that `eval.json` holds, and the course of its training.
+
+eval.json, metrics.jsonl -> charts (`charts.py`), tables and notices (`html.py`) -> one page; charts as PNGs
+"""
 
 from collections.abc import Mapping, Sequence
 from html import escape

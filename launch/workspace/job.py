@@ -1,4 +1,8 @@
-"""One command at work: its settings, where it reports, and the folders it may write to."""
+"""One command at work: its settings, where it reports, and the folders it may write to.
+
+words -> `start`: composed settings (`launch/settings`), on the base of the run's own (`runs`) -> Job
+Job -> `process`: this one among several (`processes`) -> model, text, stores (`sources`) -> the verb's work
+"""
 
 import os
 import sys

@@ -37,7 +37,7 @@ def make_replacement(make_tiny):
 
 @pytest.fixture(scope="session")
 def make_exact_replacement(make_tiny):
-    """A model whose MLPs are one ReLU layer, and the transcoder that they are: one feature a neuron (SPEC 4, 5)."""
+    """A model whose MLPs are one ReLU layer, and the transcoder that they are: one feature a neuron."""
 
     def make(family: str = "gpt2", dtype: torch.dtype = torch.float64) -> ReplacementModel:
         change = {"gpt2": {"activation_function": "relu"}}.get(family, {"hidden_act": "relu"})

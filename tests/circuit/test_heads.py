@@ -1,4 +1,4 @@
-"""Through which head an edge goes (SPEC 10, OV), on a tiny random model of every family, in float64.
+"""Through which head an edge goes (values and outputs), on a tiny random model of every family, in float64.
 
 Parts that sum to an edge prove nothing about the parts: each is also held against runs with the source removed and one
 head's output, or all that went past the heads, put into the clean run.

@@ -1,4 +1,4 @@
-"""The identities of SPEC 4 on a tiny random model of every family, in float64."""
+"""The identities of graphs and interventions on a tiny random model of every family, in float64."""
 
 from itertools import product
 

@@ -1,4 +1,4 @@
-"""Why a head looked there (SPEC 10, QK), on a tiny random model of every family, in float64.
+"""Why a head looked there (queries and keys), on a tiny random model of every family, in float64.
 
 What terms add up to is one check; the other is independent: sources are taken out of the residual stream that the layer
 reads and the model's own attention is run again.

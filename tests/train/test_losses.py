@@ -1,4 +1,4 @@
-"""Each term against a direct transcription of SPEC 2 in float64, and by gradcheck."""
+"""Each term against a direct transcription of its formula in float64, and by gradcheck."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The terms of the loss (SPEC 2), pure functions named as in the formulas. Each is summed over features and averaged
+"""The terms of the loss, pure functions named as in the formulas. Each is summed over features and averaged
 over tokens, so that no coefficient depends on the batch size.
 
 Entries (`a`, `h`, and their feature's `n`, `theta`) may be dense [B, F] against [F], or the flat list of the entries

@@ -56,8 +56,8 @@ class ParallelSettings:
     """Processes that share each layer's features."""
 
     exchange: str = "auto"
-    """What feature ranks exchange: reconstructions, or actives (active values and indices; decoders are then cut along
-    their width); auto takes what moves fewer bytes by the plan."""
+    """What processes that share features send to each other: reconstructions, or actives (active features and their
+    values; each process then holds a slice of every decoder). auto takes what the plan finds to be fewer bytes."""
 
     timeout: int = 600
     """Seconds after which a process that waits for the others gives up."""

@@ -41,25 +41,25 @@ class MachineSettings:
     """The machine that `crosslace train --plan` reckons with, a rank: an H100 by default."""
 
     device: str = "cuda"
-    """cuda, or cpu: where the host's memory is all there is."""
+    """cuda, or cpu."""
 
     memory: str = "80GB"
     """Memory of a device."""
 
     host_memory: str = "256GB"
-    """Memory of the host that a rank may take."""
+    """Main memory that one process may take."""
 
     tflops: float = 200.0
-    """Arithmetic that is reached, in 10^12 operations a second: about 200 in bf16 on an H100, 25 in float32."""
+    """Arithmetic that a training reaches, in 10^12 operations a second: about 200 in bf16 on an H100, 25 in float32."""
 
     memory_bandwidth: str = "2TB"
     """Bytes a second between the device and its memory."""
 
     link: str = "200GB"
-    """Bytes a second between two ranks: NVLink 200GB and more, Ethernet 1GB to 10GB."""
+    """Bytes a second between two processes: 200GB and more by NVLink, 1GB to 10GB by Ethernet."""
 
     store: str = "2GB"
-    """Bytes a second that a rank reads from the store."""
+    """Bytes a second that one process reads from the store."""
 
     def __post_init__(self) -> None:
         check_choice("machine.device", self.device, ("cpu", "cuda"))

@@ -17,7 +17,7 @@ _ROWS_AT_ONCE = 2048
 
 
 class Evaluation(NamedTuple):
-    """Figures of SPEC 5, and what the export needs."""
+    """Held-out figures, and what the export needs."""
 
     report: dict[str, Any]
     """overall, layers, tokens."""

@@ -1,4 +1,4 @@
-"""Reconstruction metrics, one definition each (SPEC 5), accumulated over an evaluation set.
+"""Reconstruction metrics, one definition each, accumulated over an evaluation set.
 
 Per layer, over all tokens: nmse = E|y - y^|^2 / E|y|^2; fvu = E|y - y^|^2 / E|y - mean y|^2, the mean over the whole
 set; cosine, the mean over tokens; l0; density per feature; dead, the share of features that never fire; dense, the

@@ -1,4 +1,4 @@
-"""The bundled world: a small language model that is trained on the spot and whose right circuits are known (SPEC 8)."""
+"""The bundled world: a small language model whose right circuits are known; shipped, or trained for other settings."""
 
 from .build import build_world as build_world
 from .questions import Question as Question

@@ -1,5 +1,8 @@
 """Building a world: write its sentences, make its tokenizer, train its model, and write down how well it answers.
 
+    facts (`geography`, `words`) -> questions, some held out (`questions`) -> sentences -> tokenizer
+    sentences in three parts by length, tokens [B, T] -> `bundled.fit` -> model -> held-out answers -> record
+
 The usual ones are shipped (`shipped.py`): only other settings are trained here.
 """
 

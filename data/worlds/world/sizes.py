@@ -15,7 +15,7 @@ class WorldSettings:
     seed: int = 0
     """Decides the model's initial weights, what is held out, and the order of training."""
     steps: int | None = None
-    """Training steps; None takes the size's own number."""
+    """Training steps; null takes the size's own number."""
 
     def __post_init__(self) -> None:
         check_choice("world.size", self.size, SIZES)
