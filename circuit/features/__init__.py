@@ -4,6 +4,7 @@ from .concepts import concept_groups as concept_groups
 from .concepts import label_by_prompts as label_by_prompts
 from .concepts import score_concepts as score_concepts
 from .dashboards import DashboardReader as DashboardReader
+from .dashboards import DashboardWriter as DashboardWriter
 from .dashboards import feature_number as feature_number
 from .dashboards import from_feature_number as from_feature_number
 from .examples import LayerExamples as LayerExamples

@@ -36,32 +36,58 @@ def from_feature_number(number: int) -> tuple[int, int]:
 
 
 class DashboardWriter:
-    """Writes the records of a layer in order; `close` writes the index, so that a half-written folder has none."""
+    """Writes layers, each aside and renamed; `close` writes the index, so that a half-written folder has none.
+
+    Until then a layer's offsets lie beside it, with what else is to be remembered of it: a stopped run goes on with the
+    layers that are missing, and several processes write one each.
+    """
 
     def __init__(self, folder: str | Path, n_layers: int):
-        self.folder = Path(folder)
+        self.folder, self.n_layers = Path(folder), n_layers
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / INDEX).unlink(missing_ok=True)
-        self.index = [{"filename": f"layer_{layer}.bin", "offsets": [0]} for layer in range(n_layers)]
 
-    def write_layer(self, layer: int, records: Iterable[Record]) -> None:
-        entry = self.index[layer]
-        offsets = [0]
-        with open(self.folder / entry["filename"], "wb") as file:
+    def write_layer(self, layer: int, records: Iterable[Record], notes: dict[str, Any] | None = None) -> None:
+        """A layer's records in order; `notes` are read once they are written."""
+        path, offsets = self._file(layer), [0]
+        with open(path.with_suffix(".part"), "wb") as file:
             for record in records:
                 packed = zlib.compress(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode(), 6)
                 file.write(LENGTH.pack(len(packed)) + packed)
                 offsets.append(offsets[-1] + LENGTH.size + len(packed))
-        entry["offsets"] = offsets
+        path.with_suffix(".part").replace(path)
+        aside = self._notes(layer).with_suffix(".part")
+        aside.write_text(json.dumps({"offsets": offsets, **(notes or {})}, ensure_ascii=False), "utf-8")
+        aside.replace(self._notes(layer))
 
-    def close(self) -> Path:
-        for entry in self.index:
-            (self.folder / entry["filename"]).touch()
+    def written(self, layer: int) -> bool:
+        return self._notes(layer).is_file()
+
+    def forget(self) -> None:
+        """Begin anew: what lies there is of other settings."""
+        for layer in range(self.n_layers):
+            self._notes(layer).unlink(missing_ok=True)
+
+    def close(self) -> dict[int, dict[str, Any]]:
+        """Write the index; gives what was remembered of each layer."""
+        notes = {layer: json.loads(self._notes(layer).read_text("utf-8"))
+                 for layer in range(self.n_layers) if self.written(layer)}  # fmt: skip
+        for layer in range(self.n_layers):
+            self._file(layer).touch()
+        offsets = [notes[layer].pop("offsets") if layer in notes else [0] for layer in range(self.n_layers)]
+        index = [{"filename": self._file(layer).name, "offsets": found} for layer, found in enumerate(offsets)]
         path = self.folder / INDEX
         aside = path.with_suffix(".part")
-        aside.write_bytes(gzip.compress(json.dumps(self.index).encode(), mtime=0))
+        aside.write_bytes(gzip.compress(json.dumps(index).encode(), mtime=0))
         aside.replace(path)
-        return path
+        self.forget()
+        return notes
+
+    def _file(self, layer: int) -> Path:
+        return self.folder / f"layer_{layer}.bin"
+
+    def _notes(self, layer: int) -> Path:
+        return self.folder / f"layer_{layer}.notes.json"
 
 
 class DashboardReader:

@@ -9,7 +9,7 @@ layer the pass keeps each feature's strongest tokens, a uniform sample of the to
 bounded by features x examples x window, whatever the length of the text.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,12 +19,14 @@ from torch import Tensor
 
 from ...data.errors import Progress, UserError, check_range, silent
 from ...data.models import LanguageModel
+from ...train.parallel import SINGLE, Collectives
 from ...train.transcoder import Transcoder
 from ..graph import Graph
 from ..replacement import LocalModel
 from .dashboards import DashboardWriter, Record
 from .examples import Keeper, LayerExamples
-from .labels import Labels, label_from_record
+from .global_weights import GlobalWeights, Together, find_neighbours
+from .labels import Label, Labels, label_from_record
 
 LARGEST_BATCH = 2**24  # activations of one layer at once: 64 MiB in float32
 LOGIT_CHUNK = 2**26  # logits at once
@@ -56,14 +58,24 @@ class FeatureSettings:
     logits: int = 10
     """How many tokens are listed that a feature makes likelier, and as many that it makes less likely."""
 
+    neighbours: int = 10
+    """Features listed that drive a feature on every prompt, and that it drives; 0 for none."""
+
+    together: int = 20_000
+    """Tokens of the text on which it is counted which features fire together, for these lists."""
+
     layers: list[int] | None = None
     """Layers of the model to describe; all that the transcoder covers by default."""
+
+    layers_at_once: int = 0
+    """Layers described in one pass over the text, 0 for all: fewer take less memory, and less is lost when stopped."""
 
     seed: int = 0
     """Decides which further examples are drawn."""
 
     def __post_init__(self) -> None:
-        for name, low in (("tokens", 1), ("top", 1), ("quantiles", 0), ("per_quantile", 1), ("logits", 0)):
+        for name, low in (("tokens", 1), ("top", 1), ("quantiles", 0), ("per_quantile", 1), ("logits", 0),
+                          ("neighbours", 0), ("together", 1), ("layers_at_once", 0)):  # fmt: skip
             check_range(f"features.{name}", getattr(self, name), low=low)
         for name in ("before", "after"):
             check_range(f"features.{name}", getattr(self, name), low=0, high=1024)
@@ -81,37 +93,49 @@ def build_features(
     run: str | Path,
     settings: FeatureSettings = FeatureSettings(),
     progress: Progress = silent,
+    comm: Collectives = SINGLE,
 ) -> Path:
-    """Write `features/` of a run: packed dashboards, their index, and labels for features that have none."""
+    """Write `features/` of a run: packed dashboards, their index, and labels for features that have none.
+
+    Layers that an earlier call with these settings has written stay. Processes share the layers; each reads the text.
+    """
     layers = model.transcoder.layers if settings.layers is None else settings.layers
     if missing := sorted(set(layers) - set(model.transcoder.layers)):
         raise UserError(f"features.layers names {missing}, which the transcoder does not cover")
-    texts: list[Tensor] = []
-    examples = gather_examples(
-        model, corpus.sequences(settings.split, settings.tokens), layers, settings, texts, progress
-    )
-    labels = Labels.load(run)
     folder = Path(run) / "features"
     writer = DashboardWriter(folder, model.lm.n_layers)
-    for number, layer in enumerate(layers):
-        records = layer_records(model, layer, examples[layer], texts, settings)
-        writer.write_layer(layer, _labelled(records, layer, labels, _told(progress, number, len(layers))))
-    writer.close()
-    labels.save(run)
+    mine = [layer for layer in layers[comm.data_rank :: comm.data_ranks] if not writer.written(layer)]
+    together = Together(model.transcoder.n_layers, settings.together) if settings.neighbours and mine else None
+    weights, at_once = None, settings.layers_at_once or max(1, len(mine))
+    for start in range(0, len(mine), at_once):
+        some, texts = mine[start : start + at_once], []
+        sequences = corpus.sequences(settings.split, settings.tokens)
+        examples = gather_examples(model, sequences, some, settings, texts, progress, together)
+        if together is not None and weights is None:
+            weights = find_neighbours(model.transcoder, together, settings.neighbours, model.lm, progress)
+        for number, layer in enumerate(some):
+            guesses: dict[str, dict[str, str]] = {"guesses": {}}
+            records = layer_records(model, layer, examples[layer], texts, settings, weights)
+            writer.write_layer(layer, _guessed(records, guesses["guesses"]), guesses)
+            progress("writing dashboards", start + number + 1, len(mine))
+    comm.barrier()
+    if comm.is_main:
+        labels = Labels.load(run)
+        for layer, notes in writer.close().items():
+            for feature, text in notes["guesses"].items():
+                labels.set(layer, int(feature), Label(text, "tokens"))
+        labels.save(run)
+    comm.barrier()
     return folder
 
 
-def _told(progress: Progress, number: int, total: int) -> Callable[[float], None]:
-    return lambda share: progress("writing dashboards", number + share, total)
-
-
-def _labelled(records: Iterable[Record], layer: int, labels: Labels, told: Callable[[float], None]) -> Iterator[Record]:
-    for feature, record in enumerate(records):
+def _guessed(records: Iterable[Record], guesses: dict[str, str]) -> Iterator[Record]:
+    """The records, and on the way a name for each from its tokens."""
+    for record in records:
         guess = label_from_record(record)
         if guess is not None:
-            labels.set(layer, feature, guess)
+            guesses[str(record["index"])] = guess.text
         yield record
-    told(1.0)
 
 
 # --- the pass over the text -----------------------------------------------------------------------------------
@@ -125,8 +149,10 @@ def gather_examples(
     settings: FeatureSettings,
     texts: list[Tensor],
     progress: Progress = silent,
+    together: Together | None = None,
 ) -> dict[int, LayerExamples]:
-    """What the features of each layer did; `texts` receives the tokens of every sequence that was read.
+    """What the features of each layer did; `texts` receives the tokens of every sequence that was read, `together` what
+    all layers did on the first of them.
 
     `model` may be a model with another dictionary in the transcoder's place.
     """
@@ -151,10 +177,15 @@ def gather_examples(
             model.lm(tokens_ST)
         counted_ST = valid_ST & ~model.masked_positions(tokens_ST, sites=sites)
         number_S = torch.arange(len(texts), len(texts) + len(batch), device=model.lm.device)
-        for layer in layers:
-            x = getattr(sites, read)[layer].to(transcoder.dtype)
-            acts_STF = transcoder.encode_layer(x, transcoder.layers.index(layer))
-            examples[layer].update(acts_STF, counted_ST, number_S)
+        compared = together is not None and not together.full
+        for l, layer in enumerate(transcoder.layers):
+            if layer not in examples and not compared:
+                continue
+            acts_STF = transcoder.encode_layer(getattr(sites, read)[layer].to(transcoder.dtype), l)
+            if together is not None and compared:
+                together.update(l, acts_STF[counted_ST])
+            if layer in examples:
+                examples[layer].update(acts_STF, counted_ST, number_S)
         texts += [tokens.to(torch.int32) for tokens in batch]
         done += int(valid_ST.sum())
         progress("reading text", min(done, settings.tokens), settings.tokens)
@@ -194,7 +225,12 @@ def padded(batch: Sequence[Tensor], device: torch.device | str) -> tuple[Tensor,
 
 
 def layer_records(
-    model: LocalModel, layer: int, examples: LayerExamples, texts: Sequence[Tensor], settings: FeatureSettings
+    model: LocalModel,
+    layer: int,
+    examples: LayerExamples,
+    texts: Sequence[Tensor],
+    settings: FeatureSettings,
+    weights: GlobalWeights | None = None,
 ) -> Iterator[Record]:
     """The record of every feature of a layer, in order."""
     words = Words(model.lm)
@@ -220,7 +256,16 @@ def layer_records(
             "histogram": counts[feature],
             "quantile_values": [_rounded(value) for value in quantiles[feature]],
             "activation_frequency": density[feature],
+            **({} if weights is None else _neighbours(weights, layer, feature)),
         }
+
+
+def _neighbours(weights: GlobalWeights, layer: int, feature: int) -> Record:
+    """`inputs` and `outputs`: [layer, feature, TWERA, virtual weight] each."""
+    return {
+        side: [[near.layer, near.feature, _rounded(near.twera), _rounded(near.virtual)] for near in found]
+        for side, found in weights.of(layer, feature).items()
+    }
 
 
 class Kept:

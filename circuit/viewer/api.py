@@ -109,11 +109,13 @@ class Api:
 
 
 def feature_answer(run: Run, layer: int, feature: int) -> dict[str, Any]:
-    """A feature's dashboard and what it is called."""
-    reader = DashboardReader(run.folder / "features")
-    label = Labels.load(run.folder).label(layer, feature)
+    """A feature's dashboard and what it is called; its neighbours with their labels."""
+    reader, labels = DashboardReader(run.folder / "features"), Labels.load(run.folder)
+    label, record = labels.label(layer, feature), reader.record(layer, feature)
+    for side in ("inputs", "outputs"):
+        record[side] = [[*near, labels.get(*near[:2]) or ""] for near in record.get(side, [])]
     return {
-        "record": reader.record(layer, feature),
+        "record": record,
         "label": label.text if label else "",
         "source": label.source if label else "",
         "features": reader.features,

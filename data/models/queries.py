@@ -33,6 +33,7 @@ class QueriesAndKeys:
         self.lm, self.layer, self.parts = lm, layer, lm.layers[layer]
         self.called: tuple[tuple, dict[str, Any]] | None = None
         self._handed: tuple[Tensor, Tensor] | None = None
+        self._of_input: Tensor | None = None  # until `freeze` says: what is given has passed the norm
         self._denominators: dict[int, Tensor] = {}
 
     def freeze(self, x: Tensor, denominator: Tensor | None, pattern: Tensor) -> None:

@@ -8,6 +8,7 @@ from ..workspace import Job, open_corpus, open_replacement, runs, world_of
 
 if TYPE_CHECKING:
     from ...circuit.labelling import EndpointJudge, LabelSettings, LocalJudge, Study
+    from ...train.parallel import Collectives
 
 KEPT = ("features", "dataset", "model")
 
@@ -18,18 +19,18 @@ def remember(run: Path, job: Job) -> None:
 
 
 def run(job: Job) -> Closing:
-    """Of several processes the first does it all, and the others wait."""
+    """Several processes share the layers; names and scores are the first one's."""
     from ...train.parallel import ParallelSettings, processes
 
     with processes(ParallelSettings.as_started(), job.process.device) as comm:
-        closing = described(job) if comm.is_main else Closing("described")
+        closing = described(job, comm)
         comm.barrier()
     return closing
 
 
-def described(job: Job) -> Closing:
+def described(job: Job, comm: "Collectives") -> Closing:
     """Describe every feature; name and judge them where that is asked for."""
-    from ...circuit.features import Labels, build_features
+    from ...circuit.features import DashboardWriter, Labels, build_features
 
     folder, settings = Path(job.top.run), job.section("labels")
     runs.writable(folder)
@@ -37,18 +38,24 @@ def described(job: Job) -> Closing:
     home = folder / "features"
     known = runs.saved_settings(home) or None
     runs.refuse_other(home / "index.json.gz", known, asked, job.top.overwrite)
-    judge = open_judge(settings, folder)
+    judge = open_judge(settings, folder) if comm.is_main else None
     model = open_replacement(job, folder)
     world = world_of(model.lm)
-    if world is not None:
-        from ..known_world import label_features
+    if comm.is_main:
+        if known != asked or (home / "index.json.gz").is_file():
+            DashboardWriter(home, model.lm.n_layers).forget()
+        if world is not None:
+            from ..known_world import label_features
 
-        labels = Labels.load(folder)
-        labels.update(label_features(model, world, job.top.seed, job.progress))
-        labels.save(folder)
+            labels = Labels.load(folder)
+            labels.update(label_features(model, world, job.top.seed, job.progress))
+            labels.save(folder)
+        remember(folder, job)
+    comm.barrier()
     corpus = open_corpus(job, model.lm)
-    build_features(model, corpus, folder, job.section("features"), job.progress)
-    remember(folder, job)
+    build_features(model, corpus, folder, job.section("features"), job.progress, comm)
+    if not comm.is_main:
+        return Closing("described")
     found = (
         named(job, settings, model, corpus, folder, judge) if settings.score or settings.explainer != "tokens" else None
     )

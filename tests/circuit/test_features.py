@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from crosslace.circuit.features import gather
 from crosslace.circuit.features.concepts import ConceptCounter, concept_groups, label_by_prompts, score_concepts
 from crosslace.circuit.features.dashboards import DashboardReader, DashboardWriter, feature_number, from_feature_number
 from crosslace.circuit.features.examples import BINS, Histogram
-from crosslace.circuit.features.gather import FeatureSettings, build_features, direct_logits
+from crosslace.circuit.features.gather import FeatureSettings, build_features, direct_logits, layer_records
 from crosslace.circuit.features.labels import Label, Labels, label_from_record
 from crosslace.circuit.model import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
@@ -82,6 +83,7 @@ def test_every_figure_against_a_plain_recount(model, texts, tmp_path):
                 continue
             assert record["act_max"] == pytest.approx(max(active), rel=1e-3)
             assert record["act_min"] == pytest.approx(min(active), rel=1e-3)
+            check_neighbours(model.transcoder, [acts for _, _, acts in found], layer, feature, record)
             best: dict[int, float] = {}
             for value, number, _ in values:
                 best[number] = max(best.get(number, 0.0), value)
@@ -92,6 +94,19 @@ def test_every_figure_against_a_plain_recount(model, texts, tmp_path):
                 for example in group["examples"]:
                     check_example(model, unique, layer, feature, example)
     assert reader.record(1, 5)["activation_frequency"] == 0
+
+
+def check_neighbours(transcoder, acts, layer, feature, record):
+    """`inputs` and `outputs`: TWERA over the text's tokens that count, the strongest first."""
+    for side in ("inputs", "outputs"):
+        sizes = [abs(twera) for _, _, twera, _ in record[side]]
+        assert sizes == sorted(sizes, reverse=True)
+        for other, number, twera, virtual in record[side]:
+            (j, a), (i, b) = sorted([(layer, feature), (other, number)])
+            source, target = (torch.stack([one[l][f] for one in acts]) for l, f in ((j, a), (i, b)))
+            written = transcoder.W_dec[j][a, : i - j].sum(0)
+            assert virtual == pytest.approx(float(written @ transcoder.W_enc[i][b]), rel=2e-3)
+            assert twera == pytest.approx(float(source @ target / source.sum()) * virtual, rel=2e-3)
 
 
 def peak(example):
@@ -300,3 +315,26 @@ def test_build_keeps_labels_and_adds_guesses(model, texts, tmp_path):
     read = Labels.load(tmp_path)
     assert read.get(0, 3) == "mine" and len(read) > 1
     assert DashboardReader(tmp_path / "features").features == [F, 0, 0]
+
+
+def test_what_was_stopped_goes_on_with_the_layers_that_are_missing(model, texts, tmp_path, monkeypatch):
+    settings = FeatureSettings(top=3, layers_at_once=1)
+    whole = build_features(model, Texts(texts), tmp_path / "whole", settings)
+    done = []
+
+    def stop(model, layer, *more):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(layer)
+        return layer_records(model, layer, *more)
+
+    monkeypatch.setattr(gather, "layer_records", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build_features(model, Texts(texts), tmp_path / "stopped", settings)
+    with pytest.raises(UserError, match="no feature dashboards"):
+        DashboardReader(tmp_path / "stopped" / "features")
+    done.clear()
+    stopped = build_features(model, Texts(texts), tmp_path / "stopped", settings)
+    assert done == [2], "two layers were there"
+    files = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files(stopped) == files(whole)

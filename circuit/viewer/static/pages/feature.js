@@ -12,5 +12,5 @@ export function FeaturePage({ route, feature, act }) {
     <h1>${answer?.label || `feature ${index}`}</h1>
     <p class="soft">layer ${layer}, feature ${index}${answer?.source ? ` · named by ${labelSource(answer.source)}` : ""}</p>
     <div class="controls">${field("layer", layer, answer ? answer.features.length - 1 : undefined)}${field("feature", index, answer ? answer.features[layer] - 1 : undefined)}</div>
-    <div class="card">${answer ? html`<${Dashboard} record=${answer.record} />` : html`<p role=${feature?.problem ? "alert" : null}>${feature?.key === `${layer}/${index}` && feature.problem ? feature.problem : "loading…"}</p>`}</div></article>`;
+    <div class="card">${answer ? html`<${Dashboard} record=${answer.record} act=${act} />` : html`<p role=${feature?.problem ? "alert" : null}>${feature?.key === `${layer}/${index}` && feature.problem ? feature.problem : "loading…"}</p>`}</div></article>`;
 }

@@ -3,7 +3,7 @@
 import { html } from "../vendor/preact.js";
 import { number, token } from "../core/format.js";
 
-export function Dashboard({ record }) {
+export function Dashboard({ record, act }) {
   const strongest = Math.max(record.act_max, 1e-30);
   return html`
     <dl class="facts"><dt>fires on</dt><dd>${number(100 * record.activation_frequency)}% of tokens</dd>
@@ -11,11 +11,16 @@ export function Dashboard({ record }) {
     ${record.histogram.some((count) => count > 0) && html`<${Bars} histogram=${record.histogram} />`}
     ${record.top_logits.length > 0 && html`<h3>makes likelier</h3><${Words} list=${record.top_logits} />`}
     ${record.bottom_logits.length > 0 && html`<h3>makes less likely</h3><${Words} list=${record.bottom_logits} />`}
+    <${Neighbours} title="driven by, on every prompt" list=${record.inputs} act=${act} />
+    <${Neighbours} title="drives, on every prompt" list=${record.outputs} act=${act} />
     ${record.examples_quantiles.map((group) => html`<h3>${group.quantile_name}</h3>${group.examples.map((one) => html`<${Example} example=${one} strongest=${strongest} />`)}`)}
     ${record.examples_quantiles.length === 0 && html`<p class="soft">never fired on the text that was read</p>`}`;
 }
 
 const Words = ({ list }) => html`<div class="words">${list.map((word) => html`<span class="word">${token(word)}</span>`)}</div>`;
+
+// other features by their TWERA: the virtual weight times how the two fire together
+const Neighbours = ({ title, list, act }) => list?.length > 0 && html`<h3>${title}</h3><div class="words">${list.map(([layer, feature, twera, virtual, label]) => html`<button class="word" title=${`L${layer}:${feature}, weight ${number(virtual)} by itself`} disabled=${!act} onClick=${() => act.go({ layer: String(layer), feature: String(feature) })}><b>${label || `L${layer}:${feature}`}</b> ${twera > 0 ? "+" : "−"}${number(Math.abs(twera))}</button>`)}</div>`;
 
 function Example({ example, strongest }) {
   const peak = example.tokens_acts_list.indexOf(Math.max(...example.tokens_acts_list));
