@@ -43,6 +43,7 @@ SECTIONS = {
     "view": Section("circuit/viewer/server.py", "ViewSettings", "the local page"),
     "wandb": Section("launch/workspace/tracking.py", "WandbSettings", "Weights & Biases"),
     "demo": Section("launch/settings/verb_settings.py", "DemoSettings", "how much the demonstration does"),
+    "then": Section("launch/settings/verb_settings.py", "ThenSettings", "what follows a training", shorthand="do"),
     "launcher": Section(
         "launch/settings/verb_settings.py", "LauncherSettings", "where the runs of a sweep run", preset="local"
     ),
@@ -113,11 +114,12 @@ VERBS = {
     ),
     "train": Verb(
         "train a transcoder on a store, or on activations as they stream",
-        "launch.verbs.train",
+        "launch.after.trained",
         "TrainSettings",
-        ("store", "transcoder", "trainer", "parallel", "machine", *SOURCES, "wandb"),
+        ("store", "transcoder", "trainer", "parallel", "machine", *SOURCES, "wandb", "then"),
         (
             "crosslace train store=stores/gpt2 transcoder=clt run=runs/clt transcoder.features=24576",
+            "crosslace train store=stores/gpt2 run=runs/clt then=[eval,features,trace] eval.prompts=10",
             "crosslace train --plan experiment=llama32_1b_clt parallel.features=8",
         ),
         (
@@ -182,6 +184,13 @@ VERBS = {
         SOURCES,
         ("crosslace export run=runs/clt to=circuit-tracer out=exported/clt",),
     ),
+    "publish": Verb(
+        "make a run ready for the hub: files, model card; upload it when told to",
+        "launch.publishing.publish",
+        "PublishSettings",
+        SOURCES,
+        ("crosslace publish run=runs/clt out=published/my-clt license=mit",),
+    ),
     "import": Verb(
         "read a transcoder from another program's format into a run",
         "launch.verbs.exchange",
@@ -193,8 +202,15 @@ VERBS = {
         "train and measure every combination of settings",
         "launch.sweeps.sweep",
         "SweepSettings",
-        ("launcher", "store", "transcoder", "trainer", "parallel", "eval", *SOURCES, "wandb"),
+        ("launcher", "store", "transcoder", "trainer", "parallel", "eval", *SOURCES, "wandb", "then"),
         ("crosslace sweep run=runs/sweep transcoder=clt,plt trainer.target_l0=8,16,32",),
+    ),
+    "seeds": Verb(
+        "say which edges and paths of a graph hold over trainings with other seeds",
+        "launch.overview.across",
+        "SeedsSettings",
+        ("trace", *SOURCES),
+        ("crosslace seeds run=runs/sweep slug=dallas", "crosslace seeds runs/seed-0 runs/seed-1 slug=dallas"),
     ),
     "report": Verb(
         "draw one page about one run, several, or a sweep",

@@ -11,7 +11,8 @@ the end      thresholds are calibrated, the scales folded into the weights, one 
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -101,10 +102,10 @@ class Trainer:
 
         # Data.
         self.read = transcoder_settings.read
-        self.store = ActivationStore(store.source, self.layers, (self.read, "mlp_out"))
+        self.store = store.select(self.layers, (self.read, "mlp_out"))
         rows = [store.layers.index(layer) for layer in self.layers]
         self.normalisation = normalisation_of(store.statistics, self.read, rows, store.d_model)
-        held = ActivationStore(held_out.source, self.layers, (self.read, "mlp_out"))
+        held = held_out.select(self.layers, (self.read, "mlp_out"))
         self.identity = {"store": store_identity(store), "held_out": store_identity(held_out)}
 
         # Model, optimizer, state.
@@ -135,11 +136,19 @@ class Trainer:
         # Helpers.
         self.records = Records(self.folder / "metrics.jsonl", comm.is_main)
         self.evaluation: Evaluation | None = None
+        self.result: TrainResult | None = None
 
     # The run.
 
     def run(self) -> TrainResult:
         """Train to the end, or until asked to stop."""
+        for _ in self.steps():
+            pass
+        assert self.result is not None
+        return self.result
+
+    def steps(self, stop: StopRequest | None = None) -> Iterator[int]:
+        """The same step by step, so that several trainings may take turns; a `stop` that is given serves them all."""
         settings, parts, counters = self.settings, self.parts, self.parts.counters
         if not self._resume() and self.neurons is not None:
             start_from_neurons(parts.transcoder, self.neurons, self.normalisation, self.comm)
@@ -148,7 +157,7 @@ class Trainer:
             settings.batch, counters.step, settings.steps - counters.step, self.device,
             rank=self.comm.data_rank, world=self.comm.data_ranks, prefetch=settings.prefetch,
         )  # fmt: skip
-        with StopRequest(self.comm) as stop, loader:
+        with nullcontext(stop) if stop else StopRequest(self.comm) as stop, loader:
             self.records.start(counters.step)
             for batch in loader:
                 x, y = self._normalised(batch)
@@ -170,8 +179,10 @@ class Trainer:
                 if stopping or self._due(settings.checkpoint_every) or last:
                     self._save()
                 if stopping:
-                    return self._interrupted(stop.by_person)
-        return self._finish()
+                    self.result = self._interrupted(stop.by_person)
+                    return
+                yield counters.step
+        self.result = self._finish()
 
     def _due(self, every: int) -> bool:
         step = self.parts.counters.step
@@ -386,8 +397,15 @@ def train(
     **options: Any,
 ) -> TrainResult:
     """Train a transcoder in `run_dir`, or go on with the one that is there; `options` are Trainer's keywords."""
-    try:
+    with room_for(run_dir):
         return Trainer(settings, transcoder_settings, store, held_out, run_dir, **options).run()
+
+
+@contextmanager
+def room_for(run_dir: str | Path) -> Iterator[None]:
+    """A full disk, in a sentence."""
+    try:
+        yield
     except OSError as error:
         if not out_of_room(error):
             raise

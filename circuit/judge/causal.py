@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ...data.errors import Progress, silent
 from ..graph import Graph, Node
+from ..intervals import mean_of
 from ..model import ReplacementModel
 from ..replacement import Intervention
-from .graph_scores import mean_interval
 from .questions import Question, answer_token
 
 PATHS = 30
@@ -149,8 +149,8 @@ def causal_part(
     swapped = [check_swap(rm, q, p, graphs[q.prompt], graphs[p.prompt]) for q, p in pairs]
     swaps = [swap for swap in swapped if swap is not None]
     share = lambda value: lambda row: getattr(row, value) / row.clean
-    figures = {name: torch.tensor([share(name)(row) for row in silenced]).double() for name in ("path", "matched")}
-    summary = {name: dict(zip(("mean", "interval"), mean_interval(values))) for name, values in figures.items()}
+    means = {name: mean_of([share(name)(row) for row in silenced]) for name in ("path", "matched")}
+    summary = {name: {"mean": mean.value, "interval": mean.interval} for name, mean in means.items()}
     return {
         "silenced": [row._asdict() for row in silenced],
         "left_of_the_answer": summary,

@@ -40,7 +40,7 @@ from .faithfulness import FaithfulnessPlan, measure_faithfulness
 from .frozen_attention import frozen_attention
 from .graph_scores import score_graphs
 from .health import health
-from .perturbation import perturbation_growth
+from .perturbation import perturbation_growth, steps_skipped
 from .prompts import PromptSet
 from .questions import Question
 
@@ -48,6 +48,8 @@ DEFINITIONS = 2
 """Raised whenever a figure comes to mean something else: results of different definitions are not compared."""
 GROWTH_PROMPTS = 4
 CONTROLS = ("untrained", "neurons", "linear")
+LEAST_SKIPPED = 0.1
+"""Above this share, that a cross-layer transcoder skips steps is said."""
 LEAST_TOKENS = 1000
 """With fewer evaluated tokens, shares such as `dead` say nothing."""
 
@@ -328,6 +330,8 @@ def graph_part(
             graphs, chosen, rm.lm.n_layers, settings.node_thresholds, settings.node, settings.edge, comm.all_reduce_data
         )
     }
+    if rm.transcoder.reach_at(0) > 1 and comm.data_ranks == 1:
+        result["steps"] = steps_skipped(rm, graphs, settings.node, settings.seed)
     if text.questions and comm.data_ranks == 1:
         own = {prompt: graph for prompt, graph in zip(chosen.prompts, graphs) if graph is not None}
         result["causal"] = causal_part(rm, text.questions[: len(own)], own, progress)
@@ -362,6 +366,14 @@ def verdicts(result: dict[str, Any]) -> list[str]:
                 found.append(
                     f"the transcoder does not beat the {name} control in {figure} ({own:.4g} against {other:.4g})"
                 )
+    steps = result.get("steps", {})
+    if steps.get("share_interval") and steps["share_interval"][0] > LEAST_SKIPPED:
+        low, high = steps["share_interval"]
+        found.append(
+            f"graphs skip steps: {steps['share']:.0%} (95%: {low:.0%} to {high:.0%}) of what their features write to "
+            "later layers the model itself computes there from what they wrote to their own; a per-layer transcoder "
+            "(transcoder=plt) shows these steps"
+        )
     graph = result.get("faithfulness", {}).get("to_logits", {}).get("graph", {})
     if graph and graph["slope"] is None:
         found.append(f"only {graph['pairs']} feature-to-logit effects could be measured, too few for a slope")

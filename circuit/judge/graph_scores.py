@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Graph
+from ..intervals import mean_of
 from ..precision import wide, widest
 from .prompts import PromptSet
 
@@ -106,11 +107,11 @@ def score_graphs(
         shares_PL[number] = torch.tensor(error_share_by_layer(graph, n_layers))
         frontier_PTK[number] = torch.tensor(frontier_row(graph, thresholds))
     table_PC, shares_PL, frontier_PTK = add_up(table_PC), add_up(shares_PL), add_up(frontier_PTK)
-    means = {name: mean_interval(table_PC[:, column]) for column, name in enumerate(GRAPH_FIGURES)}
+    means = {name: mean_of(table_PC[:, column].tolist()) for column, name in enumerate(GRAPH_FIGURES)}
     return {
         "prompt_set": prompts.label,
-        **{name: value for name, (value, _) in means.items()},
-        **{f"{name}_interval": interval for name, (_, interval) in means.items()},
+        **{name: mean.value for name, mean in means.items()},
+        **{f"{name}_interval": mean.interval for name, mean in means.items()},
         "prompts": [
             {"prompt": prompt, **dict(zip(GRAPH_FIGURES, row))}
             for prompt, row in zip(prompts.prompts, table_PC.tolist())
@@ -121,12 +122,3 @@ def score_graphs(
             for threshold, (kept, replacement, completeness) in zip(thresholds, frontier_PTK.mean(0).tolist())
         ],
     }
-
-
-def mean_interval(values_P: Tensor) -> tuple[float, list[float] | None]:
-    """Mean over prompts and its 95% interval (normal, from the standard error); no interval for a lone prompt."""
-    mean = values_P.mean().item()
-    if len(values_P) < 2:
-        return mean, None
-    half = 1.96 * values_P.std().item() / len(values_P) ** 0.5
-    return mean, [mean - half, mean + half]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ...data.models import LanguageModel
+from ..graph import Graph
+from ..intervals import mean_of
 from ..model import ReplacementModel
 from ..replacement import TranscoderOutput
 
@@ -56,6 +58,83 @@ def perturbation_growth(
         {"layers": distance, "pairs": len(rows), **dict(zip(("growth", "error", "cosine"), _means(rows)))}
         for distance, rows in sorted(columns.items())
     ]
+
+
+@torch.no_grad()
+def steps_skipped(rm: ReplacementModel, graphs: Sequence[Graph | None], node: float, seed: int = 0) -> dict[str, Any]:
+    """Does a cross-layer transcoder answer from an early layer what the model computes in steps?
+
+    What a graph's features write to their own layer is taken away, a layer at a time, and the model's own MLPs above
+    answer. Where they take back what the same features write to those layers, the model computes it from what stood in
+    the first, and the features' direct writes skip that step; where they do not, the layers above read something else,
+    as the transcoder has it. `share` is what is taken back, 0 to 1, with its interval over prompts; `control` is what
+    is taken back of the same writes when as large a random vector is added instead; `written_later` is how much of all
+    that the features write goes to later layers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shares, controls, later = [], [], []
+    for graph in graphs:
+        if graph is None:
+            continue
+        tokens_T = torch.tensor(graph.tokens)
+        own, above = _writes(rm, graph.prune(node=node, edge=1.0), tokens_T)
+        energy = float(above.square().sum())
+        if energy == 0:
+            continue
+        random = torch.randn(own.shape, generator=generator).to(own)
+        random *= own.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True)
+        taken = _taken_back(rm, tokens_T, -own, above) / energy
+        controls.append(_taken_back(rm, tokens_T, random, above) / energy)
+        shares.append(taken)
+        later.append(energy / (energy + float(own.square().sum())))
+    share = mean_of(shares)
+    return {
+        "prompts": len(shares),
+        "share": share.value,
+        "share_interval": share.interval,
+        "control": mean_of(controls).value,
+        "written_later": mean_of(later).value,
+    }
+
+
+def _writes(rm: ReplacementModel, graph: Graph, tokens_T: Tensor) -> tuple[Tensor, Tensor]:
+    """What a graph's features write: [l, T, D] to their own layer, and [l, m, T, D] from layer l to a later one m."""
+    transcoder, n, T = rm.transcoder, rm.transcoder.n_layers, len(tokens_T)
+    acts = rm.activations(tokens_T)
+    features = graph.nodes.mask("feature")
+    places = {layer: l for l, layer in enumerate(transcoder.layers)}
+    own = torch.zeros(n, T, transcoder.d_model, device=acts[0].device)
+    above = torch.zeros(n, n, T, transcoder.d_model, device=acts[0].device)
+    for layer, l in places.items():
+        chosen = features & (graph.nodes.layer == layer)
+        position, index = graph.nodes.position[chosen].to(own.device), graph.nodes.index[chosen].to(own.device)
+        writes = acts[l][position, index][:, None, None] * transcoder.W_dec[l][index]
+        own[l].index_add_(0, position, writes[:, 0].to(own))
+        for m in range(1, writes.shape[1]):
+            above[l, l + m].index_add_(0, position, writes[:, m].to(own))
+    return own, above
+
+
+def _taken_back(rm: ReplacementModel, tokens_T: Tensor, pushes: Tensor, above: Tensor) -> float:
+    """How far the MLPs above turn against `above` when layer l's output is pushed, each l in a run of its own."""
+    lm, layers = rm.lm, rm.transcoder.layers
+    rows = tokens_T[None].to(lm.device).expand(len(layers) + 1, -1)  # the last row is not pushed
+
+    def push(layer: int, sites: Mapping[str, Tensor]) -> Tensor | None:
+        if layer not in layers:
+            return None
+        changed = sites["mlp_out"].clone()
+        changed[layers.index(layer)] += pushes[layers.index(layer)].to(changed)
+        return changed
+
+    with lm.overwrite(push), lm.capture(("mlp_out",)) as found:
+        lm(rows)
+    back = 0.0
+    for l in range(len(layers)):
+        for m in range(l + 1, len(layers)):
+            out = found.mlp_out[layers[m]].float()
+            back -= float(((out[l] - out[-1]) * above[l, m]).sum())
+    return back
 
 
 def _means(rows: list[tuple[float, float, float]]) -> list[float]:

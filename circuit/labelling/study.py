@@ -16,6 +16,7 @@ import torch
 
 from ...data.errors import Progress, SettingsError, check_choice, check_range, silent
 from ..features import Label, Labels, label_from_record
+from ..intervals import mean_of
 from .controls import NeuronDictionary, RandomDictionary, input_sample, shuffled
 from .evidence import Collected, Evidence, EvidenceSettings, View, collect, every
 from .explain import Judge, Prompts, label_of_answer, question
@@ -306,9 +307,9 @@ def row(
         _mean([s.correlation for s in simulations.values()]),
         _mean([s.area for s in simulations.values()]),
         _mean(detection),
-        _interval(detection),
+        mean_of(detection).interval,
         _mean(fuzzing),
-        _interval(fuzzing),
+        mean_of(fuzzing).interval,
         sum(s.nonsense for s in scores),
         sum(s.unanswered for s in scores),
     )
@@ -324,11 +325,3 @@ def against_truth(labels: Mapping[Key, Label], scores: Mapping[Key, float]) -> d
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float] | None:
-    if len(values) < 2:
-        return None
-    mean = sum(values) / len(values)
-    half = 1.96 * (sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) ** 0.5
-    return mean - half, mean + half

@@ -23,6 +23,7 @@ from .disk import DiskSource as DiskSource
 from .reader import ShardedRows as ShardedRows
 from .shards import ShardWriter as ShardWriter
 from .shards import window_sizes as window_sizes
+from .shared import SharedStore as SharedStore
 from .store import ActivationStore as ActivationStore
 from .store import in_memory_store as in_memory_store
 from .store import is_complete as is_complete

@@ -54,6 +54,10 @@ class ActivationStore:
         parts = [DiskSource(part, split) for part in paths]
         return cls(parts[0] if len(parts) == 1 else JoinedSource(parts), layers, sites)
 
+    def select(self, layers: Sequence[int], sites: Sequence[str]) -> "ActivationStore":
+        """The same rows, of some layers and sites."""
+        return ActivationStore(self.source, layers, sites)
+
     def __len__(self) -> int:
         return self.source.rows
 

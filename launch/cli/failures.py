@@ -7,7 +7,6 @@ by a signal such as a cluster's SIGTERM, with a checkpoint to go on from; 130 st
 import errno
 import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,17 +73,12 @@ def about_the_disk(error: OSError) -> str | None:
 
 def keep_traceback(error: BaseException, words: Sequence[str]) -> str:
     """Append the traceback to the run's error.log, or print it where there is no run; where it is, for the sentence."""
+    from ..workspace import append_error
+
     text = "".join(traceback.format_exception(error))
     run = next((word.partition("=")[2].strip("'\"") for word in words if word.startswith("run=")), "")
-    rank = os.environ.get("RANK", "0")
-    if run and Path(run).is_dir():
-        path = Path(run) / ("error.log" if rank == "0" else f"error.rank{rank}.log")
-        try:
-            with path.open("a", encoding="utf-8") as log:
-                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} crosslace {' '.join(words)}\n{text}\n")
-            return f"{path} has the traceback"
-        except OSError:
-            pass  # the disk may be what failed
+    if run and Path(run).is_dir() and (path := append_error(Path(run), words, text)) is not None:
+        return f"{path} has the traceback"
     print(text, file=sys.stderr, end="")
     return "its traceback stands above"
 

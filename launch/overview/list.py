@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ...data.errors import UserError
-from ..pages import FIGURES, figures_of
+from ..pages import FIGURES, read_measured
 from ..terminal import Closing, table
 from ..workspace import Job, runs
 from .pick import parse_conditions
@@ -43,8 +43,8 @@ def known_figures(path: Path) -> dict[str, float | None]:
     if not (path / "eval.json").is_file():
         return dict.fromkeys(FIGURES)
     try:
-        return figures_of(runs.read_json(path / "eval.json"))
-    except (UserError, KeyError, TypeError):
+        return read_measured(path).figures
+    except UserError:
         return dict.fromkeys(FIGURES)
 
 

@@ -42,4 +42,4 @@ def run(job: Job) -> Closing:
 
 def _seed_row(one: OverSeeds) -> tuple:
     spread = [None if pair is None else f"{pair[0]:.4g} ± {pair[1]:.2g}" for pair in one.figures.values()]
-    return (one.name, one.seeds, *spread)
+    return (one.names[0], len(one.names), *spread)

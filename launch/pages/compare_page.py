@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from .charts import LABELS, Chart, Series
 from .html import grid, notice, page, table
@@ -12,9 +13,12 @@ COMPARED = ("nmse", "ce_recovered", "kl", "replacement_score")
 
 
 def comparison_page(
-    measured: Sequence[Measured], figures: Sequence[str], beaten: Mapping[str, Sequence[str]]
+    measured: Sequence[Measured],
+    figures: Sequence[str],
+    beaten: Mapping[str, Sequence[str]],
+    seeds: Sequence[Sequence[Any]] = (),
 ) -> tuple[str, dict[str, Chart]]:
-    """Many runs: frontiers, and a table that sorts."""
+    """Many runs: frontiers, a table that sorts, and which edges of graphs hold over seeds."""
     data = list(dict.fromkeys(run.data for run in measured))
     charts = {f"l0_{name}": _frontier(measured, data, name) for name in COMPARED}
     body = []
@@ -44,6 +48,9 @@ def comparison_page(
     ]
     heads = ["run", "kind", *(["data"] if len(data) > 1 else []), *figures, "dominated by"]
     body.append(table(heads, rows, sortable=True))
+    if seeds:
+        heads = ["graph", "trainings", "edges", "in all", "found in another, in the mean", "strongest paths", "in all"]
+        body.append("<h2>Graphs over seeds</h2>" + table(heads, seeds))
     lead = f"{len(measured)} runs; {sum(not by for by in beaten.values())} of them not dominated."
     return page("Crosslace: runs compared", lead, "".join(body)), charts
 

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...data.errors import UserError
-from ..workspace import runs
+from ..workspace import device_hours, runs
 
-FIGURES = ("l0", "nmse", "ce_recovered", "kl", "top1", "replacement_score", "completeness", "dead")
+FIGURES = (
+    *("l0", "nmse", "ce_recovered", "kl", "top1", "replacement_score", "completeness", "dead"),
+    *("path_length", "steps_skipped", "device_hours"),
+)
 """What runs are compared by."""
 SMALLER_IS_BETTER = ("nmse", "kl")
 LARGER_IS_BETTER = ("ce_recovered", "replacement_score")
@@ -44,7 +47,7 @@ def evaluated_below(folder: Path) -> list[Path]:
     """The folder itself where it was evaluated, and every evaluated run below it."""
     if not folder.is_dir():
         raise UserError(f"there is no run at {folder}")
-    found = sorted(path.parent for path in folder.rglob("eval.json"))
+    found = sorted(path.parent for path in folder.rglob("eval.json") if path.parent.name != "stages")  # the demo's own
     if not found:
         raise UserError(f"no run in {folder} was evaluated; run `crosslace eval run=...` first")
     return found
@@ -57,7 +60,7 @@ def read_measured(folder: Path) -> Measured:
         raise UserError(f"{folder} was not evaluated yet; `crosslace eval run={folder}` does it")
     result = runs.read_json(path)
     try:
-        figures = figures_of(result)
+        figures = figures_of(result) | {"device_hours": device_hours(folder)}
         made = result["made_with"]
         data = f"definitions {result['definitions']}, model {made['model']}, text {made['dataset']}, {made['tokens']}"
         kind = made["kind"]
@@ -68,7 +71,8 @@ def read_measured(folder: Path) -> Measured:
 
 def figures_of(result: dict[str, Any]) -> dict[str, float | None]:
     """The figures that runs are compared by."""
-    parts = (result["overall"], result["behaviour"], result.get("graph", {}))
+    steps = {"steps_skipped": result["steps"]["share"]} if "steps" in result else {}
+    parts = (result["overall"], result["behaviour"], result.get("graph", {}), steps)
     return {name: next((part[name] for part in parts if name in part), None) for name in FIGURES}
 
 

@@ -19,8 +19,10 @@ EFFECTS = {
 }
 
 
-def run_page(name: str, result: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> tuple[str, Charts]:
-    """One run: everything that `eval.json` holds, and the course of its training."""
+def run_page(
+    name: str, result: Mapping[str, Any], log: Sequence[Mapping[str, Any]], course: Mapping[str, Any] | None = None
+) -> tuple[str, Charts]:
+    """One run: everything that `eval.json` holds, the course of its training, and what its checkpoints were worth."""
     charts = _training_charts(log) | _layer_charts(result)
     body = [*(notice(text) for text in result["verdicts"])]
     if not result["verdicts"]:
@@ -38,9 +40,43 @@ def run_page(name: str, result: Mapping[str, Any], log: Sequence[Mapping[str, An
     body += ["<h2>Health of the features</h2>", drawn("density", "decoder_norm"), _health(result["health"])]
     if log:
         body += ["<h2>Training</h2>", drawn("loss", "training_nmse", "training_l0")]
+    if course is not None:
+        charts |= _course_charts(course["rows"])
+        body += ["<h2>Over the checkpoints</h2>", drawn(*_COURSE), _course(course)]
     body += ["<h2>Made with</h2>", table(("what", "value"), [[k, str(v)] for k, v in result["made_with"].items()])]
     lead = f"Measured on {result['tokens']:,} held-out tokens; masked positions are left out."
     return page(f"Crosslace: {name}", lead, "".join(body)), charts
+
+
+_COURSE = ("course_nmse", "course_l0", "course_dead", "course_scores", "course_graph")
+
+
+def _course_charts(rows: Sequence[Mapping[str, Any]]) -> Charts:
+    line = lambda key, name="": Series(
+        name or key.replace("_", " "), [(float(row["step"]), row[key]) for row in rows if row.get(key) is not None]
+    )
+    charts = {
+        "course_nmse": Chart("Reconstruction error", "step", "NMSE", [line("nmse")], log_y=True),
+        "course_l0": Chart("Active features", "step", "L0 per layer", [line("l0")]),
+        "course_dead": Chart("Dead features", "step", "share", [line("dead")]),
+        "course_scores": Chart("Scores of graphs", "step", "score", [line("replacement_score"), line("completeness")]),
+        "course_graph": Chart(
+            "One graph",
+            "step",
+            "share of the last one's",
+            [line("features_held", "features"), line("edges_held", "edges")],
+        ),
+    }
+    return {name: chart for name, chart in charts.items() if any(series.points for series in chart.series)}
+
+
+def _course(course: Mapping[str, Any]) -> str:
+    heads = ("step", "nmse", "l0", "dead", "kl", "replacement_score", "completeness", "features_held", "edges_held")
+    rows = [[row.get(name) for name in heads] for row in course["rows"]]
+    said = (
+        f"<p>The graph is that of “{escape(course['prompt'])}”; its features and edges are looked for at each step.</p>"
+    )
+    return said + table(heads, rows)
 
 
 def _interval(part: Mapping[str, Any], name: str) -> str | None:
@@ -61,9 +97,12 @@ def _headline(result: Mapping[str, Any]) -> str:
     rows += [[f"cross-entropy, {name}", behaviour[f"ce_{name}"], None] for name in ("clean", "replaced", "ablated")]
     rows += [
         [LABELS.get(name, name), graph[name], _interval(graph, name)]
-        for name in ("replacement_score", "completeness", "completeness_ct")
+        for name in ("replacement_score", "completeness", "completeness_ct", "path_length")
         if name in graph
     ]
+    if steps := result.get("steps"):
+        rows.append(["steps that the features' writes to later layers skip", steps["share"], _interval(steps, "share")])
+        rows.append(["the same for a random push", steps["control"], None])
     return table(("figure", "value", "95% interval"), rows)
 
 

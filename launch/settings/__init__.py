@@ -5,5 +5,6 @@ from .compose import compose_config as compose_config
 from .compose import fits as fits
 from .compose import preset as preset
 from .compose import tidy as tidy
+from .grid import choices as choices
 from .grid import grid as grid
 from .grid import single_values as single_values

@@ -32,6 +32,10 @@ from ...data.errors import SettingsError
 GROUPS = ("launcher", "model", "dataset", "store", "transcoder", "trainer", "eval", "trace", "experiment")
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)([kKMBG])")
+NO_SWEEPER = (
+    "a sweep runs every combination, and takes no sweeper; for a search with an objective and pruning, "
+    "`crosslace sweep ... print=wandb` prints a sweep for `wandb agent`, with method: bayes"
+)
 _QUOTED = re.compile(r"""^(['"]).*\1$""", re.DOTALL)
 
 
@@ -167,6 +171,8 @@ def register(verb: str, sections: Sequence[str]) -> str:
 def compose_config(verb: str, words: Sequence[str]) -> Config:
     """The configuration of `crosslace VERB WORDS`; a mistake is one sentence in a SettingsError."""
     own = own_folders(words)
+    if any(word.partition("=")[0] in ("sweeper", "hydra/sweeper") for word in words):
+        raise SettingsError(NO_SWEEPER)
     overrides = tidy(verb, words)
     parsed = refuse_unknown(verb, overrides, own)
     given = [override.key_or_group.strip("+") for override in parsed]
@@ -306,7 +312,7 @@ def _fields_of(verb: str, section: str) -> str:
 def _unknown(verb: str, key: str, known: list[str]) -> str:
     near = closest(key, known)
     head = key.partition(".")[0]
-    if near is None and head in SECTIONS and head not in VERBS[verb].sections:
+    if head in SECTIONS and head not in VERBS[verb].sections:
         return f"{key} is not used by `crosslace {verb}`, which takes {', '.join(VERBS[verb].sections)} settings"
     if near is None:
         return f"{key} is not a setting of `crosslace {verb}`; `crosslace {verb} --help` lists them"

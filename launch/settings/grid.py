@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from ...data.errors import SettingsError
 
-OF_THE_SWEEP = ("run", "launcher", "eval", "jobs")
+OF_THE_SWEEP = ("run", "launcher", "eval", "jobs", "stack", "print", "objective")
 """Settings of the sweep itself, which its training runs are not given."""
 
 
@@ -22,20 +22,28 @@ class Point(NamedTuple):
     """Overrides, as for `crosslace train`."""
 
 
-def grid(words: Sequence[str], leave_out: Sequence[str] = OF_THE_SWEEP) -> list[Point]:
-    """All combinations of the settings that are given several values; those that are left out stay with the caller."""
-    fixed, choices = [], []
+def choices(words: Sequence[str], leave_out: Sequence[str] = OF_THE_SWEEP) -> tuple[list[str], dict[str, list[str]]]:
+    """The words that stand in every combination, and the values of the settings that are given several; words that are
+    left out stay with the caller."""
+    fixed: list[str] = []
+    varied: dict[str, list[str]] = {}
     for word, override in zip(words, OverridesParser.create().parse_overrides(list(words))):
         if override.key_or_group.split(".")[0] in leave_out:
             continue
         if override.is_sweep_override():
-            key = override.key_or_group
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            varied[override.key_or_group] = list(override.sweep_string_iterator())
         else:
             fixed.append(word)
-    if not choices:
+    if not varied:
         raise SettingsError("no setting has several values; give some a list, such as trainer.target_l0=8,16,32")
-    return [Point(_name(chosen), [*fixed, *chosen]) for chosen in itertools.product(*choices)]
+    return fixed, varied
+
+
+def grid(words: Sequence[str], leave_out: Sequence[str] = OF_THE_SWEEP) -> list[Point]:
+    """All combinations of the settings that are given several values."""
+    fixed, varied = choices(words, leave_out)
+    pairs = [[f"{key}={value}" for value in values] for key, values in varied.items()]
+    return [Point(_name(chosen), [*fixed, *chosen]) for chosen in itertools.product(*pairs)]
 
 
 def _name(chosen: Sequence[str]) -> str:

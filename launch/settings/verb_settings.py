@@ -11,6 +11,9 @@ from ...data.errors import SettingsError, check_choice, check_range
 MODES = ("steer", "free", "constrained", "direct")
 FREEZES = ("attention", "norms")
 FORMATS = ("circuit-tracer", "saelens", "neuronpedia")
+FOLLOWING = ("eval", "features", "trace", "checkpoints")
+TRAINED_FIGURES = ("nmse", "fvu", "cosine", "l0", "dead")
+"""Held-out figures that every training logs."""
 SOURCES = ("auto", "circuit-tracer", "gemma-scope", "saelens", "sparsify", "neuronpedia")
 
 
@@ -95,6 +98,21 @@ class TrainSettings(Common):
 
 
 @dataclass(frozen=True)
+class ThenSettings:
+    """What follows a training in the same command."""
+
+    do: list[str] = field(default_factory=list)
+    """Any of eval, features, trace (graphs over the prompt set) and checkpoints (scores and one graph over those that
+    `trainer.keep_every` keeps); their settings may be given too. `then=[eval,features,trace]` is short for it."""
+    graph: str = ""
+    """The prompt whose graph is followed over the checkpoints; the first of the set where none is given."""
+
+    def __post_init__(self) -> None:
+        for name in self.do:
+            check_choice("then", name, FOLLOWING)
+
+
+@dataclass(frozen=True)
 class EvalVerbSettings(Common):
     """Evaluation."""
 
@@ -128,6 +146,10 @@ class TraceVerbSettings(Common):
     """The run, or any folder that holds a transcoder."""
     prompt: str = ""
     """The text whose next token is to be explained."""
+    prompts: str = ""
+    """A set of prompts in its place, as in `eval.prompt_set`: auto, english, stdlib, questions."""
+    count: int = 20
+    """How many prompts of the set."""
     slug: str | None = None
     """The graph's short name: letters, digits, `_`, `.` and `-`; made from the prompt when not given."""
     overwrite: bool = False
@@ -140,7 +162,11 @@ class TraceVerbSettings(Common):
 
     def __post_init__(self) -> None:
         require("run", self.run, "the folder of a run")
-        require("prompt", self.prompt, "the text whose next token is to be explained")
+        check_range("count", self.count, low=1)
+        if not self.prompts:
+            require("prompt", self.prompt, "the text whose next token is to be explained")
+        elif self.prompt or self.slug:
+            raise SettingsError("prompts names a set; leave prompt and slug out, or prompts")
         if self.slug is not None and re.fullmatch(r"[A-Za-z0-9_.-]+", self.slug) is None:
             raise SettingsError(f"slug={self.slug} cannot be used; it takes letters, digits, `_`, `.` and `-`")
 
@@ -252,6 +278,30 @@ class ExportSettings(Common):
 
 
 @dataclass(frozen=True)
+class PublishSettings(Common):
+    """Publication."""
+
+    run: str = ""
+    """The run; it must have been evaluated."""
+    out: str = ""
+    """The folder to make; its name is the model's."""
+    license: str = ""
+    """The licence under which you publish, as the hub spells it: mit, apache-2.0, cc-by-4.0, ...; a transcoder is made
+    of a model's activations, so look at what that model's licence asks."""
+    upload: str = ""
+    """OWNER/NAME on the hub to send it to, with your own credentials (`hf auth login`); nothing is sent without it."""
+    private: bool = True
+    """Whether what is uploaded is private at first."""
+
+    def __post_init__(self) -> None:
+        require("run", self.run, "the folder of an evaluated run")
+        require("out", self.out, "the folder to make, named as the model is to be called")
+        require("license", self.license, "the licence under which you publish, such as license=mit or apache-2.0")
+        if self.upload and re.fullmatch(r"[\w.-]+/[\w.-]+", self.upload) is None:
+            raise SettingsError(f"upload={self.upload} is no place on the hub; it takes OWNER/NAME")
+
+
+@dataclass(frozen=True)
 class ImportSettings(Common):
     """Import."""
 
@@ -282,9 +332,24 @@ class SweepSettings(Common):
     """At most so many runs; 0 for all combinations."""
     init: str = "auto"
     """What each training begins with, as for `crosslace train`; may have several values."""
+    stack: bool = False
+    """Train the combinations that share store and batch side by side in one process, on one pass over the data. Each
+    becomes the run that it would be alone; all of them must fit into the memory together."""
+    print: str = ""
+    """`wandb`: run nothing, and print the sweep's configuration for `wandb sweep` and `wandb agent`."""
+    objective: str = "min nmse"
+    """With `print=wandb`: the held-out figure that a search looks at, and whether it is to be small or large."""
 
     def __post_init__(self) -> None:
         require("run", self.run, "a folder for the sweep, such as runs/sweep")
+        if self.print:
+            check_choice("print", self.print, ("wandb",))
+        goal, _, figure = self.objective.partition(" ")
+        if goal not in ("min", "max") or figure not in TRAINED_FIGURES:
+            raise SettingsError(
+                f"objective={self.objective!r} is nothing that a training writes; it is min or max and one of "
+                f"{', '.join(TRAINED_FIGURES)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -322,6 +387,32 @@ class RunsSettings(Common):
             raise SettingsError(f"compare takes two runs, not {len(self.compare)}")
         if wrong := [part for part in self.having.split(" and ") if self.having and "=" not in part]:
             raise SettingsError(f"having={wrong[0]!r} is no setting with a value, such as transcoder.k=16")
+
+
+@dataclass(frozen=True)
+class SeedsSettings(Common):
+    """A graph over several seeds."""
+
+    run: str = ""
+    """The folder of a sweep over the seed."""
+    runs: list[str] = field(default_factory=list)
+    """Runs that differ in their seed; `crosslace seeds RUN RUN` is short for it. The first one's graph is looked at."""
+    slug: str = ""
+    """The graph, by its short name in the first run."""
+    tokens: int = 8192
+    """Held-out tokens on which it is compared when features fire."""
+    node: float = 0.8
+    """Share of influence that the nodes of the pruned graphs carry."""
+    edge: float = 0.98
+    """Share of influence that their edges carry."""
+
+    def __post_init__(self) -> None:
+        if not self.run and not self.runs:
+            raise SettingsError("run is missing; it takes the folder of a sweep over the seed")
+        require("slug", self.slug, "the short name of a graph of the first run")
+        check_range("tokens", self.tokens, low=1)
+        check_range("node", self.node, 0, 1)
+        check_range("edge", self.edge, 0, 1)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,17 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from ...data.errors import UserError
+from ..after import follow
 from ..settings import Config
 from ..verbs import evaluate, train
-from ..workspace import Job, runs
+from ..workspace import Job, append_error, recorded, runs
+from .stack import groups, train_together
 
 LOG = "sweep.log"
 QUEUED = ".queued"
@@ -49,35 +52,44 @@ Failures = dict[Path, str]
 
 
 def here(job: Job, waiting: Sequence[Combination], parts: dict[Path, Job]) -> Failures:
-    """One after another in this process."""
+    """In this process: one after another, or those that can side by side."""
     failed: Failures = {}
-    for number, one in enumerate(waiting):
+    if job.top.stack:
+        for group in groups(parts, [one.folder for one in waiting if not one.trained]):
+            for folder, error in train_together(parts, group).items():
+                failed[folder] = _reason_of(error, folder, parts[folder])
+            _give_memory_back()
+    for number, one in enumerate(one for one in waiting if one.folder not in failed):
         job.progress("sweep", number, len(waiting), one.folder.name)
         try:
             _train_and_measure(parts[one.folder], one)
-        except UserError as error:
-            failed[one.folder] = str(error)
         except Exception as error:
-            failed[one.folder] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-            _keep(one.folder, traceback.format_exc())
+            failed[one.folder] = _reason_of(error, one.folder, parts[one.folder])
         _give_memory_back()
     job.progress("sweep", len(waiting), len(waiting))
     return failed
 
 
+def _reason_of(error: Exception, folder: Path, part: Job) -> str:
+    """A sentence for the sweep's table; what is no mistake of the user's leaves its traceback in the run."""
+    if isinstance(error, UserError):
+        return str(error)
+    append_error(folder, ["train", *part.words], "".join(traceback.format_exception(error)))
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
 def _train_and_measure(part: Job, one: Combination) -> None:
-    result = train.fit(part, one.folder)
-    if result is not None and result.status != "finished":
-        raise KeyboardInterrupt
+    if train.trained_steps(one.folder) < part.section("trainer").steps:
+        with recorded(str(one.folder), ["train", *part.words]):
+            result = train.fit(part, one.folder)
+        if result is not None and result.status != "finished":
+            raise KeyboardInterrupt
     config = Config("eval", part.config.values | {"overwrite": False}, part.config.given)
     config.base_on(runs.saved_settings(one.folder))
-    evaluate.run(replace(part, verb="eval", config=config))
-
-
-def _keep(folder: Path, text: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "error.log", "a", encoding="utf-8") as file:
-        file.write(text)
+    with recorded(str(one.folder), ["eval", *(word for word in part.words if word.startswith("run="))]):
+        evaluate.run(replace(part, verb="eval", config=config))
+    if part.section("then").do:
+        follow(part, one.folder, leave_out=("eval",))
 
 
 def _give_memory_back() -> None:
@@ -101,7 +113,7 @@ def in_processes(job: Job, waiting: Sequence[Combination], count: int, devices: 
     def one_run(one: Combination) -> str | None:
         device = free.get()
         try:
-            return _commands(one, job.words, device_environment(device, count))
+            return _commands(one, job, device_environment(device, count))
         finally:
             free.put(device)
             done.append(one.folder)
@@ -123,15 +135,15 @@ def device_environment(device: int | None, count: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, cores // count))}
 
 
-def commands_of(one: Combination, words: Sequence[str]) -> list[list[str]]:
+def commands_of(one: Combination, job: Job) -> list[list[str]]:
     """What a run is: two ordinary commands."""
-    run, measuring = f"run={one.folder}", [word for word in words if word.startswith("eval.")]
-    return [["train", *one.words, run], ["eval", run, *measuring]]
+    run, measuring = f"run={one.folder}", [word for word in job.words if word.startswith("eval.")]
+    return [["train", *one.words, *job.later, run], ["eval", run, *measuring]]
 
 
-def _commands(one: Combination, words: Sequence[str], environment: dict[str, str]) -> str | None:
+def _commands(one: Combination, job: Job, environment: dict[str, str]) -> str | None:
     """Both commands, their output in the run's folder; the reason where one failed."""
-    for verb in commands_of(one, words):
+    for verb in commands_of(one, job):
         done = subprocess.run(
             [sys.executable, "-m", "crosslace.launch", *verb],
             env=os.environ | environment,
@@ -164,6 +176,13 @@ def visible_devices() -> list[int]:
 # --- a Hydra launcher ----------------------------------------------------------------------------------------
 
 
+def check_launcher(name: str) -> None:
+    """Refuse a launcher whose package is not there."""
+    package = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}.get(name)
+    if package is not None and find_spec(f"hydra_plugins.hydra_{package}_launcher") is None:
+        raise UserError(f"launcher {name} is not installed; pip install 'crosslace[sweep]' brings it")
+
+
 def elsewhere(job: Job, waiting: Sequence[Combination]) -> Failures:
     """Through a Hydra launcher, a process a run. A run that another call has queued is left to it."""
     waiting = [one for one in waiting if not queued(one.folder)]
@@ -172,7 +191,7 @@ def elsewhere(job: Job, waiting: Sequence[Combination]) -> Failures:
     settings, folder = job.section("launcher"), Path(job.top.run).resolve()
     plan: list[dict[str, Any]] = []
     for one in waiting:
-        training, measuring = commands_of(one, job.words)
+        training, measuring = commands_of(one, job)
         plan.append({"folder": str(one.folder), "words": training[1:], "eval": measuring[1:]})
         one.folder.mkdir(parents=True, exist_ok=True)
         (one.folder / QUEUED).write_text(f"{time.time():.0f}\n")

@@ -5,7 +5,9 @@ fit, and that its folder is free or holds a run of just these settings. One that
 cut off goes on, one that was measured otherwise is measured again, and one that fails does not stop the others.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +17,20 @@ from ..settings import compose_config, grid
 from ..terminal import Closing, table
 from ..verbs import train
 from ..workspace import Job, runs
-from .running import Combination, Failures, elsewhere, here, in_processes, queued, visible_devices
+from .agent import print_for_agent
+from .running import Combination, Failures, check_launcher, elsewhere, here, in_processes, queued, visible_devices
 
 PLAN = "sweep.json"
 
 
-def run(job: Job) -> Closing:
-    """Run what is missing, then compare."""
+def run(job: Job) -> Closing | None:
+    """Run what is missing, then compare; or print the sweep for `wandb agent`."""
+    if job.top.print:
+        return print_for_agent(job)
+    launcher = job.section("launcher").name
+    check_launcher(launcher)
+    if job.top.stack and launcher != "basic":
+        raise UserError(f"stack=true trains in one process, and launcher={launcher} starts several; leave one out")
     folder = Path(job.top.run)
     runs.writable(folder)
     planned = [Combination(folder / one.name, one.words) for one in grid(job.words)]
@@ -34,7 +43,8 @@ def run(job: Job) -> Closing:
         folder / PLAN,
         {"eval": job.config.values["eval"], "runs": [{"run": one.folder.name, "words": one.words} for one in planned]},
     )
-    failed = run_all(job, [one for one in planned if not one.complete], parts)
+    with wandb_group(folder.name):
+        failed = run_all(job, [one for one in planned if not one.complete], parts)
     done, left = [one for one in planned if one.complete], [one for one in planned if queued(one.folder)]
     if not done and not left:
         raise UserError(f"no run of the sweep came to its end: {'; '.join(failed.values())}")
@@ -65,12 +75,31 @@ def run_all(job: Job, waiting: Sequence[Combination], parts: dict[Path, Job]) ->
     return elsewhere(job, waiting)
 
 
+@contextmanager
+def wandb_group(name: str) -> Iterator[None]:
+    """W&B shows the runs as one group: `wandb.init` reads it here, and in every process that is begun meanwhile."""
+    before = os.environ.get("WANDB_RUN_GROUP")
+    os.environ["WANDB_RUN_GROUP"] = before or name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WANDB_RUN_GROUP"]
+
+
 def part_of(job: Job, one: Combination) -> Job:
     """A combination's own training job, checked."""
     config = compose_config("train", [*one.words, f"run={one.folder}"])
     config.check()
     config.values["eval"] = job.config.values["eval"]
-    return replace(job, verb="train", config=config, progress=job.progress.named(one.folder.name))
+    return replace(
+        job,
+        verb="train",
+        config=config,
+        words=[*one.words, f"run={one.folder}"],
+        later=[word for word in job.words if word.startswith("eval.")] + job.later,
+        progress=job.progress.named(one.folder.name),
+    )
 
 
 def check_folders(planned: Sequence[Combination], parts: dict[Path, Job]) -> None:

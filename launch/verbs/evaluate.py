@@ -1,7 +1,7 @@
 """`crosslace eval`: measure a transcoder on held-out text, and write the figures and a page about them."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,9 +121,16 @@ def evaluation_text(
         raise UserError("the held-out text is empty; give a dataset with more documents, or a larger dataset.held_out")
     training = grouped(corpus.sequences("train", settings.calibration_tokens), settings.batch)
     calibration = [side_by_side(group, pad) for group in training]
+    return EvalText(batches, sequences, calibration, *prompts_of(model, settings))
+
+
+def prompts_of(
+    model: "ReplacementModel", settings: "EvalSettings"
+) -> "tuple[PromptSet | None, Sequence, Sequence[str]]":
+    """The prompts for graphs; where their answers are known, those, and a sentence about each that was left out."""
     if settings.prompts and wanted_set(model, settings) == "questions":
-        return EvalText(batches, sequences, calibration, *questions_for(model, settings))
-    return EvalText(batches, sequences, calibration, prompts_for(model, settings))
+        return questions_for(model, settings)
+    return prompts_for(model, settings), (), ()
 
 
 def wanted_set(model: "ReplacementModel", settings: "EvalSettings") -> str:

@@ -22,23 +22,28 @@ def write_out(job: Job) -> Closing:
     runs.writable(out)
     if top.to == "neuronpedia":
         return _write_graphs(source, out)
-    from ...train.transcoder import Transcoder
-
-    transcoder = Transcoder.load(runs.transcoder_folder(source))
     if top.to == "saelens":
         from ...circuit.formats import export_saelens
+        from ...train.transcoder import Transcoder
 
-        export_saelens(transcoder, out)
+        export_saelens(Transcoder.load(runs.transcoder_folder(source)), out)
     else:
-        from ...circuit.formats import export_circuit_tracer
-
-        post_norm, parallel = _shape(job, source, transcoder.meta)
-        export_circuit_tracer(transcoder, out, post_norm=post_norm, parallel=parallel)
+        as_circuit_tracer(job, source, out)
     return Closing(
         "exported",
         wrote=[(str(out), f"the transcoder as a {top.to} folder")],
         next=[f"crosslace import path={out} from={top.to} run=runs/imported"],
     )
+
+
+def as_circuit_tracer(job: Job, source: Path, out: Path) -> None:
+    """A run's transcoder as a circuit-tracer folder."""
+    from ...circuit.formats import export_circuit_tracer
+    from ...train.transcoder import Transcoder
+
+    transcoder = Transcoder.load(runs.transcoder_folder(source))
+    post_norm, parallel = _shape(job, source, transcoder.meta)
+    export_circuit_tracer(transcoder, out, post_norm=post_norm, parallel=parallel)
 
 
 def _shape(job: Job, run: Path, meta: dict[str, Any]) -> tuple[bool, bool]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...data.errors import UserError
 from ..terminal import Closing, table
 from ..workspace import Job, open_replacement, runs
+from . import evaluate
 
 if TYPE_CHECKING:
     from ...circuit.graph import Graph, Node
@@ -16,6 +17,36 @@ if TYPE_CHECKING:
 
 
 def run(job: Job) -> Closing:
+    """One prompt, or each of a set; a graph of the set that is there already is not made again."""
+    top, run_folder = job.top, Path(job.top.run)
+    if not top.prompts:
+        folder = graph_folder(run_folder, top.slug, asked_of(job, top.prompt), top.overwrite)
+        runs.writable(folder)
+        model = open_replacement(job, run_folder, top.force, lazy_decoders=True)
+        return traced(job, model, top.prompt, folder)
+    from ...circuit.judge import EvalSettings
+
+    runs.writable(run_folder)
+    model = open_replacement(job, run_folder, top.force, lazy_decoders=True)
+    prompts = evaluate.prompts_of(model, EvalSettings(prompts=top.count, prompt_set=top.prompts))[0]
+    assert prompts is not None
+    wrote = []
+    for number, prompt in enumerate(prompts.prompts):
+        asked = asked_of(job, prompt)
+        folder = graph_folder(run_folder, None, asked, top.overwrite)
+        if top.overwrite or asked_before(folder) != asked:
+            traced(job, model, prompt, folder)
+        wrote.append((str(folder), prompt))
+        job.progress("graphs", number + 1, len(prompts.prompts))
+    return Closing(f"{len(wrote)} prompts are traced", wrote=wrote, next=[f"crosslace view run={run_folder}"])
+
+
+def asked_of(job: Job, prompt: str) -> dict[str, Any]:
+    """The question that a graph answers."""
+    return {"prompt": prompt, "trace": asdict(job.section("trace"))}
+
+
+def traced(job: Job, model: "ReplacementModel", prompt: str, folder: Path) -> Closing:
     """Trace, label, save, draw."""
     from ...circuit.attribution import HEADS_FILE, explain_attention, save_heads
     from ...circuit.features import Labels, name_by_tokens, name_features
@@ -23,16 +54,12 @@ def run(job: Job) -> Closing:
     from ...circuit.viewer import render_graph_svg
 
     top, run_folder, settings = job.top, Path(job.top.run), job.section("trace")
-    asked = {"prompt": top.prompt, "trace": asdict(settings)}
-    folder = graph_folder(run_folder, top.slug, asked, top.overwrite)
-    runs.writable(folder)
-    model = open_replacement(job, run_folder, top.force, lazy_decoders=True)
-    graph = model.trace(top.prompt, settings, progress=job.progress)
+    graph = model.trace(prompt, settings, progress=job.progress)
     labels = Labels.load(run_folder)
     name_features(graph, labels)
     if (folder / "graph.json").is_file():
         keep_supernodes(Graph.load(folder), graph)
-    graph.metadata |= {"prompt": top.prompt, "asked": asked}
+    graph.metadata |= {"prompt": prompt, "asked": asked_of(job, prompt)}
     graph.carrying(settings.share_to_keep()).save(folder)
     name_by_tokens(graph, model)
     runs.write_text(folder / "graph.svg", render_graph_svg(graph, labels))

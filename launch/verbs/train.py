@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,10 @@ from ..workspace import Job, open_model, open_stores, provenance, runs, tracking
 
 if TYPE_CHECKING:
     from ...data.store import ActivationStore
-    from ...train.parallel import ParallelSettings
+    from ...train.parallel import Collectives, ParallelSettings
     from ...train.settings import TrainerSettings
     from ...train.start import Neurons
-    from ...train.trainer import TrainResult
+    from ...train.trainer import Trainer, TrainResult
 
 INTERRUPTED = 75
 """The exit code of a run that was asked to stop and saved: not finished, to be gone on with (EX_TEMPFAIL)."""
@@ -89,35 +89,45 @@ def terminable() -> Iterator[None]:
 def fit(job: Job, folder: Path) -> "TrainResult | None":
     """Train in `folder` with the job's settings; None where that was done before."""
     from ...train.parallel import processes
-    from ...train.trainer import train
 
-    settings = run_settings(job)
     device = job.process.device
     with (
-        ExitStack() as kept,
-        open_stores(job) as (store, held_out),
-        processes(mesh_for(job, store, device.type), device) as comm,
+        open_stores(job) as stores,
+        processes(mesh_for(job, stores[0], device.type), device) as comm,
+        prepared(job, folder, stores, comm) as trainer,
     ):
-        fresh = comm.is_main and not runs.claim(folder, settings)
-        if comm.is_main:
-            kept.enter_context(runs.locked(folder))
+        return None if trainer is None else trainer.run()
+
+
+@contextmanager
+def prepared(
+    job: Job, folder: Path, stores: "tuple[ActivationStore, ActivationStore]", comm: "Collectives"
+) -> "Iterator[Trainer | None]":
+    """A training that has not begun, in a folder that is its own meanwhile; None where it was done before."""
+    from ...train.trainer import Trainer, room_for
+
+    settings, (store, held_out) = run_settings(job), stores
+    fresh = comm.is_main and not runs.claim(folder, settings)
+    with runs.locked(folder) if comm.is_main else nullcontext():
         comm.barrier()
         if trained_steps(folder) >= job.section("trainer").steps:
-            return None
+            yield None
+            return
         try:
-            return train(
-                trainer_settings(job),
-                job.section("transcoder"),
-                store,
-                held_out,
-                folder,
-                comm=comm,
-                device=device,
-                trackers=tracking.trackers(job.section("wandb"), folder, settings) if comm.is_main else [],
-                progress=job.progress,
-                meta=masked(store) | {"made_with": provenance(["train", *job.words])},
-                **beginning(job, store),
-            )
+            with room_for(folder):
+                yield Trainer(
+                    trainer_settings(job),
+                    job.section("transcoder"),
+                    store,
+                    held_out,
+                    folder,
+                    comm=comm,
+                    device=job.process.device,
+                    trackers=tracking.trackers(job.section("wandb"), folder, settings) if comm.is_main else [],
+                    progress=job.progress,
+                    meta=masked(store) | {"made_with": provenance(["train", *job.words])},
+                    **beginning(job, store),
+                )
         except BaseException:
             if fresh:
                 runs.release(folder)

@@ -6,6 +6,8 @@ from .job import Job as Job
 from .job import start as start
 from .processes import Process as Process
 from .processes import wait_until as wait_until
+from .provenance import append_error as append_error
+from .provenance import device_hours as device_hours
 from .provenance import provenance as provenance
 from .provenance import recorded as recorded
 from .sources import bundled_folder as bundled_folder

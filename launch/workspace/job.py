@@ -5,6 +5,7 @@ Job -> `process`: this one among several (`processes`) -> model, text, stores (`
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ class Job:
     config: Config
     words: list[str] = field(default_factory=list)
     """The overrides, tidied."""
+    later: list[str] = field(default_factory=list)
+    """Those of the verbs that follow a training."""
     progress: Watched = field(default_factory=Watched)
 
     @property
@@ -61,7 +64,10 @@ class Job:
         return path
 
 
-READERS = ("eval", "features", "trace", "steer", "export")
+FOLLOWED = ("train", "sweep")
+LATER = ("eval", "features", "labels", "trace")
+"""Groups of settings that a training does not take, and what follows it does."""
+READERS = ("eval", "features", "trace", "steer", "export", "publish")
 """Verbs that read a run, whose settings are then their base."""
 
 
@@ -71,16 +77,21 @@ def start(verb: str, words: Sequence[str]) -> Job:
         # Read by Hugging Face's libraries when they are imported: no bars in a log file.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    if verb in ("report", "runs"):
+    if verb in ("report", "runs", "seeds"):
         plain = [word for word in words if "=" not in word]
         words = [word for word in words if "=" in word]
         listed = ",".join(f"'{name}'" for name in plain)
         if verb == "runs" and len(plain) == 1:
             words = [*words, f"run='{plain[0]}'"]
         elif plain:
-            words = [*words, f"{'runs' if verb == 'report' else 'compare'}=[{listed}]"]
+            words = [*words, f"{'compare' if verb == 'runs' else 'runs'}=[{listed}]"]
     if verb == "demo" and not any(word.startswith("experiment=") for word in words):
         words = ["experiment=demo", *words]
+    later: list[str] = []
+    if verb in FOLLOWED and any(word.startswith(("then=", "then.do=", "experiment=")) for word in words):
+        own = VERBS[verb].sections
+        later = [word for word in words if (head := re.split("[.=]", word)[0]) in LATER and head not in own]
+        words = [word for word in words if word not in later]
     if verb == "sweep":
         words = tidy(verb, words, several=True)
         config = compose_config(verb, single_values(words))
@@ -95,5 +106,5 @@ def start(verb: str, words: Sequence[str]) -> Job:
     if verb == "train" and config.values["run"]:
         config.go_on_with(runs.saved_settings(Path(config.values["run"])))
     config.check()
-    job = Job(verb, config, list(words))
+    job = Job(verb, config, list(words), later)
     return job if job.is_main else replace(job, progress=Watched(Unseen()))

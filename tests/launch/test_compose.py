@@ -19,6 +19,8 @@ NEEDED = {
     "import": ["path=p", "run=r"],
     "sweep": ["run=r"],
     "report": ["run=r"],
+    "seeds": ["run=r", "slug=s"],
+    "publish": ["run=r", "out=o", "license=mit"],
     "compare": ["run=r", "first=a", "second=b"],
 }
 

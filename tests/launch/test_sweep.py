@@ -1,6 +1,8 @@
 """Sweeps: all combinations, checked first; what is complete is left alone; one failure does not stop the rest."""
 
 import json
+import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -186,3 +188,57 @@ def test_a_launcher_with_a_wrong_option_says_so(demo: Path, crosslace, tmp_path:
     words = [f"run={tmp_path / 's'}", f"store={demo / 'store'}", *SMALL, "transcoder.k=2,3"]
     ended = crosslace("sweep", *words, "launcher=submitit_local", "launcher.options.odd=1")
     assert ended.code == 2 and "launcher submitit_local could not run the sweep" in ended.err
+
+
+def test_a_sweep_for_wandb_agent_is_printed_and_its_commands_run(demo, crosslace, tmp_path, monkeypatch) -> None:
+    """The agent's own code makes a command of it, which reaches `crosslace train` with a folder of the run's own."""
+    import yaml
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    run = tmp_path / "a sweep"
+    words = [f"run={run}", f"store={demo / 'store'}", *SMALL, "transcoder=clt,plt", "trainer.lr=1e-3,null"]
+    ended = crosslace("sweep", *words, "print=wandb", "objective=min fvu")
+    assert ended.code == 0 and not run.exists()
+    sweep = yaml.safe_load(ended.out)
+    assert sweep["metric"] == {"name": "held_out/fvu", "goal": "minimize"} and sweep["name"] == "a sweep"
+    assert sweep["parameters"]["transcoder"] == {"values": ["clt", "plt"]}
+    args = create_sweep_command_args({"args": {"transcoder": {"value": "clt"}, "trainer.lr": {"value": 0.001}}})
+    filled = {"${args_no_hyphens}": args["args_no_hyphens"]}
+    command = [word for part in create_sweep_command(sweep["command"]) for word in filled.get(part, [part])]
+    program = tmp_path / "bin" / "crosslace"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    paths = {"PATH": f"{program.parent}:{os.environ['PATH']}", "WANDB_RUN_ID": "x7"}
+    said = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[0] == "train" and said.splitlines()[-2:] == ["transcoder=clt", "trainer.lr=0.001"]
+    assert f"run={run}/x7" in said and "wandb.mode=online" in said and "eval." not in said
+    assert crosslace("train", *said.splitlines()[1:], "plan=true").code == 0
+
+
+def test_what_no_sweep_can_do_is_said(demo, crosslace, tmp_path, monkeypatch) -> None:
+    words = [f"run={tmp_path / 's'}", f"store={demo / 'store'}", *SMALL, "transcoder.k=2,3"]
+    said = {word: crosslace("sweep", *words, word) for word in ("sweeper=optuna", "objective=min kl", "print=yaml")}
+    assert all(ended.code == 2 and len(ended.err.strip().splitlines()) == 1 for ended in said.values())
+    assert "`wandb agent`" in said["sweeper=optuna"].err
+    assert "nothing that a training writes" in said["objective=min kl"].err
+    monkeypatch.setattr("crosslace.launch.sweeps.running.find_spec", lambda name: None)
+    assert "crosslace[sweep]" in crosslace("sweep", *words, "launcher=joblib").err
+    assert not (tmp_path / "s").exists()
+    ended = crosslace("sweep", *words, "trainer.stepz=1")
+    assert ended.code == 2 and "did you mean trainer.steps" in ended.err
+
+
+def test_runs_of_a_sweep_are_one_group_and_say_what_they_cost(demo, crosslace, tmp_path, monkeypatch) -> None:
+    groups, fit = [], train.fit
+    note = lambda job, folder: groups.append(os.environ["WANDB_RUN_GROUP"]) or fit(job, folder)
+    monkeypatch.setattr(train, "fit", note)
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    words = [f"run={tmp_path / 's'}", f"store={demo / 'store'}", *SMALL, "transcoder.k=2,3"]
+    ended = crosslace("sweep", *words)
+    assert groups == ["s", "s"] and "WANDB_RUN_GROUP" not in os.environ
+    lines = [json.loads(line) for line in (tmp_path / "s" / "k-2" / "commands.jsonl").read_text().splitlines()]
+    assert [line["command"].split()[1] for line in lines] == ["train", "eval"]
+    assert lines[0]["scheduling"]["slurm_job_id"] == "77"
+    assert "device_hours" in ended.out and "device_hours" in (tmp_path / "s" / "report.html").read_text()

@@ -8,6 +8,7 @@ everything              -> checkpoint   a folder from which the run goes on exac
 dead features           -> resampling   new encoders, at tokens that are badly reconstructed
 """
 
+from .calibration import calibrated_thresholds as calibrated_thresholds
 from .checkpoint import Checkpoints as Checkpoints
 from .checks import check_run as check_run
 from .checks import check_same_run as check_same_run
