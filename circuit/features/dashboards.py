@@ -18,6 +18,7 @@ from ...data.errors import UserError
 
 INDEX = "index.json.gz"
 LENGTH = struct.Struct("<I")
+MOST_LAYERS = 1000
 
 Record = dict[str, Any]
 
@@ -137,6 +138,64 @@ class DashboardReader:
                 (folder / f"{number}.json").write_text(json.dumps(record, ensure_ascii=False), "utf-8")
                 count += 1
         return count
+
+
+def pack(source: str | Path, folder: str | Path) -> int:
+    """A folder of feature JSON, as `unpack` and Neuronpedia write it, as dashboards; returns how many there were.
+
+    What a file does not say (Neuronpedia's need only examples) is worked out from its examples or left empty.
+    """
+    found: dict[int, dict[int, Path]] = {}
+    for path in Path(source).glob("*.json"):
+        if path.stem.isdecimal():
+            layer, feature = from_feature_number(int(path.stem))
+            found.setdefault(layer, {})[feature] = path
+    if not found:
+        raise UserError(f"{source} holds no feature JSON; its files are named by Cantor-paired numbers, 1234.json")
+    if max(found) >= MOST_LAYERS:
+        worst = min(found[max(found)].values())
+        raise UserError(f"{worst} would be of layer {max(found)}; its name is no Cantor-paired number of a feature")
+    writer = DashboardWriter(folder, max(found) + 1)
+    for layer, files in found.items():
+        writer.write_layer(layer, (_read_record(files.get(feature), feature) for feature in range(max(files) + 1)))
+    writer.close()
+    return sum(map(len, found.values()))
+
+
+def _read_record(path: Path | None, feature: int) -> Record:
+    """One file's record, whole; an empty one of a feature that has no file."""
+    record: Record = {"examples_quantiles": []}
+    try:
+        if path is not None:
+            record = json.loads(path.read_text("utf-8"))
+        groups = [
+            {
+                **group,
+                "quantile_name": str(group["quantile_name"]),
+                "examples": [_read_example(one) for one in group["examples"]],
+            }
+            for group in record["examples_quantiles"]
+        ]
+        acts = [act for group in groups for one in group["examples"] for act in one["tokens_acts_list"] if act > 0]
+        words = {name: [str(word) for word in record.get(name) or []] for name in ("top_logits", "bottom_logits")}
+        missing = {"act_min": min(acts, default=0.0), "act_max": max(acts, default=0.0), "histogram": [],
+                   "quantile_values": [], "activation_frequency": 0.0}  # fmt: skip
+        return {**missing, **record, **words, "index": feature, "examples_quantiles": groups}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is no feature JSON ({error})") from error
+
+
+def _read_example(example: Any) -> dict[str, Any]:
+    tokens, acts = [str(token) for token in example["tokens"]], [_number(act) for act in example["tokens_acts_list"]]
+    if len(tokens) != len(acts):
+        raise ValueError("an example has not one activation a token")
+    return {**example, "tokens": tokens, "tokens_acts_list": acts}
+
+
+def _number(value: Any) -> float | int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no activation")
+    return value
 
 
 def _plain_name(name: Any) -> str:

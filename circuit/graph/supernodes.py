@@ -1,41 +1,59 @@
 """Groups of features that play one part.
 
-`propose_supernodes` groups features that look alike in one of three ways: they write in the same direction, they fire
-on the same positions of the prompt, they have the same inputs and outputs in the graph. Groups are joined as long as
-their members are alike on average (average linkage).
+`propose_supernodes` groups features of one position that are alike in some way:
+
+- `tokens`: by what they read, through all of the graph: the tokens that their input goes back to;
+- `edges`: by their own inputs and outputs in the graph;
+- `decoder`: by what they write;
+- `together`: by when they fire, on other text (`circuit.features.Together`);
+- `label`: by name.
+
+Groups are joined as long as their members are alike on average (average linkage).
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...data.errors import check_range
+from ...data.errors import UserError, check_choice, check_range
 from ...train.transcoder import Transcoder
 from .graph import Graph
 from .paths import shares
 
+LEAST = {"tokens": 0.75, "edges": 0.4, "decoder": 0.15, "together": 0.15, "label": 0.5}
+"""How alike members are on average, by default: what tells the bundled world's concepts apart on prompts that it was
+trained on. Of several ways, the mean."""
+
 
 def propose_supernodes(
     graph: Graph,
-    transcoder: Transcoder | None = None,
-    alike: float = 0.7,
+    by: str | Sequence[str] = "tokens",
+    alike: float | None = None,
     most: int = 400,
     use: bool = False,
+    transcoder: Transcoder | None = None,
+    acts: Tensor | None = None,
 ) -> dict[str, list[int]]:
-    """Groups of two features or more among the `most` influential ones; `use` stores them in the graph.
+    """Groups of two features or more among the `most` influential ones, the most influential group first; `use` stores
+    them in the graph.
 
-    Likeness is the mean of up to three cosines: of edges in and out, of activations over the prompt's positions, and,
-    where a transcoder is given, of decoders.
+    Likeness is a cosine, of several ways their mean. `decoder` takes a transcoder, `together` what each feature of the
+    graph did on some text, `acts` [N, features].
     """
-    check_range("alike", alike, 0, 1)
+    ways = [by] if isinstance(by, str) else list(by)
+    for way in ways:
+        check_choice("by", way, LEAST)
+    least = sum(LEAST[way] for way in ways) / max(1, len(ways)) if alike is None else alike
+    check_range("alike", least, 0, 1)
     influence = graph.influence()[: graph.n_features]
     ids = influence.topk(min(most, graph.n_features)).indices.sort().values
-    if len(ids) < 2:
+    if len(ids) < 2 or not ways:
         return {}
-    parts = [edge_likeness(graph, ids), activation_likeness(graph, ids)]
-    if transcoder is not None:
-        parts.append(decoder_likeness(graph, ids, transcoder))
-    groups = average_linkage(torch.stack(parts).mean(0), alike)
+    found = torch.stack([likeness(graph, ids, way, transcoder, acts) for way in ways]).mean(0)
+    position = graph.nodes.position[ids]
+    groups = average_linkage(found.masked_fill(position[:, None] != position, -torch.inf), least)
     members = [ids[torch.tensor(group, device=ids.device)].tolist() for group in groups if len(group) > 1]
     members.sort(key=lambda group: -float(influence[group].sum()))
     named: dict[str, list[int]] = {}
@@ -44,6 +62,26 @@ def propose_supernodes(
     if use:
         graph.supernodes.update(named)
     return named
+
+
+def likeness(graph: Graph, ids: Tensor, way: str, transcoder: Transcoder | None, acts: Tensor | None) -> Tensor:
+    """How alike some features are in one way, [n, n]."""
+    if way == "tokens":
+        return cosines(token_profiles(graph, ids))
+    if way == "edges":
+        return cosines(torch.cat([F.normalize(part, dim=1) for part in own_edges(graph, ids)], 1))
+    if way == "label":
+        names = [graph.nodes.labels.get(id) for id in ids.tolist()]
+        number = torch.tensor([names.index(name) for name in names], device=ids.device)
+        bare = torch.tensor([name is None for name in names], device=ids.device)
+        return ((number[:, None] == number) & ~bare).float()
+    if way == "together":
+        if acts is None:
+            raise UserError("by=together needs acts, what each feature of the graph did on some text")
+        return cosines((acts[:, ids.to(acts.device)] > 0).T).to(ids.device)
+    if transcoder is None:
+        raise UserError("by=decoder needs the transcoder")
+    return decoder_likeness(graph, ids, transcoder)
 
 
 def free_name(taken: dict[str, list[int]], name: str) -> str:
@@ -71,21 +109,18 @@ def cosines(rows: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def edge_likeness(graph: Graph, ids: Tensor) -> Tensor:
-    """Cosines of features' edges: shares of their input beside the effect that they have on targets."""
-    shares_RN = shares(graph, slice(None)).float()
-    into = F.normalize(shares_RN[ids], dim=1)
-    out_of = F.normalize((shares_RN * (graph.influence_per_input > 0)[:, None])[:, ids].T, dim=1)
-    return cosines(torch.cat([into, out_of], 1))
+def token_profiles(graph: Graph, ids: Tensor) -> Tensor:
+    """[n, T] the share of features' input that goes back to each token's embedding, by way of each other."""
+    share = shares(graph, ids).abs()  # a feature's row has its own number
+    through, own = share[:, ids], share[:, graph.nodes.mask("embedding")]
+    return torch.linalg.solve(torch.eye(len(ids)).to(through) - through, own)
 
 
-def activation_likeness(graph: Graph, ids: Tensor) -> Tensor:
-    """Cosines of features' activations over the positions of the prompt."""
-    nodes, n = graph.nodes, graph.n_features
-    place, feature = torch.unique(torch.stack([nodes.layer[:n], nodes.index[:n]], 1), dim=0, return_inverse=True)
-    over_positions = torch.zeros(len(place), len(graph.tokens), device=ids.device)
-    over_positions[feature, nodes.position[:n]] = nodes.activation[:n].float()
-    return cosines(over_positions[feature[ids]])
+def own_edges(graph: Graph, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares of features' input from every source [n, N], and of what they give to each other and to logits [n, R]."""
+    logits = torch.arange(graph.n_features, len(graph.stored), device=ids.device)
+    share = shares(graph, torch.cat([ids, logits]))
+    return share[: len(ids)], share[:, ids].T
 
 
 def decoder_likeness(graph: Graph, ids: Tensor, transcoder: Transcoder) -> Tensor:

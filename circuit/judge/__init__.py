@@ -5,6 +5,8 @@ from .evaluation import EvalSettings as EvalSettings
 from .evaluation import EvalText as EvalText
 from .evaluation import evaluate as evaluate
 from .graph_scores import GRAPH_FIGURES as GRAPH_FIGURES
+from .groups import GroupScores as GroupScores
+from .groups import judge_groups as judge_groups
 from .health import DENSITY_EDGES as DENSITY_EDGES
 from .prompts import PromptSet as PromptSet
 from .prompts import prompt_set as prompt_set

@@ -159,6 +159,9 @@ class TraceVerbSettings(Common):
     heads: bool = False
     """Also find the heads of the graph's strongest edges, and why the heads that carry most looked where they did;
     kept as heads.json beside the graph."""
+    groups: bool = False
+    """Also propose groups of features that go back to the same tokens, in place of groups of one name, and try them out
+    on the model: the answer without them, and with them alone."""
 
     def __post_init__(self) -> None:
         require("run", self.run, "the folder of a run")

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...data.errors import UserError
 from ...data.units import format_bytes, parse_bytes
@@ -10,7 +10,8 @@ from ..terminal import Closing, table
 from ..workspace import Job
 
 if TYPE_CHECKING:
-    from ...train.planning import Plan, Shape
+    from ...train.parallel import ParallelSettings
+    from ...train.planning import MachineSettings, Plan, Shape
 
 SHAPES = {
     "openai-community/gpt2": (12, 768),
@@ -30,7 +31,7 @@ def run(job: Job) -> Closing:
     shape = shape_of(job)
     settings = shape, job.section("transcoder"), job.section("trainer"), job.section("parallel"), job.section("machine")
     plan, machine = make_plan(*settings), settings[-1]
-    tables = [memory_table(plan), traffic_table(plan, job.section("trainer").steps)]
+    tables = [memory_table(plan), traffic_table(plan, job.section("trainer").steps), features_table(*settings)]
     if plan.fits(machine):
         return Closing("the plan fits", tables=tables, notes=[summary(plan)], next=["the same command without --plan"])
     helps = what_fits(*settings)
@@ -111,6 +112,24 @@ def traffic_table(plan: "Plan", steps: int):
     rows += [(f"seconds a step: {name}", f"{seconds:.3g}") for name, seconds in plan.seconds.items()]
     rows.append((f"hours for {steps} steps", f"{plan.step_seconds * steps / 3600:.3g}"))
     return table("traffic and time", ("", "estimate"), rows)
+
+
+def features_table(
+    shape: "Shape", transcoder: Any, trainer: Any, parallel: "ParallelSettings", machine: "MachineSettings"
+) -> Any:
+    """What `crosslace features` takes afterwards, with its own defaults, on as many processes."""
+    from ...circuit.features import dashboards_take
+
+    sizes = transcoder.sizes(shape.n_layers)
+    taken = dashboards_take(sizes, shape.d_model, processes=min(parallel.processes, shape.n_layers))
+    rows = [
+        ("features", count(sum(sizes))),
+        ("memory of a process, for examples", format_bytes(taken.memory)),
+        ("disk of a process", format_bytes(taken.disk)),
+        ("minutes of arithmetic", f"{taken.operations / (machine.tflops * 1e12) / 60:.3g}"),
+        ("minutes of writing records", f"{taken.writing / 60:.3g}"),
+    ]
+    return table("dashboards, by `crosslace features`", ("", "estimate"), rows)
 
 
 def count(number: float) -> str:

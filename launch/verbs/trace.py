@@ -57,6 +57,7 @@ def traced(job: Job, model: "ReplacementModel", prompt: str, folder: Path) -> Cl
     graph = model.trace(prompt, settings, progress=job.progress)
     labels = Labels.load(run_folder)
     name_features(graph, labels)
+    tried = groups_tried(model, graph) if top.groups else None
     if (folder / "graph.json").is_file():
         keep_supernodes(Graph.load(folder), graph)
     graph.metadata |= {"prompt": prompt, "asked": asked_of(job, prompt)}
@@ -70,10 +71,12 @@ def traced(job: Job, model: "ReplacementModel", prompt: str, folder: Path) -> Cl
         save_heads(folder, explained)
         notes.insert(-1, heads_note(graph, explained))
         wrote += ", heads.json"
+    if tried is not None:
+        notes.insert(-1, tried[1])
     columns = ("what carries the answer", "layer", "at", "share", "reads most from", "acts most on")
     return Closing(
         "traced",
-        tables=[logits_table(graph), table("circuit", columns, circuit_rows(graph))],
+        tables=[logits_table(graph), table("circuit", columns, circuit_rows(graph)), *([tried[0]] if tried else [])],
         notes=notes,
         wrote=[(str(folder), f"{wrote} and graph.svg, a picture")],
         next=[
@@ -91,6 +94,26 @@ def path_notes(model: "ReplacementModel", graph: "Graph") -> list[str]:
     paths = graph.top_paths(None, graph.logits[0].id, direct=False)
     heads = path_heads(model, graph, [edge for path in paths for edge in zip(path.nodes[1:], path.nodes)])
     return [f"strongest path: {path_text(graph, path, heads)}" for path in paths]
+
+
+def groups_tried(model: "ReplacementModel", graph: "Graph") -> tuple[Any, str]:
+    """Proposed groups become the graph's supernodes; what the model does without each, and with all of them alone."""
+    from ...circuit.graph import propose_supernodes
+    from ...circuit.judge import judge_groups
+
+    graph.supernodes = propose_supernodes(graph)
+    if not graph.supernodes:
+        raise UserError("no features of this graph go back to the same tokens, so there are no groups to propose")
+    found = judge_groups(model, graph)
+    rows = [(one.name, one.features, f"{one.influence:.0%}", f"{one.left:.0%}", f"{one.matched:.0%}")
+            for one in found.effects]  # fmt: skip
+    note = (
+        f"{len(graph.supernodes)} groups hold {found.carried:.0%} of the features' influence (completeness"
+        f" {found.scores['completeness']:.2f} of {found.whole['completeness']:.2f}); of the answer's probability"
+        f" {found.left:.0%} is left without them ({found.left_matched:.0%} without as many others) and"
+        f" {found.kept:.0%} with them alone ({found.kept_matched:.0%} with as many others alone)"
+    )
+    return table("groups", ("group", "features", "influence", "answer left without", "without others"), rows), note
 
 
 def heads_note(graph: "Graph", explained: dict[str, Any]) -> str:

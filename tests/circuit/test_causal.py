@@ -5,10 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from crosslace.circuit.attribution import trace
+from crosslace.circuit.graph import propose_supernodes
+from crosslace.circuit.judge import judge_groups
 from crosslace.circuit.judge.causal import causal_part, check_swap, matched, path_features, places
 from crosslace.circuit.judge.questions import QUESTIONS, SURE, Question, answered, one_of_each
 from crosslace.circuit.model import ReplacementModel
 from crosslace.circuit.replacement import Intervention
+from crosslace.data.errors import UserError
 from crosslace.data.models.language_model import LanguageModel
 
 
@@ -103,6 +106,36 @@ def test_silencing_is_what_an_intervention_says(rm, asked) -> None:
     assert found["left_of_the_answer"]["path"]["mean"] == pytest.approx(
         sum(row["path"] / row["clean"] for row in found["silenced"]) / 2
     )
+
+
+def test_groups_are_scored_by_what_an_intervention_says(rm, asked) -> None:
+    graph = trace(rm, asked[0].prompt)
+    groups = propose_supernodes(graph, "edges", alike=0.2)
+    assert len(groups) > 1
+    found = judge_groups(rm, graph, groups, most=2)
+    answer = max(graph.logits, key=lambda logit: logit.probability)
+
+    def left(ids):
+        off = [Intervention(*place, times=0.0) for place in places(graph, ids)]
+        result = rm.intervene(graph.tokens, off, mode="steer")
+        return float(result.probabilities()[answer.token] / result.probabilities(True)[answer.token])
+
+    inside = {id for ids in groups.values() for id in ids}
+    others = matched(rm, graph, sorted(inside))
+    everything = set(range(graph.n_features))
+    assert inside < everything
+    expected = [left(ids) for ids in (inside, others, everything - inside, everything - set(others))]
+    assert [found.left, found.left_matched, found.kept, found.kept_matched] == pytest.approx(expected)
+    for effect in found.effects:
+        assert effect.left == pytest.approx(left(groups[effect.name])) and effect.features == len(groups[effect.name])
+    influence = graph.influence()
+    assert found.effects[0].influence == pytest.approx(
+        float(influence[groups[found.effects[0].name]].sum() / influence[: graph.n_features].sum())
+    )
+    assert found.scores["completeness"] <= found.whole["completeness"] + 1e-6
+    named = trace(rm, asked[0].prompt, targets=["L1:0"])
+    with pytest.raises(UserError, match="tried out on a next token"):
+        judge_groups(rm, named, {"one": [0]})
 
 
 def test_a_swap_sets_what_the_partner_has(rm, asked) -> None:

@@ -7,10 +7,23 @@ import pytest
 import torch
 from crosslace.circuit.features import gather
 from crosslace.circuit.features.concepts import ConceptCounter, concept_groups, label_by_prompts, score_concepts
-from crosslace.circuit.features.dashboards import DashboardReader, DashboardWriter, feature_number, from_feature_number
+from crosslace.circuit.features.dashboards import (
+    DashboardReader,
+    DashboardWriter,
+    feature_number,
+    from_feature_number,
+    pack,
+)
 from crosslace.circuit.features.examples import BINS, Histogram
-from crosslace.circuit.features.gather import FeatureSettings, build_features, direct_logits, layer_records
+from crosslace.circuit.features.gather import (
+    FeatureSettings,
+    build_features,
+    direct_logits,
+    gather_examples,
+    layer_records,
+)
 from crosslace.circuit.features.labels import Label, Labels, label_from_record
+from crosslace.circuit.features.sizing import dashboards_take
 from crosslace.circuit.model import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.train.settings import TranscoderSettings
@@ -184,6 +197,45 @@ def test_records_lie_where_the_index_says(tmp_path):
         reader.record(2, 0)
 
 
+def test_feature_json_goes_out_and_comes_back(model, texts, tmp_path):
+    folder = build_features(model, Texts(texts), tmp_path / "run", FeatureSettings(top=3))
+    count = DashboardReader(folder).unpack(tmp_path / "each")
+    assert pack(tmp_path / "each", tmp_path / "back") == count
+    first, second = DashboardReader(folder), DashboardReader(tmp_path / "back")
+    assert [list(first.layer(l)) for l in range(model.lm.n_layers)] == [
+        list(second.layer(l)) for l in range(model.lm.n_layers)
+    ]
+
+
+def test_foreign_feature_json_is_filled_up_and_what_is_none_is_refused(tmp_path):
+    example = {"tokens": ["a", " b"], "tokens_acts_list": [0, 2.5]}
+    path = tmp_path / f"{feature_number(1, 2)}.json"
+    path.write_text(json.dumps({"index": 8, "examples_quantiles": [{"quantile_name": "Top", "examples": [example]}]}))
+    assert pack(tmp_path, tmp_path / "packed") == 1
+    reader = DashboardReader(tmp_path / "packed")
+    assert reader.features == [0, 3] and reader.record(1, 0)["examples_quantiles"] == []
+    record = reader.record(1, 2)
+    assert record["index"] == 2 and (record["act_min"], record["act_max"]) == (2.5, 2.5) and record["top_logits"] == []
+    for broken in (
+        '{"examples_quantiles": 3}',
+        "[]",
+        '{"index": 1}',
+        "{",
+        json.dumps({"examples_quantiles": [{"quantile_name": "Top", "examples": [{**example, "tokens": []}]}]}),
+        json.dumps(
+            {"examples_quantiles": [{"quantile_name": "Top", "examples": [{**example, "tokens_acts_list": [0, "x"]}]}]}
+        ),
+    ):
+        path.write_text(broken)
+        with pytest.raises(UserError, match="is no feature JSON"):
+            pack(tmp_path, tmp_path / "packed")
+    path.rename(tmp_path / "99999999999.json")
+    with pytest.raises(UserError, match="no Cantor-paired number"):
+        pack(tmp_path, tmp_path / "packed")
+    with pytest.raises(UserError, match="holds no feature JSON"):
+        pack(tmp_path / "packed", tmp_path / "more")
+
+
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
     import gzip
 
@@ -294,6 +346,27 @@ def test_a_concept_of_two_features_is_found_as_their_group(model, texts):
     ]
     (group,) = concept_groups(model, prompts, most=40)
     assert group.f1 == 1.0 > group.best_alone and {(0, a), (0, b)} <= set(group.members)
+
+
+def test_what_dashboards_take_is_what_they_took(model, texts, tmp_path):
+    settings = FeatureSettings(top=5, quantiles=2, per_quantile=3, before=4, after=2, neighbours=3)
+    sizes = [F] * model.lm.n_layers
+    taken = dashboards_take(sizes, model.lm.d_model, settings)
+    kept = gather_examples(model, Texts(texts).sequences(), range(model.lm.n_layers), settings, [])
+    tensors = [
+        tensor
+        for layer in kept.values()
+        for part in (layer, layer.top, layer.sampled, layer.histogram)
+        for tensor in vars(part).values()
+        if isinstance(tensor, torch.Tensor) and len(tensor) == F
+    ]
+    own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert taken.memory == pytest.approx(own, rel=0.05)
+    folder = build_features(model, Texts(texts), tmp_path, settings)
+    written = sum(path.stat().st_size for path in folder.glob("layer_*.bin"))
+    assert written / 4 < taken.disk < 4 * written
+    shared = dashboards_take(sizes, model.lm.d_model, settings, processes=3)
+    assert shared.memory == taken.memory / 3 and shared.writing == pytest.approx(taken.writing / 3)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------

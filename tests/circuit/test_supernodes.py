@@ -4,8 +4,9 @@ import pytest
 import torch
 from crosslace.circuit.attribution.tracer import trace
 from crosslace.circuit.graph import difference, flow_between, propose_supernodes
-from crosslace.circuit.graph.supernodes import average_linkage
+from crosslace.circuit.graph.supernodes import average_linkage, token_profiles
 from crosslace.circuit.model import ReplacementModel
+from crosslace.data.errors import UserError
 from crosslace.train.settings import TranscoderSettings
 from crosslace.train.transcoder.transcoder import Transcoder
 
@@ -33,25 +34,56 @@ def graph(replacement):
     return trace(replacement, PROMPT)
 
 
-def test_twins_are_proposed_as_one_group(graph, replacement):
-    groups = propose_supernodes(graph, replacement.transcoder, alike=0.98)
+@pytest.mark.parametrize("by", ["tokens", "edges", "decoder", "together", ["tokens", "together"]])
+def test_twins_are_proposed_as_one_group(graph, replacement, by):
+    nodes, n = graph.nodes, graph.n_features
+    fires = torch.rand(50, 3, HALF, generator=torch.Generator().manual_seed(1)) - 0.7
+    acts = torch.stack([fires[:, nodes.layer[id], nodes.index[id] % HALF].relu() for id in range(n)], 1)
+    groups = propose_supernodes(graph, by, alike=0.98, transcoder=replacement.transcoder, acts=acts)
     assert groups
     where = {id: name for name, ids in groups.items() for id in ids}
     for id, name in where.items():
-        node = graph.nodes[id]
-        twin = graph.nodes.ids("feature", node.layer, node.position, (node.index + HALF) % (2 * HALF))[0]
+        node = nodes[id]
+        twin = nodes.ids("feature", node.layer, node.position, (node.index + HALF) % (2 * HALF))[0]
         assert where[twin] == name
-    assert not graph.supernodes
-    propose_supernodes(graph, alike=0.98, use=True)
-    assert graph.supernodes
-    graph.supernodes.clear()
+    assert all(len({nodes[id].position for id in ids}) == 1 for ids in groups.values())
+    assert len(groups) > 1 and not graph.supernodes
 
 
-def test_names_come_from_labels(graph, replacement):
-    named = {(l, i): "twin" for l in range(3) for i in range(2 * HALF)}
+def test_groups_by_label_are_named_and_kept(graph):
+    named = {(l, i): "even" if i % 2 == 0 else f"odd {i}" for l in range(3) for i in range(2 * HALF)}
     graph.label_features(named)
-    groups = propose_supernodes(graph, replacement.transcoder, alike=0.98)
-    assert "twin" in groups and "twin (2)" in groups
+    groups = propose_supernodes(graph, "label", use=True)
+    assert graph.supernodes == groups and "even" in groups and "even (2)" in groups
+    for name, ids in groups.items():
+        found = [graph.nodes[id] for id in ids]
+        assert len({(node.label, node.position) for node in found}) == 1 and name.startswith(found[0].label)
+    graph.supernodes.clear()
+    graph.nodes.labels.clear()
+
+
+def test_what_features_go_back_to_is_the_sum_over_paths(graph):
+    ids = torch.arange(graph.n_features)
+    embeddings = graph.nodes.ids("embedding")
+    share = graph.rows.abs() / (graph.rows.abs().sum(1) + graph.cancelled)[:, None]
+
+    def goes_back(feature):
+        total = share[feature, embeddings].clone()
+        for source in share[feature, : graph.n_features].nonzero().squeeze(1).tolist():
+            total += share[feature, source] * known[source]
+        return total
+
+    known = {}
+    for feature in range(graph.n_features):  # by layer
+        known[feature] = goes_back(feature)
+    found = token_profiles(graph, ids)
+    torch.testing.assert_close(found.to(share), torch.stack(list(known.values())), rtol=1e-9, atol=1e-12)
+
+
+def test_ways_that_lack_something_are_refused(graph):
+    for by, what in (("decoder", "needs the transcoder"), ("together", "needs acts"), ("colour", "by=colour")):
+        with pytest.raises(UserError, match=what):
+            propose_supernodes(graph, by)
 
 
 def test_average_linkage():
