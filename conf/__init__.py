@@ -175,7 +175,7 @@ VERBS = {
         "look at graphs and features in a local page",
         "launch.verbs.view",
         "ViewVerbSettings",
-        ("view",),
+        ("view", "model", "world", "stdlib"),
         ("crosslace view run=runs/clt",),
     ),
     "export": Verb(

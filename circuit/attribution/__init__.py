@@ -3,7 +3,9 @@
 from .explained import HEADS_FILE as HEADS_FILE
 from .explained import attention_record as attention_record
 from .explained import attention_text as attention_text
+from .explained import edge_record as edge_record
 from .explained import explain_attention as explain_attention
+from .explained import explain_head as explain_head
 from .explained import load_heads as load_heads
 from .explained import path_heads as path_heads
 from .explained import save_heads as save_heads

@@ -30,13 +30,14 @@ def explain_attention(replacement: LocalModel, graph: Graph, edges: int = 500, h
     return {
         "format": FORMAT,
         "version": VERSION,
-        "edges": [_edge(graph, one) for one in found],
+        "edges": [edge_record(graph, one) for one in found],
         "top_heads": [list(head) for head in ranked],
         "attention": [_look(replacement, graph, head, found, flow) for head in ranked[:heads]],
     }
 
 
-def _edge(graph: Graph, one: EdgeHeads) -> dict[str, Any]:
+def edge_record(graph: Graph, one: EdgeHeads) -> dict[str, Any]:
+    """An edge with its strongest heads, as JSON has it."""
     return {
         "target": node_key(graph.nodes, one.target),
         "source": node_key(graph.nodes, one.source),
@@ -49,16 +50,19 @@ def _edge(graph: Graph, one: EdgeHeads) -> dict[str, Any]:
 def _look(
     replacement: LocalModel, graph: Graph, head: Head, found: Sequence[EdgeHeads], flow: Sequence[float]
 ) -> dict[str, Any]:
-    """Why a head looked, from the query at which most of its strongest edge went through it."""
     strength = [each * abs(float(one.heads[head.layer, head.head])) for one, each in zip(found, flow)]
-    edge = found[strength.index(max(strength))]
+    return explain_head(replacement, graph, found[strength.index(max(strength))], head.layer, head.head)
+
+
+def explain_head(replacement: LocalModel, graph: Graph, edge: EdgeHeads, layer: int, head: int) -> dict[str, Any]:
+    """Why a head looked, from the query at which most of an edge went through it."""
     with memory_named("the number of heads or the prompt"):
-        places = head_places(replacement, graph, (edge.target, edge.source), head.layer, head.head)
+        places = head_places(replacement, graph, (edge.target, edge.source), layer, head)
         query, key = divmod(int(places.abs().argmax()), places.shape[1])
-        looked = attention(replacement, graph.tokens, head.layer, head.head, query)
+        looked = attention(replacement, graph.tokens, layer, head, query)
     if key not in looked.explained:
-        looked = attention(replacement, graph.tokens, head.layer, head.head, query, [*looked.explained, key])
-    return attention_record(looked) | {"carried": {"edge": _edge(graph, edge), "key": key}}
+        looked = attention(replacement, graph.tokens, layer, head, query, [*looked.explained, key])
+    return attention_record(looked) | {"carried": {"edge": edge_record(graph, edge), "key": key}}
 
 
 def node_key(nodes: Nodes, id: int) -> list[Any]:

@@ -13,13 +13,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ...data.errors import UserError
+from ..attribution import load_heads
 from ..features import DashboardReader, Labels, labels_path
 from ..graph import Graph
 from ..replacement import MODES
 from .kept import edit_kept, read_kept
 from .payload import MOST_FEATURES, MOST_LINKS, graph_payload
 from .picture import plain_label, render_graph_svg
-from .runs import Run, Runs, inside
+from .runs import Run, Runs, inside, traced_steps
 from .security import PICTURE_POLICY, json_object, refusal
 
 STATIC = Path(__file__).parent / "static"
@@ -52,13 +53,20 @@ class Api:
         )
 
     def graph(self, ask: "Ask") -> Response:
-        run, folder = self.found.graph(ask.text("run"), ask.text("slug"))
+        run, folder, shown = looked_at(self.found, ask)
         sizes = (
             ask.whole("features", MOST_FEATURES, FEATURES_LIMIT),
             ask.whole("links", MOST_LINKS, LINKS_LIMIT),
         )
-        payload = _payload(*_state(run, folder), ask.share("node", 0.95), ask.share("edge", 0.98), *sizes)
-        more = {"kept": read_kept(folder), "live": run.has_transcoder, "modes": list(MODES)}
+        payload = _payload(*_state(run, shown), ask.share("node", 0.95), ask.share("edge", 0.98), *sizes)
+        more = {
+            "kept": read_kept(folder),
+            "live": run.has_transcoder,
+            "modes": list(MODES),
+            "steps": run.steps,
+            "traced": sorted(traced_steps(run.root, folder)),
+            "attention": load_heads(shown),
+        }
         text = payload[:-1] + "," + json.dumps(more, ensure_ascii=False)[1:]
         return Response(text.encode("utf-8", "replace"), media_type="application/json")
 
@@ -71,7 +79,7 @@ class Api:
         own = inside(run.root, labels_path(run.folder))
         if not own:
             raise UserError("the labels of this run lie outside the folder that is shown")
-        return JSONResponse(edit_kept(folder, run.folder, ask.body.get("changes")))
+        return JSONResponse(edit_kept(folder, run.folder, ask.body.get("changes"), ask.body.get("start")))
 
     def feature(self, ask: "Ask") -> Response:
         run = self.found.run(ask.text("run"))
@@ -95,8 +103,8 @@ class Api:
     def neuronpedia(self, ask: "Ask") -> Response:
         from .exchange import with_qparams
 
-        run, folder = self.found.graph(ask.text("run"), ask.text("slug"))
-        data = with_qparams(*_load(*_state(run, folder)), read_kept(folder), folder.name)
+        run, folder, shown = looked_at(self.found, ask)
+        data = with_qparams(*_load(*_state(run, shown)), read_kept(folder), folder.name)
         name = f"{folder.name}.json"
         return JSONResponse(data, headers={"Content-Disposition": f'attachment; filename="{ascii_name(name)}"'})
 
@@ -106,6 +114,17 @@ class Api:
         run, folder = self.found.graph(ask.text("run"), ask.text("slug"))
         graph, _ = _load(*_state(run, folder))
         return JSONResponse(edit_kept(folder, run.folder, changes_of(ask.body.get("qParams"), graph)))
+
+
+def looked_at(found: Runs, ask: "Ask") -> tuple[Run, Path, Path]:
+    """The run, the graph's folder, and the folder of what is shown: the graph, or its prompt at a checkpoint."""
+    run, folder = found.graph(ask.text("run"), ask.text("slug"))
+    if not (step := ask.optional("step")):
+        return run, folder, folder
+    shown = traced_steps(run.root, folder).get(step)
+    if shown is None:
+        raise UserError(f"the prompt has not been traced at step {step} yet")
+    return run, folder, shown
 
 
 def feature_answer(run: Run, layer: int, feature: int) -> dict[str, Any]:
@@ -152,6 +171,10 @@ class Ask:
         if not (text.isascii() and text.isdigit() and len(text) < 10):
             raise UserError(f"{name}={text[:80]} is not a whole number")
         return min(int(text), most)
+
+    def optional(self, name: str) -> int | None:
+        """A whole number, or None where none is given."""
+        return self.whole(name) if self.query.get(name, self.body.get(name, "")) not in ("", None) else None
 
     def share(self, name: str, default: float) -> float:
         text = self.query.get(name)

@@ -14,11 +14,13 @@ A label also becomes the run's: `hand` in features/labels.json. What it replaced
 when the label is taken away.
 """
 
+import fcntl
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
@@ -34,6 +36,15 @@ MOST_ENTRIES, MOST_TEXT = 20_000, 4_000
 
 Entries = dict[str, dict[str, Any]]
 _lock = Lock()
+
+
+@contextmanager
+def _locked(graph: Path) -> Iterator[None]:
+    """One edit at a time, of all pages and all servers."""
+    with _lock, (graph / "graph.json").open() as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _is_text(value: Any) -> bool:
@@ -70,11 +81,14 @@ def read_kept(graph: Path) -> dict[str, Any]:
     return {name: content[name] for name in ("revision", *SECTIONS)}
 
 
-def edit_kept(graph: Path, run: Path | None, changes: Any) -> dict[str, Any]:
-    """Apply `{section: {key: value or None}}`, and give what is kept then. Labels become the run's as well."""
+def edit_kept(graph: Path, run: Path | None, changes: Any, start: Any = None) -> dict[str, Any]:
+    """Apply `{section: {key: value or None}}`, and give what is kept then. Labels become the run's as well. `start` are
+    entries that a graph begins with, where nobody has touched it yet."""
     changes = checked(changes)
-    with _lock:
+    with _locked(graph):
         content = _content(graph)
+        for section, entries in checked(start).items() if start and not content["revision"] else ():
+            apply(content[section], entries)
         if run is not None and changes.get("labels"):
             _label_run(run, changes["labels"], content["replaced"])
         for section, entries in changes.items():

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...data.errors import check_range
 from ..features import Labels
@@ -32,8 +33,8 @@ def graph_payload(
     check_range("node", node, 0, 1)
     check_range("edge", edge, 0, 1)
     keys = graph.nodes.keys()
-    shares = dict(zip(keys, graph.cumulative_influence().tolist(), strict=True))
-    influence = dict(zip(keys, graph.influence().tolist(), strict=True))
+    shares = dict(zip(keys, _short(graph.cumulative_influence()), strict=True))
+    influence = dict(zip(keys, _short(graph.influence()), strict=True))
     smaller = graph.prune(node, edge) if "pruned" not in graph.metadata else graph
     if smaller.n_features > most_features:
         strongest = smaller.influence()[: smaller.n_features].topk(most_features).indices
@@ -43,6 +44,7 @@ def graph_payload(
     place, columns = {id: i for i, id in enumerate(ids)}, smaller.nodes.keys()
     every = list(smaller.nodes)  # columns at once: one node at a time takes a hundred times as long
     found = [every[id] for id in ids]
+    activations = _short(torch.tensor([one.activation for one in found]))
     nodes = [
         {
             "key": key,
@@ -51,11 +53,11 @@ def graph_payload(
             "position": one.position,
             "index": one.index,
             "label": _label(one, labels),
-            "activation": _short(one.activation),
-            "influence": _short(influence[columns[one.id]]),
-            "share": _short(shares[columns[one.id]]),
+            "activation": activation,
+            "influence": influence[columns[one.id]],
+            "share": shares[columns[one.id]],
         }
-        for key, one in zip(node_keys(found), found, strict=True)
+        for key, one, activation in zip(node_keys(found), found, activations, strict=True)
     ]
     for entry, probability in zip(nodes[len(nodes) - len(smaller.probabilities) :], smaller.probabilities.tolist()):
         entry["probability"] = probability
@@ -124,9 +126,11 @@ def _label(node: Node, labels: Labels | None) -> str:
     return node.label
 
 
-def _short(value: float) -> float:
+def _short(values: Tensor) -> list[float]:
     """Five digits: what a page can show, at half the bytes."""
-    return float(f"{value:.5g}")
+    wide = values.cpu().double()
+    tens = 10.0 ** (4 - wide.abs().clamp_min(1e-200).log10().floor())
+    return torch.where(wide == 0, wide, (wide * tens).round() / tens).tolist()
 
 
 def _links(graph: Graph, place: dict[int, int], most: int) -> dict[str, list]:
@@ -140,8 +144,8 @@ def _links(graph: Graph, place: dict[int, int], most: int) -> dict[str, list]:
     return {
         "source": source[both].tolist(),
         "target": target[both].tolist(),
-        "weight": [_short(value) for value in edges.value.cpu()[both].tolist()],
-        "flow": [_short(value) for value in flow.tolist()],
+        "weight": _short(edges.value.cpu()[both]),
+        "flow": _short(flow),
     }
 
 

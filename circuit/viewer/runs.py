@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ...data.errors import UserError
+from ...train.snapshot import checkpoint_steps
 
 DEPTH = 3  # runs/demo/clt, seen from a folder above
 FRESH = 2.0  # seconds for which a walk holds
@@ -38,6 +41,21 @@ class Run:
         """Whether prompts can be traced."""
         path = self.folder / "transcoder" / "transcoder.json"
         return path.is_file() and inside(self.root, path)
+
+    @property
+    def steps(self) -> list[int]:
+        """Checkpoints that can be looked through."""
+        there = self.has_transcoder and inside(self.root, self.folder / "checkpoints")
+        return checkpoint_steps(self.folder) if there else []
+
+    @property
+    def store(self) -> str | None:
+        """The store that its settings name: a folder or a URL."""
+        try:
+            settings = yaml.safe_load((self.folder / "config.yaml").read_text("utf-8"))
+            return str(settings["store"]["path"]) or None
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+            return None
 
     def graphs(self) -> dict[str, Path]:
         """Its graphs by name."""
@@ -90,6 +108,16 @@ class Runs:
         return run, folder
 
 
+def traced_steps(root: Path, graph: Path) -> dict[int, Path]:
+    """Traces of a graph's prompt with the run's checkpoints, kept beside it; those of an earlier graph do not count."""
+    written = (graph / "graph.json").stat().st_mtime_ns
+    return {
+        int(path.name[5:]): path
+        for path in inner_folders(root, graph / "steps")
+        if path.name[5:].isdecimal() and is_graph(root, path) and (path / "graph.json").stat().st_mtime_ns >= written
+    }
+
+
 def inside(root: Path, path: Path) -> bool:
     """Whether a file or folder lies inside the root once links are resolved."""
     return path.resolve().is_relative_to(root)
@@ -98,8 +126,8 @@ def inside(root: Path, path: Path) -> bool:
 def is_graph(root: Path, folder: Path) -> bool:
     """Whether a folder holds a graph whose files lie inside the root."""
     files = [folder / "graph.json", folder / "graph.safetensors"]
-    kept = folder / "view.json"
-    return all(file.is_file() and inside(root, file) for file in files) and inside(root, kept)
+    more = [folder / "view.json", folder / "heads.json"]
+    return all(file.is_file() for file in files) and all(inside(root, file) for file in (*files, *more))
 
 
 def inner_folders(root: Path, folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.errors import UserError
+from ..attribution import load_heads
 from ..features import DashboardReader, Labels
 from ..graph import Graph
 from .api import STATIC, feature_answer
@@ -38,7 +39,8 @@ def save_page(run: Run, slug: str, path: str | Path) -> Path:
         known = ", ".join(run.graphs()) or "none"
         raise UserError(f"run {run.name!r} has no graph {slug!r}; it has {known}")
     graph, path = Graph.load(folder), Path(path)
-    payload = graph_payload(graph, Labels.load(run.folder)) | {"kept": read_kept(folder)}
+    more = {"kept": read_kept(folder), "attention": load_heads(folder)}
+    payload = graph_payload(graph, Labels.load(run.folder)) | more
     page = page_of(payload, run.name, slug, _dashboards(run, payload))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")

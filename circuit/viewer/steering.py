@@ -44,7 +44,7 @@ def steered(model: ReplacementModel, graph: Graph, body: dict[str, Any], mode: M
             for name, id in zip(model.lm.token_strings(shown), shown.tolist(), strict=True)
         ],
         "levels": {name: _level(graph, result, keys) for name, keys in _table(body, "groups", MOST_CHANGES).items()},
-        "targets": _predictions(graph, group, body.get("target"), exact, result),
+        "targets": _predictions(graph, group, body.get("target"), _table(body, "groups", MOST_CHANGES), exact, result),
     }
     if tokens:
         texts = model.generate_many(graph.tokens, [[], group], tokens, mode)
@@ -89,32 +89,39 @@ def _predictions(
     graph: Graph,
     group: Sequence[Intervention],
     target: Any,
+    groups: dict[str, list[str]],
     exact: InterventionResult,
     result: InterventionResult,
 ) -> list[dict[str, Any]]:
-    """Of each logit and the chosen target: what the edges from what was changed say, what happens with all else frozen
-    (the same, or something is wrong), and what happened. Features that are silent here have no edges."""
-    ids = [logit.id for logit in graph.logits if logit.token >= 0]
-    if isinstance(target, str) and target:
-        chosen = key_ids(graph, [target])[0]
-        ids = [*ids, chosen] if graph.has_row(chosen) and chosen not in ids else ids
+    """Of each logit, of a chosen target and of the watched groups: what the edges from what was changed say, what
+    happens with all else frozen (the same, or something is wrong), and what happened. Features that are silent here
+    have no edges. A group's figures are sums over those of its nodes that were not changed themselves."""
     place = {(n.layer, n.position, n.index): n for n in graph.nodes if n.kind == "feature"}
     shares = {}  # of a source's edges that the change adds or takes away
     for it in group:
         node = place.get((it.layer, int(it.position), it.feature))  # type: ignore[arg-type]
         if node is not None:
             shares[node.id] = (it.times if it.times is not None else (it.value or 0.0) / node.activation) - 1
-    keys = dict(zip(ids, node_keys([graph.nodes[id] for id in ids]), strict=True))
+    ids = [logit.id for logit in graph.logits if logit.token >= 0]
+    if isinstance(target, str) and target:
+        ids += [id for id in key_ids(graph, [target]) if id not in ids]
+    watched = {key: [id] for key, id in zip(node_keys([graph.nodes[id] for id in ids]), ids, strict=True)}
+    for name, keys in groups.items():
+        watched.setdefault(name, key_ids(graph, keys))
+    open_to = {
+        name: members
+        for name, among in watched.items()
+        if (members := [id for id in among if id not in shares and graph.has_row(id)])
+    }
     return [
         {
-            "key": keys[id],
-            "predicted": sum(share * graph.edge(id, source) for source, share in shares.items()),
+            "key": name,
+            "predicted": sum(share * graph.edge(id, source) for id in members for source, share in shares.items()),
             "unseen": len(group) - len(shares),
-            "direct": _moved(graph.nodes[id], exact),
-            "measured": _moved(graph.nodes[id], result),
+            "direct": sum(_moved(graph.nodes[id], exact) for id in members),
+            "measured": sum(_moved(graph.nodes[id], result) for id in members),
         }
-        for id in ids
-        if id not in shares
+        for name, members in open_to.items()
     ]
 
 

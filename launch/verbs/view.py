@@ -1,15 +1,18 @@
 """`crosslace view`: the local page; `crosslace compare`: what two graphs share, and what they do not."""
 
+import copy
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...data.errors import UserError
 from ..terminal import Closing, table
-from ..workspace import Job
+from ..workspace import Job, open_replacement, runs
 
 if TYPE_CHECKING:
     from ...circuit.graph import Graph
+    from ...circuit.model import ReplacementModel
 
 
 def run(job: Job) -> Closing | None:
@@ -24,8 +27,15 @@ def run(job: Job) -> Closing | None:
     if job.top.html:
         return written(folder, job.top.graph, Path(job.top.html))
     with suppress(KeyboardInterrupt):  # that is how one leaves
-        serve(folder, job.section("view"), announce)
+        serve(folder, job.section("view"), announce, lambda run: opened(job, run))
     return None
+
+
+def opened(job: Job, run: Path) -> "ReplacementModel":
+    """A run's model with its transcoder: the run's own settings, but for what the command line says (`model=...`)."""
+    config = copy.deepcopy(job.config)
+    config.base_on(runs.saved_settings(run))
+    return open_replacement(replace(job, config=config), run, lazy_decoders=True)
 
 
 def written(folder: Path, graph: str, path: Path) -> Closing:

@@ -333,6 +333,17 @@ def test_view_serves_until_it_is_stopped(demo: Path) -> None:
     assert runs.read_json(demo / "summary.json")["graph"]["top_token"] == "Austin"
 
 
+def test_view_asks_the_model_that_is_named(demo: Path, crosslace, tmp_path: Path, monkeypatch) -> None:
+    """`model=...` on the command line stands over what the run was made with."""
+    asked = []
+    monkeypatch.setattr("crosslace.circuit.viewer.serve", lambda *given: asked.append(given[-1]))
+    assert crosslace("view", f"run={demo}").code == 0
+    own = asked[0](demo / "clt").lm
+    other = shutil.copytree(own.name, tmp_path / "other")
+    assert crosslace("view", f"run={demo}", f"model={other}").code == 0
+    assert asked[1](demo / "clt").lm.name == str(other) != own.name
+
+
 def test_view_writes_a_graphs_page_as_one_file(demo: Path, crosslace, tmp_path: Path) -> None:
     page = tmp_path / "dallas.html"
     assert crosslace("view", f"run={demo / 'clt'}", "graph=dallas", f"html={page}").code == 0

@@ -27,7 +27,7 @@ function Page({ route }) {
     if (!store.model.value) return html`<p class="soft">loading…</p>`;
     return html`<${GraphPage} ...${{
       route, act, fixed, model: store.model.value, drawn: store.drawn.value, own: store.hasKept.value, shown: store.shown.value, chosen: store.chosen.value,
-      found: store.found.value, query: store.query.value, share: store.share.value, feature: store.feature.value, steer: store.steer.value, labels: store.labels.value, heads: store.heads.value, theme: theme(route),
+      found: store.found.value, query: store.query.value, share: store.share.value, feature: store.feature.value, steer: store.steer.value, labels: store.labels.value, heads: store.heads.value, tried: store.tried.value, look: store.look.value, theme: theme(route),
     }} />`;
   }
   if (route.page === "feature") return html`<${FeaturePage} route=${route} feature=${store.feature.value} act=${act} />`;
@@ -46,8 +46,8 @@ function Bar({ route }) {
     <nav id="trail" aria-label="Where you are">${route.run && html`<a href="#/">${route.run}</a>`}${route.slug && html`<span aria-current="page">${route.slug}</span>`}</nav>
     <span class="grow"></span>
     ${graph && html`<button class="plain" onClick=${store.undo} disabled=${!past.length} aria-label="Undo">↶</button><button class="plain" onClick=${store.redo} disabled=${!future.length} aria-label="Redo">↷</button>
-      ${!fixed && html`<a class="plain" href=${address("compare", { run: route.run, slug: route.slug })}>Compare</a>`}
-      <${Exports} ...${{ model: graph, run: route.run, slug: route.slug || "graph", fixed, act, scene: () => ({ model: graph, shown: store.shown.value, kept: store.drawn.value, own: store.hasKept.value, chosen: store.chosen.value, order: act.order(), quiet: act.quiet() }) }} />`}
+      ${!fixed && html`<a class="plain" href=${address("compare", { run: route.run, slug: route.slug, step: route.step })}>Compare</a>`}
+      <${Exports} ...${{ model: graph, run: route.run, slug: route.slug || "graph", step: route.step, fixed, act, scene: () => ({ model: graph, shown: store.shown.value, kept: store.drawn.value, own: store.hasKept.value, chosen: store.chosen.value, order: act.order(), quiet: act.quiet() }) }} />`}
     <button class="plain" aria-label="Light or dark" onClick=${() => act.go({ theme: theme(route) === "dark" ? "light" : "dark" })}>◐</button>
     <button class="plain" aria-label="Keys and help" onClick=${() => { store.help.value = true; }}>?</button></header>`;
 }
@@ -64,7 +64,7 @@ function keys(event) {
   const doing = {
     "/": () => document.getElementById("search")?.focus(), p: () => chosen >= 0 && act.togglePin([chosen]), Escape: () => act.go({ node: "", q: "", picked: "" }),
     "[": () => step(-0.05), "]": () => step(0.05), f: () => act.go({ zoom: "", share: "" }), e: () => act.go({ errors: store.route.value.errors ? "" : "1" }),
-    n: () => act.go({ side: "node" }), l: () => act.go({ side: "list" }), s: () => act.go({ side: "steer" }),
+    n: () => act.go({ side: "node" }), a: () => act.go({ side: "heads" }), l: () => act.go({ side: "list" }), s: () => act.go({ side: "steer" }),
   }[event.key];
   if (!doing) return undefined;
   event.preventDefault();
@@ -73,11 +73,11 @@ function keys(event) {
 
 let before = "";
 effect(() => {
-  const { page, run, slug, big, withrun, with: second } = store.route.value;
-  const wanted = [page, run, slug, big, withrun, second].join("\n");
+  const { page, run, slug, big, step, withrun, with: second, withstep } = store.route.value;
+  const wanted = [page, run, slug, big, step, withrun, second, withstep].join("\n");
   if (wanted === before) return;
   before = wanted;
-  if (page === "graph" && store.model.peek()) store.model.value = null;
+  if (page === "graph" && store.model.peek() && !store.sameGraph()) store.model.value = null; // at another step the page stays
   store.load();
 });
 effect(() => {

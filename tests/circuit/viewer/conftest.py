@@ -14,10 +14,10 @@ TOKEN = "a-token"
 HOSTILE = "state: <img src=x onerror=alert(1)>"
 
 
-@pytest.fixture
-def view_run(make_replacement, tmp_path) -> Path:
+@pytest.fixture(scope="session")
+def made_run(make_replacement, tmp_path_factory) -> Path:
     """A run folder with a traced graph, dashboards and labels; some of its texts are attempts at markup."""
-    run = tmp_path / "demo" / "clt"
+    run = tmp_path_factory.mktemp("made") / "demo" / "clt"
     model = make_replacement("llama", reach="all", features=6)
     graph = model.trace([3, 17, 9, 9, 28, 4])
     graph.token_strings[3] = " <script>alert(1)</script>"
@@ -43,6 +43,12 @@ def view_run(make_replacement, tmp_path) -> Path:
         writer.write_layer(layer, [{"index": i, **record} for i in range(6)])
     writer.close()
     return run
+
+
+@pytest.fixture
+def view_run(made_run, tmp_path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(made_run, tmp_path / "demo" / "clt"))
 
 
 @pytest.fixture
@@ -74,26 +80,58 @@ def browser():
         chromium.close()
 
 
+class Shared:
+    """One server and one browser window for all tests of pages: each gets a new page, and a fresh copy of the run in
+    the folder that is served."""
+
+    def __init__(self, browser, root: Path, made: Path, model):
+        self.root, self.made, self.model = root, made, model
+        self.run = Path(shutil.copytree(made, root / "demo" / "clt"))
+        self.viewer = Viewer(root, ViewSettings(port=0, open=False), lambda folder: model).start()
+        self.address = self.viewer.address.partition("?")[0]
+        self.allowed = (self.address, "data:", "blob:")
+        self.context = browser.new_context(base_url=self.address)
+        self.context.new_page().goto(self.viewer.address)  # the token becomes the window's cookie
+
+    def fresh(self) -> Path:
+        shutil.rmtree(self.run)
+        return Path(shutil.copytree(self.made, self.run))
+
+    def close(self) -> None:
+        self.context.close()
+        self.viewer.stop()
+
+
+@pytest.fixture(scope="session")
+def shared(browser, made_run, make_replacement, tmp_path_factory) -> Iterator[Shared]:
+    found = Shared(
+        browser, tmp_path_factory.mktemp("shown"), made_run, make_replacement("llama", features=6, reach="all")
+    )
+    yield found
+    found.close()
+
+
 @pytest.fixture
-def open_page(browser) -> Iterator:
-    """Opens pages at a viewer of a folder; any error, dialog or request to elsewhere fails the test."""
-    opened, problems = [], []
+def problems() -> Iterator[list[str]]:
+    """What pages did that they should not have: any error, dialog or request to elsewhere fails the test."""
+    found: list[str] = []
+    yield found
+    assert found == []
 
-    def open_at(folder: Path, **options):
-        viewer = Viewer(folder, ViewSettings(port=0, open=False)).start()
-        address = viewer.address.partition("?")[0]
-        context = browser.new_context(base_url=address, **options)
-        page = watched(context.new_page(), problems, (address, "data:", "blob:"))
-        page.goto(viewer.address)
-        opened.append((page, viewer))
-        return page
 
-    open_at.problems = problems
-    yield open_at
-    for page, viewer in opened:
-        page.context.close()
-        viewer.stop()
-    assert problems == []
+@pytest.fixture
+def shown_run(shared) -> Path:
+    """The run that the page shows, as it was made."""
+    return shared.fresh()
+
+
+@pytest.fixture
+def page(shared, shown_run, problems):
+    """A page at the viewer."""
+    page = watched(shared.context.new_page(), problems, shared.allowed)
+    page.goto("/")
+    yield page
+    page.close()
 
 
 def watched(page, problems: list[str], allowed: tuple[str, ...]):
@@ -103,9 +141,3 @@ def watched(page, problems: list[str], allowed: tuple[str, ...]):
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("request", lambda request: None if request.url.startswith(allowed) else problems.append(request.url))
     return page
-
-
-@pytest.fixture
-def page(open_page, view_run):
-    """A page at the viewer."""
-    return open_page(view_run.parents[1])

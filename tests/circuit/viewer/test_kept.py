@@ -49,6 +49,14 @@ def test_two_pages_at_once_lose_nothing(graph):
     assert len(kept["pins"]) == len(kept["members"]) == 100 and kept["revision"] == 100
 
 
+def test_what_a_page_begins_with_is_taken_once(graph):
+    """Two pages take over the same suggestion at once: the second must not undo what the first did with it."""
+    start = {"pins": {"a": True, "b": True}, "groups": {"s0": "Texas"}, "members": {"a": "s0"}}
+    edit_kept(graph, None, {"groups": {"s0": None}, "members": {"a": None}}, start)
+    kept = edit_kept(graph, None, {"pins": {"c": True}}, start)
+    assert set(kept["pins"]) == {"a", "b", "c"} and kept["groups"] == kept["members"] == {}
+
+
 def test_keys_survive_a_new_trace(graph, make_replacement):
     """A second trace of the prompt, with fewer nodes, has the same names for the same features."""
     first = Graph.load(graph)

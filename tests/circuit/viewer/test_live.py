@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from crosslace.circuit.attribution import explain_attention, save_heads
 from crosslace.circuit.graph import Graph
 from crosslace.circuit.replacement import Intervention
 from crosslace.circuit.viewer.live import Cancelled, Job, Live, free_folder
@@ -164,16 +165,89 @@ def test_a_trace_that_fails_says_why(client, model, monkeypatch):
         assert refused.status_code == 400 and "ids takes" in refused.json()["error"]
 
 
-def test_an_edges_heads_sum_to_what_attention_carries(client, view_run, model):
+@pytest.fixture
+def edge(client, view_run):
+    """An edge through attention: from a feature of the first layer at another position to the likeliest logit."""
     graph, features = features_of(view_run)
-    logit = graph.logits[0].id
-    source = next(i for i in range(graph.n_features) if graph.edge(logit, i) != 0 and int(graph.nodes.layer[i]) == 0)
-    body = {**DALLAS, "source": features[source][0], "target": node_keys(graph.nodes)[logit]}
-    answer = client.post("/api/heads", json=body).json()
-    expected = model.heads(graph, [(logit, source)])[0]
-    for one in answer["heads"]:
-        assert one["part"] == pytest.approx(float(expected.heads[one["layer"], one["head"]]))
-    assert answer["value"] == pytest.approx(graph.edge(logit, source), rel=1e-4) and len(answer["heads"]) > 1
+    logit, last = graph.logits[0].id, len(PROMPT) - 1
+    source = next(
+        i for i, (_, node) in enumerate(features)
+        if node.layer == 0 and node.position < last and graph.edge(logit, i) != 0
+    )  # fmt: skip
+    return graph, (logit, source), {"target": node_keys(graph.nodes)[logit], "source": features[source][0]}
+
+
+def test_an_edges_heads_are_those_of_the_model(client, model, edge):
+    graph, ids, ends = edge
+    answer = client.post("/api/heads", json={**DALLAS, **ends}).json()
+    expected = model.heads(graph, [ids])[0]
+    for layer, head, part in answer["heads"]:
+        assert part == pytest.approx(float(expected.heads[layer, head]))
+    assert answer["value"] == pytest.approx(graph.edge(*ids), rel=1e-4) and len(answer["heads"]) > 1
+
+
+def test_why_a_head_looked_there(client, model, edge):
+    """By an edge it is asked from where most of the edge went through; by hand from any token."""
+    graph, ids, ends = edge
+    layer, head, _ = model.heads(graph, [ids])[0].strongest(1)[0]
+    by_edge = client.post("/api/attention", json={**DALLAS, **ends, "layer": layer, "head": head}).json()
+    assert by_edge["carried"]["key"] == graph.nodes[ids[1]].position and by_edge["query"] > by_edge["carried"]["key"]
+    expected = model.attention(graph.tokens, layer, head, by_edge["query"])
+    assert by_edge["pattern"]["0"] == pytest.approx(float(expected.pattern[0]))
+    by_hand = client.post("/api/attention", json={**DALLAS, "layer": layer, "head": head, "query": 3}).json()
+    assert by_hand["query"] == 3 and sum(by_hand["pattern"].values()) == pytest.approx(1)
+    for wrong in ({"layer": 9, "head": 0, "query": 3}, {"layer": 0, "head": 99, **ends}, {"layer": 0}):
+        assert client.post("/api/attention", json={**DALLAS, **wrong}).status_code == 400, wrong
+
+
+def test_the_graphs_own_record_of_heads_is_handed_out(client, view_run, model):
+    folder = view_run / "graphs" / "dallas"
+    assert client.get("/api/graph", params=DALLAS).json()["attention"] is None
+    save_heads(folder, explain_attention(model, Graph.load(folder), edges=20, heads=1))
+    found = client.get("/api/graph", params=DALLAS).json()["attention"]
+    assert len(found["edges"]) == 20 and len(found["attention"]) == 1
+
+
+def test_groups_are_predicted_and_measured(client, view_run):
+    """What the edges say of a group is what happens to it with all else frozen; its changed members do not count."""
+    graph, features = features_of(view_run)
+    early = [key for key, node in features if node.layer == 0][:2]
+    late = [key for key, node in features if node.layer == 2][:3]
+    body = {**DALLAS, "changes": dict.fromkeys(early, 0), "groups": {"late": [*late, early[0]], "early": early}}
+    targets = {one["key"]: one for one in client.post("/api/steer", json=body).json()["targets"]}
+    assert "early" not in targets
+    id_of = {key: id for id, key in enumerate(node_keys(graph.nodes))}
+    edges = -sum(graph.edge(id_of[target], id_of[source]) for target in late for source in early)
+    assert targets["late"]["predicted"] == pytest.approx(edges) and abs(edges) > 1e-3
+    assert targets["late"]["direct"] == pytest.approx(edges, rel=1e-3, abs=1e-5)
+
+
+def test_a_prompt_is_traced_at_a_checkpoint(client, live, view_run, model, make_replacement, monkeypatch):
+    """With that step's transcoder and the graph's own targets; what is kept of the graph holds at every step."""
+    other = make_replacement("llama", reach="all", features=6, seed=5)
+    monkeypatch.setattr("crosslace.circuit.viewer.live.transcoder_at", lambda run, step, rows: other.transcoder)
+    (view_run / "checkpoints" / "step-40").mkdir(parents=True)
+    client.post("/api/kept", json={**DALLAS, "changes": {"notes": {"0/1/1": "mine"}}})
+    answer = client.get("/api/graph", params=DALLAS).json()
+    assert (answer["steps"], answer["traced"]) == ([40], [])
+    assert client.get("/api/graph", params={**DALLAS, "step": 40}).status_code == 404
+    assert client.post("/api/trace-step", json={**DALLAS, "step": 41}).status_code == 400
+    job = ended(client, client.post("/api/trace-step", json={**DALLAS, "step": 40}).json())
+    assert (job["state"], job["step"], job["slug"]) == ("done", 40, "dallas"), job
+    graph = Graph.load(view_run / "graphs" / "dallas")
+    targets = [logit.token for logit in graph.logits]
+    expected = other.trace(graph.tokens, targets=targets).carrying(0.99)
+    found = client.get("/api/graph", params={**DALLAS, "step": 40}).json()
+    assert found["scores"] == pytest.approx(expected.scores()) and found["scores"] != answer["scores"]
+    assert [node["index"] for node in found["nodes"] if node["kind"] == "logit"] == targets
+    assert found["kept"]["notes"] == {"0/1/1": "mine"} and found["traced"] == [40]
+    key = next(node["key"] for node in found["nodes"] if node["kind"] == "feature")
+    steered = client.post("/api/steer", json={**DALLAS, "step": 40, "changes": {key: 0}}).json()
+    layer, position, index = map(int, key.split("/"))
+    after = other.intervene(graph.tokens, [Intervention(layer, position, index, times=0)]).probabilities()
+    assert steered["next"][0]["after"] == pytest.approx(float(after[int(steered["next"][0]["token"])]), rel=1e-6)
+    graph.save(view_run / "graphs" / "dallas")  # another graph has taken its place
+    assert client.get("/api/graph", params=DALLAS).json()["traced"] == []
 
 
 def test_a_run_without_a_transcoder_cannot_be_asked(client, view_run):

@@ -15,7 +15,7 @@ DALLAS = "/#/graph?run=demo%2Fclt&slug=dallas"
 AXE = Path(__file__).with_name("axe.min.js")
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 10) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = 30) -> None:
     """Ask until it holds: the page's policy forbids the polling that Playwright does inside it."""
     until = time.monotonic() + seconds
     while not holds():
@@ -30,8 +30,8 @@ def at_graph(page, more: str = ""):
     return page
 
 
-def kept_of(view_run: Path) -> dict:
-    path = view_run / "graphs" / "dallas" / "view.json"
+def kept_of(shown_run: Path) -> dict:
+    path = shown_run / "graphs" / "dallas" / "view.json"
     return json.loads(path.read_text()) if path.exists() else {"pins": {}, "groups": {}, "members": {}, "revision": 0}
 
 
@@ -113,7 +113,7 @@ def test_the_search_takes_words_and_filters(page):
     assert rows.count() == everything
 
 
-def test_pin_group_rename_reload_undo(page, view_run):
+def test_pin_group_rename_reload_undo(page, shown_run):
     at_graph(page)
     page.get_by_role("button", name="Clear").click()
     rows = in_list(page).filter(has=page.locator(".dot.feature"))
@@ -122,7 +122,7 @@ def test_pin_group_rename_reload_undo(page, view_run):
         rows.nth(n).click()
         page.keyboard.press("p")
     boxes = page.locator(".box")
-    wait_until(lambda: boxes.count() == 2 and set(kept_of(view_run)["pins"]) == set(keys))
+    wait_until(lambda: boxes.count() == 2 and set(kept_of(shown_run)["pins"]) == set(keys))
     boxes.nth(0).click()
     boxes.nth(1).click(modifiers=["Shift"])
     page.get_by_role("button", name="Group…").click()
@@ -133,7 +133,7 @@ def test_pin_group_rename_reload_undo(page, view_run):
     page.get_by_role("button", name="Rename…").click()
     name.fill("the state")
     name.press("Enter")
-    wait_until(lambda: list(kept_of(view_run)["groups"].values()) == ["the state"])
+    wait_until(lambda: list(kept_of(shown_run)["groups"].values()) == ["the state"])
     page.reload()
     page.wait_for_selector(".box")
     assert boxes.count() == 1 and "the state" in boxes.first.text_content()
@@ -142,10 +142,10 @@ def test_pin_group_rename_reload_undo(page, view_run):
     page.keyboard.press("Control+z")
     wait_until(lambda: boxes.count() == 1)
     page.keyboard.press("Control+Shift+z")
-    wait_until(lambda: boxes.count() == 2 and kept_of(view_run)["groups"] == {})
+    wait_until(lambda: boxes.count() == 2 and kept_of(shown_run)["groups"] == {})
 
 
-def test_the_first_edit_takes_over_what_was_suggested(page, view_run):
+def test_the_first_edit_takes_over_what_was_suggested(page, shown_run):
     """Nothing that is in sight disappears, and undo gives the untouched page back."""
     at_graph(page)
     before = page.locator(".box").count()
@@ -153,11 +153,11 @@ def test_the_first_edit_takes_over_what_was_suggested(page, view_run):
     rows = in_list(page).filter(has=page.locator(".dot.feature"))
     rows.last.click()
     page.keyboard.press("p")
-    wait_until(lambda: page.locator(".box").count() >= before and len(kept_of(view_run)["pins"]) >= before)
+    wait_until(lambda: page.locator(".box").count() >= before and len(kept_of(shown_run)["pins"]) >= before)
     assert "suggested" not in page.locator(".tools").inner_text()
 
 
-def test_a_dragged_box_stays_where_it_was_put(page, view_run):
+def test_a_dragged_box_stays_where_it_was_put(page, shown_run):
     at_graph(page)
     box = page.locator(".box").first
     name, where = box.get_attribute("data-box"), box.bounding_box()
@@ -165,8 +165,8 @@ def test_a_dragged_box_stays_where_it_was_put(page, view_run):
     page.mouse.down()
     page.mouse.move(where["x"] + where["width"] / 2 + 70, where["y"] + where["height"] / 2 + 30, steps=5)
     page.mouse.up()
-    wait_until(lambda: name in kept_of(view_run).get("places", {}))
-    place = kept_of(view_run)["places"][name]
+    wait_until(lambda: name in kept_of(shown_run).get("places", {}))
+    place = kept_of(shown_run)["places"][name]
     page.reload()
     page.wait_for_selector(".box")
     assert f"translate({place[0]:.1f} {place[1]:.1f})" == page.locator(f'[data-box="{name}"]').get_attribute(
@@ -174,7 +174,7 @@ def test_a_dragged_box_stays_where_it_was_put(page, view_run):
     )
 
 
-def test_a_label_is_the_runs_and_a_note_is_kept(page, view_run):
+def test_a_label_is_the_runs_and_a_note_is_kept(page, shown_run):
     at_graph(page)
     first_feature(page).click()
     page.get_by_role("tab", name="Node", exact=True).click()
@@ -184,25 +184,24 @@ def test_a_label_is_the_runs_and_a_note_is_kept(page, view_run):
     wait_until(lambda: "<u>my name</u>" in page.locator(".nodename").inner_text())
     wait_until(
         lambda: any(
-            label.text == "<u>my name</u>" and label.source == "hand" for _, label in Labels.load(view_run).items()
+            label.text == "<u>my name</u>" and label.source == "hand" for _, label in Labels.load(shown_run).items()
         )
     )
     note = page.get_by_label("note on this node")
     note.fill("fires on <i>")
     note.blur()
-    wait_until(lambda: "fires on <i>" in kept_of(view_run).get("notes", {}).values())
+    wait_until(lambda: "fires on <i>" in kept_of(shown_run).get("notes", {}).values())
     page.keyboard.press("Control+z")
     page.keyboard.press("Control+z")
-    wait_until(lambda: not any(label.source == "hand" for _, label in Labels.load(view_run).items()))
-    assert kept_of(view_run)["notes"] == {}
+    wait_until(lambda: not any(label.source == "hand" for _, label in Labels.load(shown_run).items()))
+    assert kept_of(shown_run)["notes"] == {}
 
 
-def test_two_tabs_that_edit_at_once_lose_nothing(page, view_run, open_page):
+def test_two_tabs_that_edit_at_once_lose_nothing(page, shown_run, shared, problems):
     at_graph(page)
     page.get_by_role("button", name="Clear").click()
-    wait_until(lambda: kept_of(view_run)["revision"] == 1)
-    allowed = (page.url.partition("#")[0], "data:", "blob:")
-    second = watched(page.context.new_page(), open_page.problems, allowed)
+    wait_until(lambda: kept_of(shown_run)["revision"] == 1)
+    second = watched(shared.context.new_page(), problems, shared.allowed)
     second.goto(page.url)
     second.wait_for_selector(".linkgraph canvas")
     rows = [in_list(tab).filter(has=tab.locator(".dot.feature")) for tab in (page, second)]
@@ -211,13 +210,13 @@ def test_two_tabs_that_edit_at_once_lose_nothing(page, view_run, open_page):
         row = (page, second)[n % 2].locator(f'.nodes li[data-node="{key}"]')
         row.click()
         row.press("p")
-    wait_until(lambda: set(kept_of(view_run)["pins"]) == set(keys))
+    wait_until(lambda: set(kept_of(shown_run)["pins"]) == set(keys))
     for tab in (page, second):  # and each learns of what the other did
         wait_until(lambda tab=tab: {box.get_attribute("data-box") for box in tab.locator(".box").all()} == set(keys))
     second.close()
 
 
-def test_the_address_holds_the_whole_state(page, browser):
+def test_the_address_holds_the_whole_state(page):
     at_graph(page, "&share=1&errors=1&side=list&q=layer%3A0&links=100")
     first_feature(page).click()
     page.keyboard.press("Escape")
@@ -311,14 +310,14 @@ def test_pictures_and_files_can_be_taken_away(page, tmp_path):
         page.locator(".menu").evaluate("menu => { menu.open = false; }")
 
 
-def test_what_is_not_there_is_said(page, open_page):
+def test_what_is_not_there_is_said(page, problems):
     page.goto("/#/nothing")
     assert "no such page" in page.get_by_role("alert").inner_text()
     page.goto("/#/feature?run=demo%2Fclt&layer=0&feature=7")
     page.wait_for_selector('[role="alert"]')
     assert "no dashboard" in page.get_by_role("alert").inner_text()
-    assert [text for text in open_page.problems if "404" not in text] == []  # the console names the refusal
-    open_page.problems.clear()
+    assert [text for text in problems if "404" not in text] == []  # the console names the refusal
+    problems.clear()
 
 
 def test_without_the_token_the_page_says_what_to_do(browser, page):

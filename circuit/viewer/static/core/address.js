@@ -2,7 +2,7 @@
 
 export const DEFAULTS = {
   run: "", slug: "", share: "", links: "400", errors: "", biases: "", q: "", node: "", side: "node", zoom: "",
-  low: "sub", picked: "", with: "", withrun: "", layer: "0", feature: "0", prompt: "", theme: "", big: "", step: "",
+  picked: "", with: "", withrun: "", withstep: "", edge: "", look: "", changes: "", mode: "steer", write: "12", layer: "0", feature: "0", prompt: "", theme: "", big: "", step: "",
 };
 
 export function parse(hash) {

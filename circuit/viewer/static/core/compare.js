@@ -28,9 +28,8 @@ export function align(first, second) {
   return place;
 }
 
-const sameTranscoder = (a, b) => JSON.stringify(a.transcoder) === JSON.stringify(b.transcoder) && a.run === b.run;
-
-export function compare(a, b, byLabel = !sameTranscoder(a, b)) {
+// Features of one run keep their numbers, at every checkpoint.
+export function compare(a, b, byLabel = a.run !== b.run) {
   const place = align(a.tokens, b.tokens);
   const name = (node, position) => {
     if (node.kind === "feature" && byLabel) return node.label ? `feature|${position}|${bareLabel(node.label)}` : null;

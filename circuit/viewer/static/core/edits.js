@@ -63,6 +63,14 @@ export function clear(kept) {
 
 export const isEmpty = (changes) => Object.values(changes).every((entries) => Object.keys(entries).length === 0);
 
+// Of a step back: the entries that are still as this page made them. What another page has changed since stays as it is.
+export function untouched(kept, changes, made) {
+  const same = (a, b) => JSON.stringify(a ?? null) === JSON.stringify(b ?? null);
+  return Object.fromEntries(Object.entries(changes).map(([section, entries]) => [
+    section, Object.fromEntries(Object.entries(entries).filter(([key]) => same(kept[section][key], made[section]?.[key]))),
+  ]));
+}
+
 // Steps that can be taken back, and taken again.
 export function remember(history, change, back, name) {
   return { past: [...history.past.slice(-199), { change, back, name }], future: [] };
@@ -70,10 +78,10 @@ export function remember(history, change, back, name) {
 
 export function stepBack(history) {
   const step = history.past.at(-1);
-  return step && { changes: step.back, name: step.name, history: { past: history.past.slice(0, -1), future: [step, ...history.future] } };
+  return step && { changes: step.back, made: step.change, name: step.name, history: { past: history.past.slice(0, -1), future: [step, ...history.future] } };
 }
 
 export function stepForward(history) {
   const [step, ...future] = history.future;
-  return step && { changes: step.change, name: step.name, history: { past: [...history.past, step], future } };
+  return step && { changes: step.change, made: step.back, name: step.name, history: { past: [...history.past, step], future } };
 }

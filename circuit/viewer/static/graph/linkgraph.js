@@ -12,7 +12,7 @@ const readZoom = (text) => {
   return text && [k, x, y].every(Number.isFinite) && k > 0 ? { k, x, y } : { k: 1, x: 0, y: 0 };
 };
 
-export function LinkGraph({ model, shown, kept, own, chosen, found, links, zoomText, theme, marks, act, onToken, label = "Link graph" }) {
+export function LinkGraph({ model, shown, kept, own, chosen, found, links, zoomText, theme, alone, act, onToken, label = "Link graph" }) {
   const holder = useRef(), base = useRef(), over = useRef(), zoomer = useRef(), later = useRef();
   const [[width, height], setSize] = useState([0, 0]);
   const [zoom, setZoom] = useState(() => readZoom(zoomText));
@@ -26,7 +26,7 @@ export function LinkGraph({ model, shown, kept, own, chosen, found, links, zoomT
     return () => observer.disconnect();
   }, []);
 
-  const scene = useSceneOf({ model, shown, kept, own, chosen, found, links, zoom, theme, width, height, holder, marks });
+  const scene = useSceneOf({ model, shown, kept, own, chosen, found, links, zoom, theme, width, height, holder, alone });
 
   useEffect(() => {
     const behaviour = zooming().scaleExtent([0.7, 24]).on("zoom", ({ transform: { k, x, y }, sourceEvent }) => {
@@ -64,7 +64,9 @@ export function LinkGraph({ model, shown, kept, own, chosen, found, links, zoomT
   const click = (event) => {
     const { left, top } = over.current.getBoundingClientRect();
     const node = nodeAt(scene, event.clientX - left, event.clientY - top);
+    const link = node < 0 && chosen >= 0 ? linkAt(scene, chosen, event.clientX - left, event.clientY - top) : -1;
     if (node >= 0 && event.shiftKey) act.togglePin([node]);
+    else if (link >= 0 && act.openEdge) act.openEdge(model.target[link], model.source[link]);
     else act.choose(node === chosen ? -1 : node);
   };
   const press = (event) => {
@@ -88,7 +90,7 @@ export function LinkGraph({ model, shown, kept, own, chosen, found, links, zoomT
   </div>`;
 }
 
-function useSceneOf({ model, shown, kept, own, chosen, found, links, zoom, theme, width, height, holder, marks }) {
+function useSceneOf({ model, shown, kept, own, chosen, found, links, zoom, theme, width, height, holder, alone }) {
   const at = useMemo(() => layout(model, shown, Math.max(width, 200), Math.max(height, 120)), [model, shown, width, height]);
   const colors = useMemo(() => (holder.current ? palette(holder.current) : {}), [theme, width > 0]);
   const order = useMemo(() => {
@@ -113,8 +115,8 @@ function useSceneOf({ model, shown, kept, own, chosen, found, links, zoom, theme
   }, [model, chosen, found]);
   const mostNames = Math.round(Math.min(60, (width * height) / 16000) * Math.min(3, zoom.k));
   return useMemo(
-    () => ({ model, shown, kept, own, at, zoom, colors, order, quiet, near, width, height, mostNames, marks }),
-    [model, shown, kept, own, at, zoom, colors, order, quiet, near, width, height, mostNames, marks],
+    () => ({ model, shown, kept, own, at, zoom, colors, order, quiet, near, width, height, mostNames, alone }),
+    [model, shown, kept, own, at, zoom, colors, order, quiet, near, width, height, mostNames, alone],
   );
 }
 

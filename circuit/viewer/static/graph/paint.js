@@ -123,7 +123,7 @@ function mark(ctx, scene, i, alpha) {
     ctx.fill();
   } else {
     const r = radius(node, zoom.k) * (node.kind === "feature" ? 1 : 0.85);
-    ctx.fillStyle = colors[node.kind] ?? colors.bias;
+    ctx.fillStyle = scene.alone?.has(i) ? colors.negative : colors[node.kind] ?? colors.bias; // what only this one of two graphs has
     ctx.beginPath();
     if (node.kind === "feature") ctx.arc(x, y, r, 0, 7);
     else if (node.kind === "error" || node.kind === "kept") shape(ctx, [[x, y - r], [x + r, y], [x, y + r], [x - r, y]]);

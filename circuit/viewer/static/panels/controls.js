@@ -2,8 +2,9 @@
 
 import { html } from "../vendor/preact.js";
 import { percent } from "../core/format.js";
+import { Steps } from "./steps.js";
 
-export function Controls({ share, links, route, query, found, model, act }) {
+export function Controls({ share, links, route, query, found, model, act, fixed }) {
   const box = (name, key) => html`<label><input type="checkbox" checked=${route[key] === "1"} onChange=${(event) => act.go({ [key]: event.target.checked ? "1" : "" })} />${name}</label>`;
   return html`<div class="controls">
     <label class="search"><span class="unseen">search</span><input type="search" id="search" value=${route.q} placeholder="search, or layer:2 act>3 label~texas" aria-describedby="search-says"
@@ -13,6 +14,7 @@ export function Controls({ share, links, route, query, found, model, act }) {
     <label>edges <input type="range" min="0" max="3000" step="50" value=${links} aria-label="edges drawn" onInput=${(event) => act.go({ links: event.target.value })} /><span class="amount">${links}</span></label>
     ${box("errors", "errors")} ${box("biases", "biases")}
     <button class="plain" onClick=${() => act.go({ zoom: "", share: "" })} title="f">Fit</button>
+    ${!fixed && model.steps?.length > 0 && html`<${Steps} ...${{ model, route, act }} />`}
   </div>`;
 }
 

@@ -8,7 +8,7 @@ import { Recorder } from "../graph/recorder.js";
 
 const STYLES = ["fill", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "font-size", "font-weight", "text-anchor", "fill-opacity", "opacity"];
 
-export function Exports({ model, run, slug, scene, act, fixed }) {
+export function Exports({ model, run, slug, step, scene, act, fixed }) {
   const save = async (kind) => {
     if (kind === "subgraph.svg") return download(subgraphSvg(), `${slug}-subgraph.svg`, "image/svg+xml");
     if (kind === "subgraph.png") return download(await toPng(subgraphSvg()), `${slug}-subgraph.png`);
@@ -21,7 +21,7 @@ export function Exports({ model, run, slug, scene, act, fixed }) {
   return html`<details class="menu"><summary>Export</summary><div class="items">
     ${item("graph.svg", "Link graph as SVG")}${item("graph.png", "Link graph as PNG")}
     ${item("subgraph.svg", "Subgraph as SVG")}${item("subgraph.png", "Subgraph as PNG")}
-    ${!fixed && html`<a class="item" href=${`/api/neuronpedia?${new URLSearchParams({ run, slug })}`} download>Neuronpedia JSON, with pins and groups</a>
+    ${!fixed && html`<a class="item" href=${`/api/neuronpedia?${new URLSearchParams({ run, slug, step })}`} download>Neuronpedia JSON, with pins and groups</a>
       ${pasting === null
         ? html`<button class="item" onClick=${() => setPasting("")}>Take over qParams…</button>`
         : html`<form onSubmit=${(event) => { event.preventDefault(); act.takeQParams(pasting); setPasting(null); }}>

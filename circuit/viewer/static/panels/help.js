@@ -5,7 +5,7 @@ import { html, useEffect, useRef } from "../vendor/preact.js";
 export const KEYS = [
   ["← ↑ → ↓", "from node to node (when the graph has the focus)"], ["p", "pin or unpin the chosen node"], ["/", "search"],
   ["Esc", "let go of node and search"], ["[ ]", "fewer or more nodes"], ["f", "fit everything into view"], ["e", "errors"],
-  ["Ctrl z", "undo"], ["Ctrl Shift z", "redo"], ["n", "the chosen node’s panel"], ["l", "the list of nodes"], ["s", "steer"], ["?", "this sheet"],
+  ["Ctrl z", "undo"], ["Ctrl Shift z", "redo"], ["n", "the chosen node’s panel"], ["l", "the list of nodes"], ["a", "attention"], ["s", "steer"], ["?", "this sheet"],
 ];
 
 export function Help({ close }) {

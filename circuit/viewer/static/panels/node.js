@@ -6,18 +6,17 @@ import { labelSource, nodeName, nodePlace, number, percent } from "../core/forma
 import { address } from "../core/address.js";
 import { group, pin, unpin } from "../core/edits.js";
 import { Dashboard } from "./dashboard.js";
-import { Heads } from "./heads.js";
+import { EdgeDetail } from "./edge.js";
 
-export function NodePanel({ model, kept, own, i, feature, heads, act, fixed, run, steer }) {
+export function NodePanel({ model, kept, own, i, feature, edge, heads, tried, act, fixed, run, steer }) {
   if (i < 0) return html`<${Hint} model=${model} fixed=${fixed} />`;
   const node = model.nodes[i];
   return html`
     <${Title} key=${node.key} ...${{ model, kept, i, act, fixed }} />
     <${Facts} model=${model} i=${i} />
     <${Actions} ...${{ model, kept, own, i, act, steer, fixed }} />
-    <h3>What feeds it</h3><${Edges} ...${{ model, kept, i, side: "into", act }} />
+    <h3>What feeds it</h3><${Edges} ...${{ model, kept, i, side: "into", act, edge, heads, tried, canAsk: model.live && !fixed }} />
     <h3>What it feeds</h3><${Edges} ...${{ model, kept, i, side: "outOf", act }} />
-    ${!fixed && html`<${Heads} ...${{ model, kept, i, heads, act }} />`}
     <${Note} key=${`note ${node.key}`} ...${{ kept, node, act }} />
     ${node.kind === "feature" && html`<${Feature} ...${{ node, feature, run, fixed }} />`}`;
 }
@@ -54,7 +53,7 @@ function Facts({ model, i }) {
   if (node.kind === "feature") facts.push(["feature", `${node.index} of layer ${node.layer}`], ["activation", number(node.activation)]);
   if (node.kind === "logit") facts.push([model.weight_name, percent(node.probability)], ["logit above the mean", number(node.activation)]);
   const all = model.size.feature_influence;
-  facts.push(["influence", node.kind === "feature" && all > 0 ? `${number(node.influence)}, ${percent(node.influence / all)} of all features'` : number(node.influence)]);
+  if (node.kind !== "logit") facts.push(["influence", node.kind === "feature" && all > 0 ? `${number(node.influence)}, ${percent(node.influence / all)} of all features'` : number(node.influence)]);
   return html`<dl class="facts">${facts.map(([name, value]) => html`<dt>${name}</dt><dd>${value}</dd>`)}</dl>`;
 }
 
@@ -81,17 +80,21 @@ export function Multiplier({ name, label = name, value, set }) {
     onChange=${(event) => { const times = Number(event.target.value); if (event.target.value !== "" && Number.isFinite(times)) set(Math.max(-20, Math.min(20, times))); }} /></label>`;
 }
 
-function Edges({ model, kept, i, side, act }) {
+function Edges({ model, kept, i, side, act, edge, ...more }) {
   const [most, setMost] = useState(10);
   useEffect(() => setMost(10), [i]);
   const all = strongest(model, model[side], i);
   if (!all.length) return html`<p class="soft">nothing that the page holds</p>`;
   const top = Math.abs(model.weight[all[0]]);
-  return html`<ul class="edges ${side}">${all.slice(0, most).map((link) => {
+  const opened = all.findIndex((link) => model.nodes[model.source[link]].key === edge);
+  return html`<ul class="edges ${side}">${all.slice(0, Math.max(most, opened + 1)).map((link) => {
     const weight = model.weight[link], end = side === "into" ? model.source[link] : model.target[link];
-    return html`<li key=${link}><button onClick=${() => act.choose(end)} title=${nodeName(model, kept, end)}>
+    const open = side === "into" && model.nodes[end].key === edge;
+    return html`<li key=${link} class=${side === "into" ? "edge" : null}><button onClick=${() => act.choose(end)} title=${nodeName(model, kept, end)}>
       <span class="name">${nodeName(model, kept, end)}</span><span class="where">${nodePlace(model, end)}</span>
-      <span class="meter"><i class=${weight < 0 ? "minus" : ""} style=${{ width: `${Math.max(3, (100 * Math.abs(weight)) / top)}%` }}></i></span><span class="weight">${weight > 0 ? "+" : "−"}${number(Math.abs(weight))}</span></button></li>`;
+      <span class="meter"><i class=${weight < 0 ? "minus" : ""} style=${{ width: `${Math.max(3, (100 * Math.abs(weight)) / top)}%` }}></i></span><span class="weight">${weight > 0 ? "+" : "−"}${number(Math.abs(weight))}</span></button>
+      ${side === "into" && html`<button class="more" aria-expanded=${String(open)} aria-label=${`the edge from ${nodeName(model, kept, end)}`} title="heads, and predicted against measured" onClick=${() => act.openEdge(i, end)}>${open ? "▾" : "▸"}</button>`}
+      ${open && html`<${EdgeDetail} ...${{ model, kept, link, act, ...more }} />`}</li>`;
   })}</ul>${all.length > most && html`<button class="quiet more" onClick=${() => setMost(most + 40)}>${all.length - most} more</button>`}`;
 }
 

@@ -24,11 +24,11 @@ export function Steer({ model, kept, chosen, steer, labels, act }) {
     ${groups.length + single.length === 0 && html`<p class="soft">Group pinned features into a supernode, or choose a feature.</p>`}
     <${Others} ...${{ model, chosen, steer, added, labels, act }} />
     <div class="actions">
-      <label>who answers <select value=${steer.mode || "steer"} onChange=${(event) => act.setSteer({ mode: event.target.value })}>${(model.modes ?? ["steer"]).map((mode) => html`<option value=${mode} selected=${mode === (steer.mode || "steer")}>${mode}</option>`)}</select></label>
-      <label>and writes <input type="number" min="0" max="64" value=${steer.tokens} aria-label="tokens to write" onChange=${(event) => act.setSteer({ tokens: Math.max(0, Math.min(64, Number(event.target.value) || 0)) })} /> tokens</label></div>
-    <p class="soft small">${MODES[steer.mode || "steer"] ?? ""}</p>
+      <label>who answers <select value=${steer.mode} onChange=${(event) => act.go({ mode: event.target.value })}>${(model.modes ?? ["steer"]).map((mode) => html`<option value=${mode} selected=${mode === steer.mode}>${mode}</option>`)}</select></label>
+      <label>and writes <input type="number" min="0" max="64" value=${steer.tokens} aria-label="tokens to write" onInput=${(event) => act.go({ write: event.target.value })} /> tokens</label></div>
+    <p class="soft small">${MODES[steer.mode] ?? ""}</p>
     <div class="actions"><button class="plain main" disabled=${!changed || steer.working} onClick=${act.runSteer}>${steer.working ? "Running…" : "Steer"}</button>
-      <button class="plain" disabled=${!changed && !steer.answer} onClick=${() => act.setSteer({ changes: {}, answer: null })}>Reset</button></div>
+      <button class="plain" disabled=${!changed && !steer.answer} onClick=${act.resetSteer}>Reset</button></div>
     ${steer.answer && html`<${Answer} ...${{ model, kept, answer: steer.answer }} />`}`;
 }
 
@@ -56,6 +56,7 @@ function Others({ model, chosen, steer, added, labels, act }) {
 function Answer({ model, kept, answer }) {
   const most = Math.max(...answer.next.map((one) => Math.max(one.before, one.after)));
   const levels = Object.entries(answer.levels).filter(([id, level]) => level !== null && kept.groups[id]);
+  const named = (key) => (model.byKey.has(key) ? nodeName(model, kept, model.byKey.get(key)) : kept.groups[key] ?? key);
   return html`<section aria-label="What the model says then">
     <h3>Next token</h3>
     <table class="probs"><thead><tr><th>token</th><th>before</th><th>then</th></tr></thead><tbody>
@@ -65,6 +66,6 @@ function Answer({ model, kept, answer }) {
     ${levels.length > 0 && html`<h3>Supernodes</h3><dl class="facts">${levels.map(([id, level]) => html`<dt>${kept.groups[id]}</dt><dd>${percent(level)} of before</dd>`)}</dl>`}
     <h3>Predicted and measured</h3>
     <table class="probs"><thead><tr><th>target</th><th>edges say</th><th>all else frozen</th><th>${answer.mode}</th></tr></thead><tbody>
-      ${answer.targets.map((one) => html`<tr key=${one.key}><th scope="row">${model.byKey.has(one.key) ? nodeName(model, kept, model.byKey.get(one.key)) : one.key}</th><td>${number(one.predicted)}</td><td>${number(one.direct)}</td><td>${number(one.measured)}</td></tr>`)}</tbody></table>
+      ${answer.targets.map((one) => html`<tr key=${one.key}><th scope="row">${named(one.key)}</th><td>${number(one.predicted)}</td><td>${number(one.direct)}</td><td>${number(one.measured)}</td></tr>`)}</tbody></table>
     ${answer.targets.some((one) => one.unseen) && html`<p class="soft small">Features that are silent here have no edges: what switching them on does is not in “edges say”.</p>`}</section>`;
 }

@@ -76,6 +76,36 @@ test("every edit is undone by its inverse, and both by turns", () => {
   }
 });
 
+test("a step back leaves alone what another page has changed since", () => {
+  const made = { groups: { g: "Texas" }, notes: { a: "x" } }, back = { groups: { g: null }, notes: { a: null } };
+  const kept = edits.apply(edits.apply(edits.nothing(), made), { groups: { g: "the state" } }); // renamed elsewhere
+  assert.deepEqual(edits.untouched(kept, back, made), { groups: {}, notes: { a: null } });
+  assert.deepEqual(edits.untouched(edits.apply(edits.nothing(), back), made, back), made); // taken again
+});
+
+test("what is steered, and which head is asked about, is read as it was written", async () => {
+  const { parseChanges, formatChanges, parseLook, formatLook } = await load("core/changes.js");
+  const changes = { "1/7/310": -2, "1/7/3": 0.5, "0/9/12": { value: 5.25, label: "state: California = x~y" }, "2/9/1": { value: 1e-7, label: "" } };
+  assert.deepEqual(parseChanges(formatChanges(changes)), changes);
+  assert.deepEqual(parseChanges("1/7*2;x;1/7/310*NaN;1/7/310*1e;logit/1/2*3"), {});
+  for (const look of [{ layer: 0, head: 3, query: 10 }, { layer: 0, head: 3, target: "logit/10/7", source: "1/7/310" }]) assert.deepEqual(parseLook(formatLook(look)), look);
+  assert.equal(parseLook(""), null);
+});
+
+test("a record of heads is found by the page's keys", async () => {
+  const { pageKey, recordedHeads, sourceOf } = await load("core/attention.js");
+  const { nodeName } = await load("core/format.js");
+  assert.deepEqual([["feature", 2, 4, 310], ["embedding", -1, 4, 77], ["logit", 4, 4, 7], ["error", 1, 2, 0], ["constant"]].map(pageKey), ["2/4/310", "E/4", "logit/4/7", "error/1/2", "constant"]);
+  const record = { edges: [{ target: ["logit", 4, 4, 7], source: ["feature", 2, 4, 310], value: 2, heads: [[0, 1, 2]] }] };
+  assert.equal(recordedHeads(record, "logit/4/7", "2/4/310").value, 2);
+  assert.equal(recordedHeads(record, "logit/4/7", "2/4/311"), undefined);
+  assert.equal(recordedHeads(null, "logit/4/7", "2/4/310"), undefined);
+  const model = graph(), { layer, position, index } = model.nodes[0];
+  assert.deepEqual(sourceOf(model, edits.nothing(), ["feature", layer, position, index], nodeName).i, 0);
+  assert.match(sourceOf(model, edits.nothing(), ["feature", 1, 1, 999], nodeName).text, /feature 999 of L1/);
+  assert.equal(sourceOf(model, edits.nothing(), ["constant"], nodeName).i, -1);
+});
+
 test("unpinning the last member takes the group away, and not before", () => {
   const kept = edits.apply(edits.nothing(), edits.group("g", "Texas", ["a", "b"]));
   const one = edits.apply(kept, edits.unpin(kept, ["a"]));
@@ -196,7 +226,7 @@ test("what is painted as SVG is text, never markup", () => {
 });
 
 test("no view reaches for the address, storage or the server by itself", () => {
-  for (const name of ["graph/linkgraph.js", "graph/subgraph.js", "panels/node.js", "panels/list.js", "panels/strip.js", "panels/controls.js", "panels/steer.js", "pages/graph.js", "pages/runs.js"]) {
+  for (const name of ["graph/linkgraph.js", "graph/subgraph.js", "panels/node.js", "panels/list.js", "panels/strip.js", "panels/controls.js", "panels/steer.js", "panels/heads.js", "panels/edge.js", "panels/steps.js", "pages/graph.js", "pages/compare.js", "pages/runs.js"]) {
     const text = readFileSync(new URL(name, STATIC), "utf8");
     assert.ok(!/\bfetch\(|localStorage|location\.|core\/store\.js/.test(text), name);
   }
@@ -207,7 +237,7 @@ test("tokens are aligned by what prompts have in common, and a token that differ
   assert.deepEqual(align(["a", "b", "c"], ["a", "b", "c"]), [0, 1, 2]);
   assert.deepEqual(align(["the", "capital", "of", "Dallas", "is"], ["well", "the", "capital", "of", "Oakland", "is"]), [1, 2, 3, 4, 5]);
   assert.deepEqual(align(["a", "x", "y", "b"], ["a", "z", "b"]), [0, -1, -1, 2]);
-  const a = { ...graph(), transcoder: {}, run: "r" }, b = { ...graph(), transcoder: {}, run: "r" };
+  const a = { ...graph(), run: "r" }, b = { ...graph(), run: "r", step: "40" };
   const same = compare(a, b);
   assert.equal(same.pairs.length, a.n);
   assert.deepEqual([same.lost, same.gained, same.byLabel], [[], [], false]);
