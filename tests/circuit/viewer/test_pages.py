@@ -15,7 +15,7 @@ DALLAS = "/#/graph?run=demo%2Fclt&slug=dallas"
 AXE = Path(__file__).with_name("axe.min.js")
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 30) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
     """Ask until it holds: the page's policy forbids the polling that Playwright does inside it."""
     until = time.monotonic() + seconds
     while not holds():

@@ -122,7 +122,7 @@ def test_two_checkpoints_side_by_side(page, world_runs):
     page.goto("/#/graph?run=clt&slug=dallas")
     slider = page.get_by_role("slider", name="checkpoint of the run")
     slider.fill("0")
-    wait_until(lambda: "step=200" in page.url, seconds=120)
+    wait_until(lambda: "step=200" in page.evaluate("location.hash"), seconds=120)
     folder = world_runs / "clt" / "graphs" / "dallas"
     early, late = places(folder / "steps" / "step-200"), places(folder)
     assert compared(page, "run=clt&slug=dallas&step=200&with=dallas") == (
