@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from ..data.cache import cache_root
 from ..data.models import LanguageModel, ModelSettings, load_model
@@ -36,7 +36,11 @@ class ReplacementModel(LocalModel):
         folder = cached(source, cache_root() / "transcoders", model)
         return cls(model, Transcoder.load(folder, lazy_decoders=True), force)
 
-    def trace(self, prompt: Any, settings: TraceSettings | None = None, **named: Any) -> Any:
+    @overload
+    def trace(self, prompt: Prompt, settings: TraceSettings | None = None, **named: Any) -> Graph: ...
+    @overload
+    def trace(self, prompt: Sequence[Prompt], settings: TraceSettings | None = None, **named: Any) -> list[Graph]: ...
+    def trace(self, prompt: Any, settings: TraceSettings | None = None, **named: Any) -> Graph | list[Graph]:
         """The attribution graph of a prompt; `named` are fields of TraceSettings. See `attribution.trace`."""
         return trace(self, prompt, settings, **named)
 

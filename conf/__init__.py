@@ -40,6 +40,7 @@ SECTIONS = {
     "trace": Section("circuit/attribution/tracer.py", "TraceSettings", "the attribution graph", preset="default"),
     "features": Section("circuit/features/gather.py", "FeatureSettings", "the features' dashboards"),
     "labels": Section("circuit/labelling/study.py", "LabelSettings", "names for features, and what they are worth"),
+    "neuronpedia": Section("circuit/formats/neuronpedia.py", "NeuronpediaSettings", "graphs for Neuronpedia"),
     "view": Section("circuit/viewer/server.py", "ViewSettings", "the local page"),
     "wandb": Section("launch/workspace/tracking.py", "WandbSettings", "Weights & Biases"),
     "demo": Section("launch/settings/verb_settings.py", "DemoSettings", "how much the demonstration does"),
@@ -182,8 +183,11 @@ VERBS = {
         "write a transcoder in another program's format",
         "launch.verbs.exchange",
         "ExportSettings",
-        SOURCES,
-        ("crosslace export run=runs/clt to=circuit-tracer out=exported/clt",),
+        ("neuronpedia", *SOURCES),
+        (
+            "crosslace export run=runs/clt to=circuit-tracer out=exported/clt",
+            "crosslace export run=runs/clt to=neuronpedia out=exported/graphs neuronpedia.scan=gemma-2-2b",
+        ),
     ),
     "publish": Verb(
         "make a run ready for the hub: files, model card; upload it when told to",

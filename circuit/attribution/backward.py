@@ -30,8 +30,8 @@ class Directions(NamedTuple):
     value: Tensor
     """[B] what the model computed: the edges must sum to it."""
 
-    def select(self, ids: Tensor) -> "Directions":
-        """Some of the targets."""
+    def select(self, ids: Tensor, layers: list[int] | None = None) -> "Directions":
+        """Some of the targets; their layers need not be known."""
         return Directions(*(column[ids] for column in self))
 
 
@@ -95,7 +95,7 @@ class FrozenModel:
             seen = joined
             joined += layers.count(layer)
             self._through_layer(layer, G, targets, places.positions[seen:joined], seen, out, visit)
-        return out
+        return self._scaled(out)
 
     @torch.no_grad()
     def edges_into(self, layer: int, G: Tensor) -> EdgeColumns:
@@ -106,6 +106,11 @@ class FrozenModel:
             self._through_layer(below, G, None, [], G.shape[2], out)
         if layer == 0:
             out.embeddings[:, : len(G)] = readout(self.sources.embeddings, G).transpose(0, 1)
+        return self._scaled(out)
+
+    def _scaled(self, out: EdgeColumns) -> EdgeColumns:
+        """Decoder rows were read out as they are: a feature's edges are those times its activation."""
+        out.features.mul_(self.sources.features.activation[self.sources.run_order, None])
         return out
 
     def _no_edges(self, n: int) -> EdgeColumns:
@@ -175,8 +180,7 @@ class FrozenModel:
         writers, n = self.sources.writers[layer], G.shape[2]
         for position, run in enumerate(writers.runs[: len(G)]):
             if run.stop > run.start:
-                rows = writers.decoders[run.offset : run.offset + run.stop - run.start]
-                out.features[run.start : run.stop, :n].addmm_(rows, G[position])
+                out.features[run.start : run.stop, :n].addmm_(writers.rows(run), G[position])
         found = readout(writers.error_and_bias, G)
         out.errors[layer, : len(G), :n] += found[:, 0]
         out.biases[layer, : len(G), :n] += found[:, 1]

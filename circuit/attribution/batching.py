@@ -4,8 +4,11 @@ from pathlib import Path
 
 import torch
 
+from ...data.memory import host_memory
+
 CPU_TARGETS = 128  # products are wide enough for a few cores; more would only take memory
-CPU_BYTES = 2 * 2**30
+CPU_BYTES = 2 * 2**30  # at most
+CPU_SHARE = 0.1  # of the memory that a CPU's process has
 SHARE = 0.5  # of an accelerator's free memory: rows found later and the library's own buffers take the rest
 HOST_SHARE = 0.25  # of the machine's memory for rows: the model and the transcoder need theirs
 LEAST = 8
@@ -24,16 +27,16 @@ def row_bytes(memory: float | None, device: torch.device) -> float:
     if memory is not None:
         return memory * 2**30
     free = free_memory(device)
-    return free * SHARE if free is not None else host_memory() * HOST_SHARE
+    return free * SHARE if free is not None else available_memory() * HOST_SHARE
 
 
-def host_memory() -> int:
-    """Bytes that this machine has available; 16 GiB where the system does not tell."""
+def available_memory() -> int:
+    """Bytes that this process may still take of the machine's memory, within what a scheduler or container allows."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        return min(host_memory(), next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvail")))
     except (OSError, StopIteration):
-        return 16 * 2**30
+        return host_memory()
 
 
 def bytes_per_target(length: int, width: int, heads_width: int, n_nodes: int, itemsize: int) -> int:
@@ -43,9 +46,9 @@ def bytes_per_target(length: int, width: int, heads_width: int, n_nodes: int, it
 
 def fitting_batch(per_target: int, free: int | None, targets: int) -> int:
     """As many targets as fit, at most all: on an accelerator in half of what is free, in whole multiples of 32 where
-    there are so many; on a CPU (`free` is None) 128, or as many as take 2 GiB."""
+    there are so many; on a CPU (`free` is None) 128, or as many as take a tenth of the memory, at most 2 GiB."""
     if free is None:
-        fit = min(CPU_TARGETS, CPU_BYTES // per_target)
+        fit = min(CPU_TARGETS, int(min(CPU_BYTES, CPU_SHARE * available_memory())) // per_target)
     else:
         fit = int(SHARE * free) // per_target
     fit = min(fit, max(1, targets))

@@ -151,7 +151,7 @@ def _written(frozen: FrozenModel, layer: int, node: Node, ranks: list[int]) -> T
     writers = frozen.sources.writers[layer]
     if node.kind == "feature":
         run, rank = writers.runs[node.position], ranks[node.id]
-        return writers.decoders[run.offset + rank - run.start] if run.start <= rank < run.stop else None
+        return writers.rows(run)[rank - run.start] * node.activation if run.start <= rank < run.stop else None
     if node.layer != layer or node.kind in ("embedding", "position"):
         return None
     return writers.error_and_bias[1 if node.kind == "bias" else 0, node.position]

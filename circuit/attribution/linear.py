@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...data.errors import UserError
 from ...data.models import Captured, LanguageModel, LayerParts, Norm
+from ..precision import refuse_overflow
 
 BLOCK = 256  # positions whose values are found together
 HEAD_WIDTH = 128  # rows of W_O that a CPU multiplies together
@@ -67,10 +68,9 @@ def record(lm: LanguageModel, tokens: Tensor) -> Recording:
     finally:
         for handle in handles:
             handle.remove()
-    for layer, x in enumerate(layer_in):
-        if not bool(x.isfinite().all()):
-            came = "the embedding" if layer == 0 else f"layer {layer - 1}"
-            raise UserError(f"{came} of the model gives numbers that are not finite on this prompt: nothing to trace")
+    if not bool(layer_in[0].isfinite().all()):
+        raise UserError("the embedding of the model gives numbers that are not finite on this prompt")
+    refuse_overflow(dict(enumerate(layer_in[1:])) | {lm.n_layers: logits}, "model")
     layers = range(lm.n_layers)
     if other := [layer for layer in layers if layer not in patterns]:
         raise UserError(

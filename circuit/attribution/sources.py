@@ -1,13 +1,14 @@
 """All that can be the source of an edge on one prompt: active features, errors, biases and embeddings as vectors.
 
 A feature's edges into a batch of targets are products of its decoder rows, one per layer that it writes to, with the
-targets' cotangents there. So for each layer the decoder rows of all features that write to it are gathered once,
-scaled by their activations and sorted by position: then those of one position are one matrix, and the features that
-they belong to are one run of `run_order`, whatever the reach.
+targets' cotangents there, times its activation. So for each layer the decoder rows of all features that write to it are
+gathered once and sorted by position: then those of one position are one matrix, and the features that they belong to
+are one run of `run_order`, whatever the reach. On a long prompt, where features fire at many positions, each feature's
+row is held once instead, and those of a position are gathered whenever they are asked for.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor
 from ...data.models import LanguageModel
 from ...train.transcoder import Transcoder
 from ..graph import Nodes
+from ..precision import refuse_overflow
 from .linear import Recording, fold_reading
+
+GATHERED = 2**30  # bytes of decoder rows, one for each firing feature, that are held; beyond, each feature's row once
 
 
 class Span(NamedTuple):
@@ -34,7 +38,9 @@ class Writers:
     """What writes into one layer's MLP output."""
 
     decoders: Tensor
-    """[n, D] decoder rows times activations, by position."""
+    """[n, D] decoder rows, by position; or the rows of `which`."""
+    which: Tensor | None
+    """[n] the decoder row of each feature that writes here, by position, where features share rows."""
     runs: list[Span]
     """One per position."""
     error_and_bias: Tensor
@@ -43,6 +49,11 @@ class Writers:
     """[D, D] that pulls cotangents back through the skip connection."""
     skip_scale: Tensor | None
     """[T, 1] by which each position's is multiplied; zero where the model keeps its own output."""
+
+    def rows(self, run: Span) -> Tensor:
+        """[n, D] decoder rows of one position's features."""
+        here = slice(run.offset, run.offset + run.stop - run.start)
+        return self.decoders[here] if self.which is None else self.decoders[self.which[here]]
 
 
 class ActiveFeatures(NamedTuple):
@@ -107,6 +118,7 @@ def active_features(
     for l, layer in enumerate(transcoder.layers):
         x = reading(lm, transcoder, recording, l)[2].to(dtype)
         acts = transcoder.encode_layer(x, l).masked_fill(masked[:, None], 0)
+        refuse_overflow({layer: acts}, "transcoder")
         position, index = acts.nonzero(as_tuple=True)
         h = transcoder.preactivation(x, l)[position, index]
         found.append(ActiveFeatures(torch.full_like(position, layer), position, index, acts[position, index], h))
@@ -138,29 +150,46 @@ def find_sources(
     return Sources(features, run_order, writers, stacked, masked)
 
 
-def _written(
-    transcoder: Transcoder, features: ActiveFeatures, rank: Tensor, dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor]]:
-    """For each covered layer, the features that write to it in run order, and their decoder rows times activations.
+class Written(NamedTuple):
+    """What features write to one covered layer."""
+
+    ids: Tensor
+    """[n] the features, in run order."""
+    decoders: Tensor
+    which: Tensor | None
+    """As in `Writers`."""
+
+
+def _written(transcoder: Transcoder, features: ActiveFeatures, rank: Tensor, dtype: torch.dtype) -> list[Written]:
+    """For each covered layer, the features that write to it and their decoder rows.
 
     Each source layer's rows are read once, with all that they write.
     """
+    L, D = transcoder.n_layers, transcoder.d_model
     covered = torch.tensor(transcoder.layers, device=rank.device)
     counts = (features.layer[:, None] == covered).sum(0).tolist()
     starts = [0, *itertools.accumulate(counts)]  # features are sorted by layer
-    into = []
-    for l in range(transcoder.n_layers):
-        first = starts[max(0, l - transcoder.reach + 1)]
-        order = rank[first : starts[l + 1]].argsort()
-        into.append((order + first, rank.new_empty(len(order), transcoder.d_model, dtype=dtype)))
-    for l in range(transcoder.n_layers):
-        mine = slice(starts[l], starts[l + 1])
-        rows = transcoder.W_dec[l][features.index[mine]].detach().to(dtype) * features.activation[mine, None, None]
+    spread = sum(count * transcoder.reach_at(l) for l, count in enumerate(counts))
+    shared = spread * D * dtype.itemsize > GATHERED
+    index = [features.index[starts[l] : starts[l + 1]] for l in range(L)]
+    used = [one.unique(return_inverse=True) if shared else (one, torch.arange(len(one)).to(one)) for one in index]
+    first = [max(0, target - transcoder.reach + 1) for target in range(L)]
+    begins = [0, *itertools.accumulate(len(rows) for rows, _ in used)]
+    into = [rank.new_empty(begins[t + 1] - begins[first[t]], D, dtype=dtype) for t in range(L)]
+    for l, (rows, _) in enumerate(used):
+        decoders = transcoder.W_dec[l][rows].detach()
         for target in range(l, l + transcoder.reach_at(l)):
-            ids, decoders = into[target]
-            here = ((ids >= mine.start) & (ids < mine.stop)).nonzero().squeeze(1)
-            decoders[here] = rows[ids[here] - mine.start, target - l]
-    return into
+            offset = begins[l] - begins[first[target]]
+            into[target][offset : offset + len(rows)] = decoders[:, target - l]
+    which = torch.cat([place + begins[l] for l, (_, place) in enumerate(used)])
+    found = []
+    for target, decoders in enumerate(into):
+        order = rank[starts[first[target]] : starts[target + 1]].argsort()
+        ids = order + starts[first[target]]
+        here = which[ids] - begins[first[target]]
+        found.append(Written(ids, decoders, here) if shared else Written(ids, decoders[here], None))
+        into[target] = decoders[:0]
+    return found
 
 
 def _writers(
@@ -169,7 +198,7 @@ def _writers(
     recording: Recording,
     features: ActiveFeatures,
     rank: Tensor,
-    written: list[tuple[Tensor, Tensor]],
+    written: list[Written],
     masked: Tensor,
     layer: int,
     dtype: torch.dtype,
@@ -179,13 +208,17 @@ def _writers(
     T, D = mlp_out.shape
     nothing = mlp_out.new_zeros(T, D)
     if layer not in transcoder.layers:
-        return Writers(mlp_out[:0], [Span(0, 0, 0)] * T, torch.stack([mlp_out, nothing]), None, None)
+        return Writers(mlp_out[:0], None, [Span(0, 0, 0)] * T, torch.stack([mlp_out, nothing]), None, None)
     l = transcoder.layers.index(layer)
-    id_n, decoders = written[l]
+    ids, decoders, which = written[l]
     replaced = (~masked)[:, None].to(dtype)
     bias = transcoder.b_dec[l].detach().to(dtype).expand(T, D)
-    y = nothing.index_add(0, features.position[id_n], decoders)
+    runs = _runs(features.position[ids], rank[ids], T)
     skip = skip_scale = None
+    writers = Writers(decoders, which, runs, nothing[None], None, None)
+    acts = features.activation[ids].to(dtype)
+    parts = [acts[run.offset : run.offset + run.stop - run.start] @ writers.rows(run) for run in runs]
+    y = torch.stack(parts)
     if len(transcoder.W_skip):
         norm, denominator, x = reading(lm, transcoder, recording, l)
         W_skip = transcoder.W_skip[l].detach().to(dtype)
@@ -196,9 +229,7 @@ def _writers(
         skip = fold_reading(W_skip, norm, dtype).T.contiguous()
         skip_scale = replaced / denominator.to(dtype)
     error = mlp_out - (y + bias) * replaced
-    return Writers(
-        decoders, _runs(features.position[id_n], rank[id_n], T), torch.stack([error, bias * replaced]), skip, skip_scale
-    )
+    return replace(writers, error_and_bias=torch.stack([error, bias * replaced]), skip=skip, skip_scale=skip_scale)
 
 
 def _runs(position: Tensor, rank: Tensor, length: int) -> list[Span]:

@@ -1,5 +1,6 @@
 """What a graph explains: next tokens, differences of two, directions, or features, at any position."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,21 +126,52 @@ def token_directions(lm: LanguageModel, tokens: Tensor, dtype: torch.dtype) -> t
     return rows, lm.b_U[tokens].to(dtype) - lm.b_U.to(dtype).mean()
 
 
+@dataclass
+class FeatureTargets:
+    """Directions for features' pre-activations, made when asked for: those of a long prompt would fill memory."""
+
+    lm: LanguageModel
+    transcoder: Transcoder
+    recording: Recording
+    features: ActiveFeatures
+    dtype: torch.dtype
+
+    @property
+    def layer(self) -> Tensor:
+        return self.features.layer
+
+    @property
+    def position(self) -> Tensor:
+        return self.features.position
+
+    def select(self, ids: Tensor, layers: list[int] | None = None) -> Directions:
+        """The directions of some; `layers` says where they are, which else the device is asked for."""
+        features = ActiveFeatures(*(column[ids] for column in self.features))
+        layers = features.layer.tolist() if layers is None else layers
+        directions = torch.empty(len(ids), self.lm.d_model, dtype=self.dtype, device=ids.device)
+        own_bias = directions.new_empty(len(ids))
+        start = 0
+        for layer, same in itertools.groupby(layers):
+            mine = slice(start, start + len(list(same)))
+            start, l = mine.stop, self.transcoder.layers.index(layer)
+            norm, denominator, _ = reading(self.lm, self.transcoder, self.recording, l)
+            index = features.index[mine]
+            weight = self.transcoder.W_enc[l].detach()[index].to(self.dtype)
+            own_bias[mine] = self.transcoder.b_enc[l].detach()[index].to(self.dtype)
+            if norm is not None and norm.bias is not None:
+                own_bias[mine] += weight @ norm.bias.to(self.dtype)
+            divided = denominator.to(self.dtype)[features.position[mine]]
+            directions[mine] = fold_reading(weight, norm, self.dtype) / divided
+        values = features.preactivation.to(self.dtype)
+        return Directions(features.layer, features.position, directions, own_bias, values)
+
+
 def feature_targets(
     lm: LanguageModel, transcoder: Transcoder, recording: Recording, features: ActiveFeatures, dtype: torch.dtype
 ) -> Directions:
     """Directions for features' pre-activations, in the order of `features`."""
-    directions = torch.empty(len(features.layer), lm.d_model, dtype=dtype, device=recording.tokens.device)
-    own_bias = directions.new_empty(len(directions))
-    for l, layer in enumerate(transcoder.layers):
-        mine = (features.layer == layer).nonzero().squeeze(1)
-        norm, denominator, _ = reading(lm, transcoder, recording, l)
-        weight = transcoder.W_enc[l].detach()[features.index[mine]].to(dtype)
-        own_bias[mine] = transcoder.b_enc[l].detach()[features.index[mine]].to(dtype)
-        if norm is not None and norm.bias is not None:
-            own_bias[mine] += weight @ norm.bias.to(dtype)
-        directions[mine] = fold_reading(weight, norm, dtype) / denominator.to(dtype)[features.position[mine]]
-    return Directions(features.layer, features.position, directions, own_bias, features.preactivation.to(dtype))
+    every = torch.arange(len(features.layer), device=features.layer.device)
+    return FeatureTargets(lm, transcoder, recording, features, dtype).select(every)
 
 
 def choose_targets(

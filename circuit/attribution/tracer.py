@@ -14,20 +14,20 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from ...data.errors import Progress, SettingsError, check_choice, check_range, silent
 from ..graph import Graph, Nodes
-from ..replacement import LocalModel, memory_named
+from ..replacement import LocalModel, Prompt, memory_named
 from .backward import Directions, FrozenModel, Places
 from .batching import bytes_per_target, fitting_batch, free_memory, row_bytes
 from .linear import record
 from .row_tables import CappedTable, RowTable, StrongestTable, WholeTable
 from .sources import active_features, find_sources
-from .targets import Chosen, Target, choose_targets, feature_targets
+from .targets import Chosen, FeatureTargets, Target, choose_targets
 
 PHASES = 8
 
@@ -96,18 +96,28 @@ class TraceSettings:
         return share
 
 
-def trace(replacement: LocalModel, prompt: Any, settings: TraceSettings | None = None, **named: Any) -> Any:
+@overload
+def trace(replacement: LocalModel, prompt: Prompt, settings: TraceSettings | None = None, **named: Any) -> Graph: ...
+@overload
+def trace(
+    replacement: LocalModel, prompt: Sequence[Prompt], settings: TraceSettings | None = None, **named: Any
+) -> list[Graph]: ...
+def trace(
+    replacement: LocalModel, prompt: Prompt | Sequence[Prompt], settings: TraceSettings | None = None, **named: Any
+) -> Graph | list[Graph]:
     """The attribution graph of a prompt (text or token ids); of a list of prompts, their graphs.
 
     `named` overrides single settings; `targets` may then also hold token ids, vectors and `Target`s. `progress` is told
-    how many targets are done.
+    how many targets are done. `sample=(count, seed)` has a capped graph hold so many features that are drawn at random
+    from all active ones; `metadata["sampled"]` names them.
     """
     settings = settings or TraceSettings()
     wanted, progress = named.pop("targets", settings.targets), named.pop("progress", silent)
+    sample = named.pop("sample", (0, 0))
     settings = TraceSettings(**(asdict(settings) | named))
     if is_several(prompt):
-        return [Tracer(replacement, one, wanted, settings).run(progress) for one in prompt]
-    return Tracer(replacement, prompt, wanted, settings).run(progress)
+        return [Tracer(replacement, one, wanted, settings, sample).run(progress) for one in prompt]
+    return Tracer(replacement, prompt, wanted, settings, sample).run(progress)
 
 
 def is_several(prompt: Any) -> bool:
@@ -129,7 +139,9 @@ class Tracer:
         prompt: str | Sequence[int] | Tensor,
         wanted: Any,
         settings: TraceSettings,
+        sample: tuple[int, int] = (0, 0),
     ):
+        self.sample = sample
         self.lm, self.transcoder, self.settings = replacement.lm, replacement.transcoder, settings
         self.prompt = prompt
         self.tokens = self.lm.tokenize(prompt)
@@ -157,8 +169,9 @@ class Tracer:
         features = active_features(lm, transcoder, recording, masked, dtype)
         chosen = choose_targets(lm, transcoder, recording, self.wanted, settings.max_logits, settings.logit_mass, dtype)
         sources = find_sources(lm, transcoder, recording, features, masked, dtype)
-        of_features = feature_targets(lm, transcoder, recording, features, dtype)
+        of_features = FeatureTargets(lm, transcoder, recording, features, dtype)
         frozen = FrozenModel(lm, recording, sources, dtype)
+        recording.patterns.clear()  # they are in the frozen layers
         nodes = with_logits(sources.nodes(recording), chosen, lm)
         n_features = len(features.layer)
         most = n_features if settings.max_nodes is None else min(settings.max_nodes, n_features)
@@ -170,13 +183,19 @@ class Tracer:
             rows = (CappedTable if most < n_features else WholeTable)(
                 *common, most_bytes=row_bytes(settings.memory, lm.device)
             )
-        del recording
         self.batch = settings.batch or self._fitting_batch(len(nodes), rows.total)
 
         progress("tracing", 0, most + len(chosen.tokens))
         first_logit = len(nodes) - len(chosen.tokens)
         todo = torch.arange(first_logit, len(nodes), device=self.tokens.device)
         self._add(rows, frozen, chosen.targets, todo, todo - first_logit, progress, most)
+        drawn = todo[:0]
+        count, seed = self.sample
+        if rows.capped and count:
+            drawn = torch.randperm(n_features, generator=torch.Generator().manual_seed(seed))[: min(count, most)]
+            drawn = drawn.to(self.tokens.device)
+            self._add(rows, frozen, of_features, drawn, drawn, progress, most)
+        sampled = [[int(column[id]) for column in features[:3]] for id in drawn]
         while rows.filled < rows.total:
             if rows.capped:
                 left = rows.total - rows.filled
@@ -199,14 +218,14 @@ class Tracer:
             token_strings=lm.token_strings(self.tokens),
             cancelled=cancelled,
             metadata=self._metadata(n_features, n_features - kept, dropped, time.perf_counter() - started)
-            | {"kept": reasons},
+            | {"kept": reasons, **({"sampled": sampled} if sampled else {})},
         )
 
     def _add(
         self,
         rows: RowTable,
         frozen: FrozenModel,
-        targets: Directions,
+        targets: Directions | FeatureTargets,
         ids: Tensor,
         columns: Tensor,
         progress: Progress,
@@ -220,7 +239,7 @@ class Tracer:
             some = some[(position[some] - layer[some] * frozen.length).argsort(stable=True)]  # the last layer first
             places = Places(layer[some].tolist(), position[some].tolist())
             some = some.to(ids.device, non_blocking=True)
-            batch = targets.select(columns[some])
+            batch = targets.select(columns[some], places.layers)
             sums = rows.add(ids[some], frozen.edges(batch, places), places.layers)
             self._account(sums, batch.value)
             self.done += len(some)

@@ -22,13 +22,13 @@ from .folders import (
     Foreign,
     ForeignLayer,
     LayerWeights,
-    NumpyFile,
     WeightsFile,
     assemble,
     exportable,
     new_folder,
     stored,
 )
+from .gemma_scope import gemma_clt, gemma_layer
 from .hub import hub_file
 
 PLT, CLT = "transcoder_set", "cross_layer_transcoder"
@@ -77,8 +77,8 @@ def import_circuit_tracer(folder: str | Path, lm: LanguageModel | None = None) -
 
 
 def open_circuit_tracer(folder: str | Path) -> Foreign:
-    """A circuit-tracer folder, of which nothing but names and shapes is read yet. Per-layer files may also be Gemma
-    Scope's (npz, or safetensors with lower-case names)."""
+    """A circuit-tracer folder, of which nothing but names and shapes is read yet. The files that it lists may also be
+    Gemma Scope's (npz, or safetensors with lower-case names)."""
     folder = Path(folder)
     config = _config(folder)
     for key, known in (("feature_input_hook", READS), ("feature_output_hook", WRITES)):
@@ -89,6 +89,9 @@ def open_circuit_tracer(folder: str | Path) -> Foreign:
     if config["model_kind"] == PLT:
         layers = {i: open_layer(path) for i, path in enumerate(_plt_paths(folder, config))}
         reach, k = "1", _k(folder, config)
+    elif config.get("transcoders") is not None:  # Gemma Scope 2, a file a layer
+        layers = gemma_clt(_listed(folder, config))
+        reach, k = "all", None
     else:
         paths = _numbered(folder, r"W_enc_(\d+)\.safetensors")
         layers = {i: _open_clt(folder, i, len(paths)) for i in range(len(paths))}
@@ -162,9 +165,14 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _plt_paths(folder: Path, config: dict[str, Any]) -> list[Path]:
-    names = config.get("transcoders")
-    if names is None:
+    if config.get("transcoders") is None:
         return _numbered(folder, r"layer_(\d+)\.safetensors")
+    return _listed(folder, config)
+
+
+def _listed(folder: Path, config: dict[str, Any]) -> list[Path]:
+    """The files that a configuration names, one a layer."""
+    names = config["transcoders"]
     if not isinstance(names, list) or not names:
         raise UserError(f"{folder / CONFIG}: transcoders must be a list of file names")
     for name in names:
@@ -205,11 +213,9 @@ def _numbered(folder: Path, pattern: str) -> list[Path]:
 
 def open_layer(path: Path) -> ForeignLayer:
     """One per-layer transcoder's file: circuit-tracer's own, Gemma Scope's npz, or Gemma Scope 2's."""
-    if path.suffix == ".npz":
-        return _open_gemma_scope(NumpyFile(path), "W_enc", "W_dec", {})
+    if path.suffix == ".npz" or "w_enc" in WeightsFile(path).keys:
+        return gemma_layer(path)
     file = WeightsFile(path)
-    if "w_enc" in file.keys:
-        return _open_gemma_scope(file, "w_enc", "w_dec", {"affine_skip_connection": "W_skip"})
     file.check_keys(["W_enc", "W_dec", "b_enc", "b_dec"], [THRESHOLD, "W_skip", *K])
     F, D = file.shape("W_enc", 2)
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (F, D), "b_enc": (F,), "W_dec": (F, 1, D), "b_dec": (D,)}
@@ -232,27 +238,6 @@ def open_layer(path: Path) -> ForeignLayer:
     return ForeignLayer(shapes, file.dtype("W_enc"), read)
 
 
-def _open_gemma_scope(file: WeightsFile | NumpyFile, enc: str, dec: str, skip: dict[str, str]) -> ForeignLayer:
-    """Encoders [D, F], thresholds linear; a skip is `x @ affine_skip_connection`, so ours is its transpose."""
-    file.check_keys([enc, dec, "b_enc", "b_dec", "threshold"], list(skip))
-    D, F = file.shape(enc, 2)
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (F, D), "b_enc": (F,), "W_dec": (F, 1, D), "b_dec": (D,)}
-    shapes |= {"theta": (F,)} | {ours: (D, D) for theirs, ours in skip.items() if theirs in file.keys}
-
-    def read() -> LayerWeights:
-        weights = LayerWeights(
-            W_enc=file.read(enc, D, F).T,
-            b_enc=file.read("b_enc", F),
-            W_dec=file.read(dec, F, D)[:, None],
-            b_dec=file.read("b_dec", D),
-            theta=file.read("threshold", F),
-        )
-        weights.update({ours: file.read(theirs, D, D).T for theirs, ours in skip.items() if theirs in file.keys})
-        return weights
-
-    return ForeignLayer(shapes, file.dtype(enc), read)
-
-
 def _open_clt(folder: Path, i: int, n_layers: int) -> ForeignLayer:
     encoder = WeightsFile(folder / f"W_enc_{i}.safetensors")
     decoder = WeightsFile(folder / f"W_dec_{i}.safetensors")
@@ -266,7 +251,7 @@ def _open_clt(folder: Path, i: int, n_layers: int) -> ForeignLayer:
         weights = LayerWeights(
             W_enc=encoder.read(f"W_enc_{i}", F, D),
             b_enc=encoder.read(f"b_enc_{i}", F),
-            W_dec=decoder.read(f"W_dec_{i}", F, n_layers - i, D),
+            W_dec=decoder.rows(f"W_dec_{i}", F, n_layers - i, D),
             b_dec=encoder.read(f"b_dec_{i}", D),
         )
         if "theta" in shapes:

@@ -1,6 +1,7 @@
 """What the foreign weight formats share: careful reading of folders that others wrote, whole or no writing."""
 
 import json
+import math
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +18,12 @@ from torch import Tensor
 from ...data.errors import Progress, UserError, silent
 from ...data.models import LanguageModel
 from ...train.settings import TranscoderSettings
-from ...train.transcoder import Transcoder
+from ...train.transcoder import StoredRows, Transcoder
 from ..replacement import READS, Hooks, check_hooks, folded_gain
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 SAFETENSORS_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+BLOCK = 16 * 2**20  # bytes of a decoder that are read and written together
 LEAST_THETA = 1e-30
 """A threshold of zero is a ReLU: this stands for it, because thresholds are kept as logarithms."""
 
@@ -84,14 +86,37 @@ class WeightsFile:
 
     def read(self, key: str, *shape: int) -> Tensor:
         """The tensor, of that shape, finite, as it is stored."""
+        return self.rows(key, *shape).whole()
+
+    def rows(self, key: str, *shape: int, first: int = 0) -> "RowsInFile":
+        """The same, to be read a few rows at a time; `first` leaves out what stands before it in the second place."""
         if self.shape(key, len(shape)) != shape:
             found = list(self.shape(key, len(shape)))
             raise UserError(f"{self.path}: {key} has shape {found} where {list(shape)} belongs")
         self.dtype(key)
-        tensor = self.file.get_tensor(key)
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{self.path}: {key} holds numbers that are not finite")
-        return tensor
+        return RowsInFile(self.path, key, first)
+
+
+class RowsInFile:
+    """A weight in a safetensors file, of which memory holds a few rows at a time: a cross-layer decoder is as large as
+    many encoders."""
+
+    def __init__(self, path: Path, key: str, first: int = 0):
+        self.path, self.key, self.first = path, key, first
+        self.rows = StoredRows(path, key)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        count, *rest = self.rows.shape
+        step = max(1, BLOCK // (self.rows.stored.itemsize * math.prod(rest)))
+        for start in range(0, count, step):
+            block = self.rows[start : start + step]
+            if not torch.isfinite(block).all():
+                raise UserError(f"{self.path}: {self.key} holds numbers that are not finite")
+            yield block[:, self.first :] if self.first else block
+
+    def whole(self) -> Tensor:
+        """All of it, in memory."""
+        return torch.cat(list(self))
 
 
 class NumpyFile:
@@ -147,8 +172,9 @@ def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return found
 
 
-class LayerWeights(dict[str, Tensor]):
-    """W_enc [F, D], b_enc [F], W_dec [F, reach, D], b_dec [D]; theta [F] and W_skip [D, D] where there are."""
+class LayerWeights(dict[str, Any]):
+    """W_enc [F, D], b_enc [F], W_dec [F, reach, D], b_dec [D]; theta [F] and W_skip [D, D] where there are. W_dec may
+    still be in its file."""
 
 
 @dataclass(frozen=True)
@@ -213,12 +239,14 @@ def assemble(foreign: Foreign, lm: LanguageModel | None = None) -> Transcoder:
         name: tensor for l in range(transcoder.n_layers) for name, tensor in layer_tensors(foreign, transcoder, l, lm)
     }
     wide = torch.promote_types(transcoder.dtype, torch.float32)
-    transcoder.load_state_dict({name: tensor.to(wide) for name, tensor in tensors.items()}, assign=True)
+    whole = {name: w.whole() if isinstance(w, RowsInFile) else w for name, w in tensors.items()}
+    transcoder.load_state_dict({name: tensor.to(wide) for name, tensor in whole.items()}, assign=True)
     return transcoder
 
 
 def stream(foreign: Foreign, folder: Path, lm: LanguageModel | None = None, progress: Progress = silent) -> None:
-    """Write the transcoder's files a layer at a time, encoders and decoders in the dtype in which they are stored."""
+    """Write the transcoder's files a layer at a time, encoders and decoders in the dtype in which they are stored;
+    decoders a few rows at a time."""
     transcoder = foreign.empty()
     expected = transcoder.state_dict()
     names = [name for l in range(transcoder.n_layers) for name in expected if name.rpartition(".")[2] == str(l)]
@@ -238,8 +266,10 @@ def stream(foreign: Foreign, folder: Path, lm: LanguageModel | None = None, prog
         for l in range(transcoder.n_layers):
             found = dict(layer_tensors(foreign, transcoder, l, lm))
             for name in (name for name in names if name.rpartition(".")[2] == str(l)):
-                tensor = found.pop(name).detach().to("cpu", SAFETENSORS_DTYPES[header[name]["dtype"]]).contiguous()
-                file.write(tensor.view(torch.uint8).numpy().data)
+                weight = found.pop(name)
+                for part in weight if isinstance(weight, RowsInFile) else [weight]:
+                    part = part.detach().to("cpu", SAFETENSORS_DTYPES[header[name]["dtype"]]).contiguous()
+                    file.write(part.view(torch.uint8).numpy().data)
             progress("importing", l + 1, transcoder.n_layers)
     aside.replace(folder / "transcoder.safetensors")
     transcoder.describe(folder / "transcoder.json")
@@ -247,7 +277,7 @@ def stream(foreign: Foreign, folder: Path, lm: LanguageModel | None = None, prog
 
 def layer_tensors(
     foreign: Foreign, transcoder: Transcoder, l: int, lm: LanguageModel | None
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Any]]:
     """One layer's weights under our names, its site folded where it lies before a norm's gain."""
     layer = transcoder.layers[l]
     weights = foreign.layers[layer].read()

@@ -16,7 +16,7 @@ from ...data.models import LanguageModel
 from ..replacement import LocalModel, check_hooks
 from .circuit_tracer import CONFIG, open_circuit_tracer
 from .folders import Foreign, stream
-from .gemma_scope import open_gemma_scope
+from .gemma_scope import is_gemma_scope, open_gemma_scope
 from .hub import local_folder
 from .saelens import open_saelens
 from .sparsify import open_sparsify
@@ -50,7 +50,7 @@ def open_foreign(source: str | Path, program: str = "auto", l0: int | None = Non
 def _told(folder: Path) -> str:
     if (folder / CONFIG).is_file():
         return "circuit-tracer"
-    if any(folder.glob("layer_*/*/*/params.npz")):
+    if is_gemma_scope(folder):
         return "gemma-scope"
     if any(folder.glob("*/sae.safetensors")):
         return "sparsify"

@@ -11,13 +11,16 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ...data.errors import UserError
+import torch
+
+from ...data.errors import UserError, check_range
 from ..features import Labels, feature_number
-from ..graph import KINDS, Graph, Node
+from ..graph import KINDS, Graph, Node, fewest_edges
 from .neuronpedia_qk import add_results, constant_entry, explanations_of
 from .neuronpedia_read import SLUG, TYPES, check_neuronpedia, read_neuronpedia
 
@@ -25,6 +28,30 @@ __all__ = ["check_neuronpedia", "graph_to_neuronpedia", "read_neuronpedia", "slu
 
 GENERATOR = "Crosslace"
 DESCRIBED = ("node_id", "feature", "layer", "ctx_idx", "feature_type", "jsNodeId", "clerp")
+
+
+@dataclass(frozen=True)
+class NeuronpediaSettings:
+    """How `crosslace export to=neuronpedia` writes graphs."""
+
+    scan: str | None = None
+    """The model's name there, such as gemma-2-2b; made from the model's own name when not given."""
+    source_set: str | None = None
+    """Where the features' dashboards are there, such as gemmascope-transcoder-16k."""
+    feature_url: str | None = None
+    """An address under which features' JSON lies, in place of the site's own dashboards."""
+    node: float = 0.8
+    """Share of the influence that the nodes of a file carry."""
+    edge: float = 0.98
+    """Share of the influence that the links of a file carry."""
+    errors: bool = False
+    """List all links from errors, also those below the thresholds."""
+    labels: bool = True
+    """Give features the names that they have in the run."""
+
+    def __post_init__(self) -> None:
+        check_range("neuronpedia.node", self.node, 0, 1)
+        check_range("neuronpedia.edge", self.edge, 0, 1)
 
 
 def write_neuronpedia(
@@ -52,14 +79,16 @@ def graph_to_neuronpedia(
     feature_url: str | None = None,
     source_set: str | None = None,
     heads: Mapping[str, Any] | None = None,
+    errors: bool = False,
 ) -> dict[str, Any]:
     """The graph as a dictionary of the schema.
 
     `heads` is what `attribution.explain_attention` found or `load_heads` read; without it, what the graph came with.
 
-    `node` and `edge` prune it (None keeps all; a graph that is pruned already is left as it is). Features are looked
-    up on Neuronpedia by `scan` (and `source_set`); with `feature_url` they are fetched from there instead, one JSON a
-    feature, and `schema_version` is left out because version 1 ignores that address.
+    `node` and `edge` prune it (None keeps all; a graph that is pruned already is left as it is), error nodes and their
+    links too unless `errors` keeps them all: there are some for every layer and token below each feature. Features are
+    looked up on Neuronpedia by `scan` (and `source_set`); with `feature_url` they are fetched from there instead, one
+    JSON a feature, and `schema_version` is left out because version 1 ignores that address.
     """
     scan = scan or slugified(str(_model_name(graph) or "model"))
     for what, name in (("slug", slug), ("scan", scan)):
@@ -71,6 +100,8 @@ def graph_to_neuronpedia(
     if settings is None and node is not None:
         settings = {"node": node, "edge": 1.0 if edge is None else edge}
         graph = graph.prune(**settings)
+    if settings is not None and not errors:
+        graph = _without_weak_errors(graph, shares, **settings)
     n_layers = _n_layers(graph)
     drawn = ("feature", "error", "kept", "embedding", "logit", *(("bias", "position") if biases else ()))
     linked = graph.stored.linked().tolist()
@@ -99,6 +130,16 @@ def graph_to_neuronpedia(
     id_of = {(KINDS[code], *rest): ids[place] for place, (code, *rest) in enumerate(keys) if place in ids}
     add_results(data, explanations, id_of, lambda key: _described(whole, key, n_layers, labels))
     return data
+
+
+def _without_weak_errors(graph: Graph, shares: Mapping[Any, float], node: float, edge: float) -> Graph:
+    """A pruned graph for a file: links from errors are listed where they reach both thresholds that other links did."""
+    from_error = graph.nodes.mask("error", "kept")
+    keys = graph.nodes.keys()
+    weak = torch.tensor([shares[key] > node for key in keys], device=from_error.device) & from_error
+    sources = graph.stored.sources()
+    gone = weak[sources] | (from_error[sources] & ~fewest_edges(graph.values, graph.influence_per_input, edge))
+    return replace(graph, stored=replace(graph.stored, values=graph.values.masked_fill(gone, 0)))
 
 
 def _described(graph: Graph, key: tuple, n_layers: int, labels: Labels | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from .effects import check_node as check_node
 from .effects import total_effects as total_effects
 from .graph import Graph as Graph
 from .graph import Link as Link
+from .influence import fewest_edges as fewest_edges
 from .influence import find_influence as find_influence
 from .nodes import KINDS as KINDS
 from .nodes import Node as Node
@@ -30,6 +31,7 @@ from .text import circuit_rows as circuit_rows
 from .text import flow_text as flow_text
 from .text import kept_text as kept_text
 from .text import later_place as later_place
+from .text import main_circuit as main_circuit
 from .text import node_text as node_text
 from .text import path_text as path_text
 from .text import strongest_paths_text as strongest_paths_text

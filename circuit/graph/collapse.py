@@ -1,6 +1,7 @@
 """A graph with its groups as nodes: what the eye can take in, and how much of the influence it carries."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,8 +24,13 @@ class Collapsed:
     """[G, G] signed influence that runs from group to group along single edges: [target, source]."""
     carried: float
     """Share of all features' influence that the supernodes hold."""
-    scores: dict[str, float]
-    """Of the graph that has the supernodes' features alone: what is in none counts as error."""
+    part: Graph | None = None
+    """The graph that has the supernodes' features alone: what is in none counts as error."""
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        """Of that graph."""
+        return self.part.scores() if self.part is not None else {}
 
 
 def collapsed(graph: Graph, groups: dict[str, list[int]] | None = None) -> Collapsed:
@@ -48,7 +54,7 @@ def collapsed(graph: Graph, groups: dict[str, list[int]] | None = None) -> Colla
         torch.stack([influence[ids].sum() for ids in everything.values()]),
         flow_between(graph, everything),
         float(graph.influence()[features & inside].sum()) / total,
-        graph.subgraph((features & inside).nonzero().squeeze(1).tolist()).scores(),
+        part=graph.subgraph((features & inside).nonzero().squeeze(1).tolist()),
     )
 
 
@@ -70,9 +76,13 @@ def main_groups(graph: Graph, most: int = 12) -> dict[str, list[int]]:
 
 
 def widest_path(found: Collapsed, target: str, through: str | None = None) -> list[int]:
-    """From a token to a target by way of groups (of the one `through` names), so that the least that flows along any
-    step is as large as can be."""
+    """From a token to a target by way of groups (of the token or group that `through` names), so that the least that
+    flows along any step is as large as can be."""
     end = found.names.index(target)
+    if through is not None and found.names.index(through) in _tokens(found):
+        width, onward = _widths(found, end)
+        start = found.names.index(through)
+        return _follow(onward, start, end) if width[start] else []
     if through is None:
         return _from_tokens(found, end)
     middle = found.names.index(through)

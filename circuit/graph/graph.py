@@ -215,7 +215,8 @@ class Graph:
     # -- smaller graphs -----------------------------------------------------------------------------------------
 
     def prune(self, node: float = 0.8, edge: float = 0.98) -> "Graph":
-        """Keep the fewest nodes that carry `node` of the influence, then the fewest edges that carry `edge` of it.
+        """Keep the fewest nodes that carry `node` of the influence, then the fewest edges that carry `edge` of it, then
+        the features that an edge is left of.
 
         Errors, embeddings, biases and logits stay, and so do the edges from errors; the rest goes to the errors.
         """
@@ -224,6 +225,8 @@ class Graph:
         kept = fewest_nodes(self.influence(), node)
         smaller = self.subgraph(kept.nonzero().squeeze(1).tolist())
         pruned = smaller.cut_edges(edge)
+        while not bool((linked := pruned.stored.linked()[: pruned.n_features]).all()):
+            pruned = pruned.subgraph(linked.nonzero().squeeze(1).tolist())
         pruned.metadata = pruned.metadata | {"pruned": {"node": node, "edge": edge}}
         return pruned
 
@@ -291,8 +294,9 @@ class Graph:
 
     def carrying(self, share: float) -> "Graph":
         """The part that carries `share` of the influence, for keeping: the fewest nodes, then the fewest edges of any
-        kind. What goes is booked as input from errors, each target's in one number, so that a graph of thousands of
-        features takes megabytes; `scores` remain those of the whole."""
+        kind. What goes, and what each value loses in being rounded to two bytes, is booked as input from errors, each
+        target's in one number, so that a graph of thousands of features takes megabytes; `scores` remain those of the
+        whole."""
         check_range("share", share, 0, 1)
         if share == 1:
             return self
@@ -300,8 +304,8 @@ class Graph:
         part = self.subgraph(fewest_nodes(of_features, share).nonzero().squeeze(1).tolist())
         edges = part.rows
         gone = ~fewest_edges(edges, part.influence_per_input, share)
-        cancelled = part.cancelled + (edges.abs() * gone).sum(1)
-        part = part._replaced(stored=DenseRows(edges.masked_fill(gone, 0)), cancelled=cancelled)
+        stored = DenseRows(edges.masked_fill(gone, 0)).rounded()
+        part = part._replaced(stored=stored, cancelled=part.cancelled + (edges - stored.values).abs().sum(1))
         part.metadata = part.metadata | {"carries": share, "scores": self.scores()}
         return part
 

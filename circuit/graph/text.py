@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from itertools import pairwise
 
-from .collapse import collapsed, main_groups, widest_path
+from torch import Tensor
+
+from .collapse import Collapsed, collapsed, main_groups, widest_path
 from .graph import Graph
 from .nodes import Node
 from .paths import GraphPath
@@ -82,57 +84,85 @@ def summary_text(graph: Graph) -> str:
     )
 
 
-def circuit_rows(graph: Graph, most: int = 12) -> list[tuple[str, str, str, float, str, str]]:
-    """The groups of features that carry the most influence on the answer: name, layers, token, share of all features'
-    influence, what they read most from and where most of what they do goes."""
-    groups, influence = main_groups(graph, most), graph.influence()
+def main_circuit(graph: Graph, most: int = 12) -> Collapsed | None:
+    """The groups of features that carry the most influence on the answer, with tokens and logits; None where no feature
+    carries any."""
+    groups = main_groups(graph, most)
+    return collapsed(graph, groups) if groups else None
+
+
+def circuit_rows(graph: Graph, found: Collapsed) -> list[tuple[str, str, str, float, str, str]]:
+    """A row for each group of features: name, layers, token, share of all features' influence, and the two tokens,
+    groups or logits that it reads most from and acts most on, each with its share of the group's influence; a minus
+    where it holds down."""
+    influence = graph.influence()
     total = float(influence[graph.nodes.mask("feature")].sum()) or 1.0
-    name_of = {id: name for name, ids in groups.items() for id in ids}
     rows = []
-    for name, ids in groups.items():
+    for g, (name, ids) in enumerate(zip(found.names, found.groups)):
         nodes = [graph.nodes[id] for id in ids]
+        if nodes[0].kind != "feature":
+            continue
         layers, positions = sorted({n.layer for n in nodes}), sorted({n.position for n in nodes})
         span = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
-        at = ", ".join(f"{graph.token_strings[p]!r} @{p}" for p in positions[:2]) + (
-            " ..." if len(positions) > 2 else ""
-        )
-        chief = max(ids, key=lambda id: float(influence[id]))
-        sides = [[link.id for link in links] for links in (graph.inputs(chief, 20), graph.outputs(chief, 20))]
-        shown = graph.nodes.mask("feature", "embedding", "logit")
-        ends = [next((id for id in side if id not in ids and shown[id]), None) for side in sides]
-        told = ["" if id is None else name_of.get(id) or node_text(graph, graph.nodes[id]) for id in ends]
-        rows.append((name, span, at, float(influence[ids].sum()) / total, *told))
+        at = ", ".join(f"{graph.token_strings[p]!r} @{p}" for p in positions[:2]) + " ..." * (len(positions) > 2)
+        own = float(influence[ids].sum())
+        ends = [_strongest(found, flow / (own or 1.0), g) for flow in (found.flow[g], found.flow[:, g])]
+        rows.append((name, span, at, own / total, *ends))
     return rows
 
 
-def flow_text(graph: Graph, most: int = 12) -> str:
-    """The widest paths through groups to the likeliest logits, also by way of the groups that have a name, how much the
-    groups carry, and what the rest is."""
-    groups = main_groups(graph, most)
-    if not groups:
+def _strongest(found: Collapsed, share: Tensor, own: int, most: int = 2, least: float = 0.02) -> str:
+    """The groups with the largest shares, in a few words."""
+    order = share.abs().argsort(descending=True).tolist()
+    return ", ".join(
+        f"{found.names[g].partition(' says ')[0].removeprefix('logit ')} {float(share[g]):.0%}"
+        for g in [g for g in order if g != own and abs(float(share[g])) >= least][:most]
+    )
+
+
+def flow_text(graph: Graph, found: Collapsed | None) -> str:
+    """The widest paths through groups to the likeliest logits: from any token, from the tokens that matter most, and by
+    way of the groups that have a name; how much the groups carry, and what the rest is."""
+    if found is None:
         return "no feature carries any influence on the answer"
-    found, lines = collapsed(graph, groups), []
+    influence, nodes = graph.influence(), graph.nodes
+    by_token = influence.new_zeros(len(graph.tokens)).index_add_(0, nodes.position, influence * nodes.mask("embedding"))
+    lines = []
+    starts = [f"{graph.token_strings[at]!r} @{at}" for at in by_token.argsort(descending=True)[:3].tolist()]
     for logit in graph.logits[:2]:
         end = f"logit {logit.label!r}"
-        named = [name for name in groups if name in graph.supernodes][:3]
-        paths = [widest_path(found, end), *(widest_path(found, end, name) for name in named)]
+        named = [name for name in found.names if name in graph.supernodes][:3]
+        paths = [widest_path(found, end), *(widest_path(found, end, through) for through in [*starts, *named])]
         for path in dict.fromkeys(tuple(path) for path in paths if path):
             least = min(abs(float(found.flow[t, s])) for s, t in pairwise(path))
             steps = "  ->  ".join(found.names[g] for g in path)
             lines.append(f"widest path: {steps}   (each step carries {least:.1%} of the answer or more)")
-    influence, nodes = graph.influence(), graph.nodes
     share = lambda *kinds: float(influence[nodes.mask(*kinds)].sum())
     errors = share("error") + float(graph.influence_per_input @ graph.cancelled)
     ends = {"tokens": share("embedding", "position"), "errors": errors, "kept": share("kept"), "biases": share("bias")}
     whole = sum(ends.values()) or 1.0
     said = ", ".join(f"{name} {value / whole:.0%}" for name, value in ends.items())
-    lines.append(f"the {len(groups)} groups above hold {found.carried:.0%} of all features' influence")
+    lines.append(f"the groups above hold {found.carried:.0%} of all features' influence")
     lines.append(f"where the answer's influence comes from in the end: {said}")
-    by_token = []
-    for at in range(len(graph.tokens)):
-        by_token.append((float(influence[graph.nodes.ids("feature", position=at)].sum()), at))
-    features = sum(value for value, _ in by_token) or 1.0
-    best = [(value / features, at) for value, at in sorted(by_token, reverse=True)[:4] if value]
-    shown = ", ".join(f"{graph.token_strings[at]!r} @{at} {value:.0%}" for value, at in best)
-    lines.append(f"features by token: {shown}")
+    lines.append(
+        f"attention carries {moved_share(graph):.0%} of it from token to token, by patterns that are frozen here"
+    )
+    at_token = influence.new_zeros(len(graph.tokens)).index_add_(0, nodes.position, influence * nodes.mask("feature"))
+    shown = [
+        f"{graph.token_strings[at]!r} @{at} {float(at_token[at] / at_token.sum()):.0%}"
+        for at in at_token.argsort(descending=True)[:4].tolist()
+        if at_token[at] > 0
+    ]
+    lines.append(f"features by token: {', '.join(shown)}")
     return "\n".join(lines)
+
+
+def moved_share(graph: Graph) -> float:
+    """Share of the influence along all edges that crosses from one position to another."""
+    positions = graph.nodes.position
+    crossed = whole = 0.0
+    for some in graph.stored.blocks():
+        carried = graph.rows_of(some).abs() * graph.influence_per_input[some, None]
+        crossed += float((carried * (positions[graph.row_ids[some], None] != positions)).sum())
+        whole += float(carried.sum())
+    return crossed / (whole or 1.0)

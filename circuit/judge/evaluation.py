@@ -21,9 +21,10 @@ from ...data.errors import Progress, SettingsError, UserError, check_range, sile
 from ...data.models import LanguageModel
 from ...train.parallel import SINGLE, Collectives
 from ...train.run import ReconstructionMetrics
-from ...train.transcoder import Transcoder
+from ...train.transcoder import SparseActs, Transcoder, to_sparse
 from ..attribution import trace
 from ..model import ReplacementModel
+from ..precision import refuse_overflow
 from ..replacement import TranscoderOutput
 from .behaviour import (
     Condition,
@@ -176,6 +177,12 @@ def evaluate(
     return result
 
 
+def few_of(acts_NF: Tensor) -> Tensor | SparseActs:
+    """The features of each token that fire, where those are few: nothing is decoded that is zero."""
+    most = int((acts_NF != 0).sum(1).max()) if len(acts_NF) else 0
+    return to_sparse(acts_NF) if 0 < most <= acts_NF.shape[1] // 8 else acts_NF
+
+
 class Reconstruction:
     """Metrics of the transcoder and of its controls, from what clean passes leave at the sites."""
 
@@ -195,9 +202,11 @@ class Reconstruction:
         with self.rm.lm.capture((read, "mlp_out"), transcoder.layers) as found:
             yield
         x_NLD = found.stacked(read)[~masked_BT].to(transcoder.dtype)
+        refuse_overflow(found.mlp_out, "model")
         y_NLD = found.stacked("mlp_out")[~masked_BT].to(transcoder.dtype)
         acts = [transcoder.encode_layer(x_NLD[:, l], l) for l in range(transcoder.n_layers)]
-        self.trained.update(y_NLD, transcoder.decode(acts, x_NLD), acts)
+        refuse_overflow(dict(zip(transcoder.layers, acts)), "transcoder")
+        self.trained.update(y_NLD, transcoder.decode([few_of(acts_NF) for acts_NF in acts], x_NLD), acts)
 
     @contextmanager
     def observe_controls(
@@ -321,9 +330,12 @@ def graph_part(
     """Graph scores over the prompt set, faithfulness of the graphs, how perturbations grow, and causal checks."""
     chosen = PromptSet(prompts.name, prompts.version, prompts.prompts[: settings.prompts])
     graphs = []
+    each = -(-settings.pairs // len(chosen.prompts))  # a sure prompt has one logit: a pair a feature
+    silenced = max(16, each + each // 4)
     for number, prompt in enumerate(chosen.prompts):
         mine = number % comm.data_ranks == comm.data_rank
-        graphs.append(trace(rm, prompt, max_nodes=settings.max_nodes) if mine else None)
+        sample = (silenced, settings.seed * 1_000_003 + number) if settings.pairs else (0, 0)
+        graphs.append(trace(rm, prompt, max_nodes=settings.max_nodes, sample=sample) if mine else None)
         progress("graphs", number + 1, len(chosen.prompts))
     result: dict[str, Any] = {
         "graph": score_graphs(
@@ -336,8 +348,7 @@ def graph_part(
         own = {prompt: graph for prompt, graph in zip(chosen.prompts, graphs) if graph is not None}
         result["causal"] = causal_part(rm, text.questions[: len(own)], own, progress)
     if settings.pairs:
-        each = -(-settings.pairs // len(chosen.prompts))  # a sure prompt has one logit: a pair a feature
-        plan = FaithfulnessPlan(settings.pairs, per_prompt=max(16, each + each // 4), seed=settings.seed)
+        plan = FaithfulnessPlan(settings.pairs, per_prompt=silenced, seed=settings.seed)
         effects = measure_faithfulness(rm, graphs, plan, progress, comm)
         tokens = [rm.lm.tokenize(prompt) for prompt in chosen.prompts[:GROWTH_PROMPTS]]
         result["faithfulness"] = {

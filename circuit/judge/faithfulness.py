@@ -1,7 +1,8 @@
 """Whether a graph says what the model does: effects predicted from its edges against effects that are measured.
 
 For features drawn at random from the active ones of a prompt, the graph predicts what silencing one of them does to
-every later feature and logit, over all paths: the effects delta solve
+every later feature and logit, over all paths. A capped graph must have drawn them itself (`trace(sample=...)`): those
+that it kept for their influence are no random choice. The effects delta solve
 
     delta_t = - A[t, s] + sum over features f of A[t, f] / a_f * delta_f
 
@@ -154,7 +155,8 @@ def _one_prompt(
 ) -> Mapping[str, tuple[Tensor, Tensor, Tensor]]:
     """The pairs of one prompt: (predicted, measured, control) by kind."""
     n = graph.n_features
-    sources = torch.randperm(n, generator=generator)[: plan.per_prompt].tolist()
+    sampled = [graph.nodes.ids("feature", *place)[0] for place in graph.metadata.get("sampled", [])]
+    sources = (sampled or torch.randperm(n, generator=generator).tolist())[: plan.per_prompt]
     matched = [_matched(graph, source, generator) for source in sources]
     predicted_RS = total_effects(graph, [*sources, *matched]).cpu()
     activation_N = graph.nodes.activation.cpu().double()

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ...data.errors import UserError
+from ..precision import refuse_overflow
 from .answer import Answer, Mode, Who, who_answers
 from .local import CleanRun, LocalModel
 from .memory import memory_named
@@ -135,6 +136,8 @@ class _Runs:
             stack.enter_context(lm.freeze_norms(norms))
             stack.enter_context(lm.overwrite(overwrite))
             logits = lm(rows, cache=self.cache)
+        if not bool(logits.isfinite().all()):
+            refuse_overflow({**reads, lm.n_layers: logits}, "model, as it is changed,")
         self.seen += tokens.shape[1]
         return _Step(clean, logits, reads, fixed)
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ...data.errors import UserError
-from ...data.models import Captured, LanguageModel, ModelSettings, SinkRule, load_model
+from ...data.models import Captured, LanguageModel, ModelSettings, SinkRule, begin_with, load_model
 from ...train.transcoder import Transcoder
+from ..precision import refuse_overflow
 from .hooks import Hooks, check_hooks
 from .memory import memory_named
 from .requests import Prompt
@@ -102,6 +103,9 @@ class LocalModel:
         if not isinstance(model, LanguageModel):
             model = load_model(model if isinstance(model, ModelSettings) else ModelSettings(model, device=device))
             model = model.widened(own=True)
+            bos = dict(transcoder.meta.get("masked") or {}).get("bos")
+            if bos is not None and model.bos is None and model.tokenizer is not None:
+                begin_with(model.tokenizer, bos)  # as the texts did on which it was trained
         if model.dtype == torch.float64:
             transcoder = transcoder.to(torch.float64)
         return cls(model, transcoder, force)
@@ -161,6 +165,8 @@ class LocalModel:
             self.lm.capture({"resid", read, "mlp_out"}) as sites,
         ):
             logits = self.lm(tokens, cache=cache)
+        if not bool(logits.isfinite().all()):
+            refuse_overflow({**sites.mlp_out, self.lm.n_layers: logits}, "model")
         masked = self.masked_positions(tokens, start, sites)
         return CleanRun(tokens, logits, masked, getattr(sites, read), sites.mlp_out, patterns, denominators)
 

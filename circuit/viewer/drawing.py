@@ -3,7 +3,7 @@
 This half knows nothing of graphs: it places boxes and draws them. `picture.py` says which boxes there are.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -11,13 +11,13 @@ LIGHT = {
     "paper": "#fcfbf8", "ink": "#20242f", "soft": "#7b8190", "guide": "#ebe7de", "edge": "#9aa7c7",
     "positive": "#4166d5", "negative": "#d2622f",
     "feature": "#eaf0ff", "feature-line": "#6f8fe8", "logit": "#e2f5ea", "logit-line": "#3fa26d",
-    "embedding": "#f8f0dd", "embedding-line": "#cdb27a", "error": "#f0eff0", "error-line": "#b3b1b6",
+    "embedding": "#f8f0dd", "embedding-line": "#cdb27a",
 }  # fmt: skip
 DARK = {
     "paper": "#15181f", "ink": "#e8eaf0", "soft": "#969dad", "guide": "#252a35", "edge": "#5b6784",
     "positive": "#86a5ff", "negative": "#f0935f",
     "feature": "#1e2942", "feature-line": "#6788e0", "logit": "#173328", "logit-line": "#4fbb83",
-    "embedding": "#332b1a", "embedding-line": "#a58c55", "error": "#26282e", "error-line": "#666b77",
+    "embedding": "#332b1a", "embedding-line": "#a58c55",
 }  # fmt: skip
 FONT = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
@@ -34,13 +34,11 @@ class Box:
     title: str
     note: str
     kind: str
-    """feature, error or logit: the tokens of the prompt have boxes of their own."""
+    """feature or logit: the tokens of the prompt have boxes of their own."""
     row: int
     """0 is the lowest layer."""
     position: int
     members: int = 1
-    strength: float = 1.0
-    """0 to 1: how much of the outcome passes through it."""
     x: float = 0.0
     y: float = 0.0
     width: float = field(default=0.0)
@@ -69,9 +67,10 @@ def draw(
     title: str,
     theme: str,
     notes: Sequence[str] = (),
+    kept: Mapping[int, str] | None = None,
 ) -> str:
     """Place everything and write the SVG: `rows` names the layers from the lowest up; `theme`: auto, light or dark;
-    `notes` stand in small type at the foot."""
+    `notes` stand in small type at the foot; `kept` are the positions that are left to the model, and why."""
     chips = [
         Box(token_key(position), _shown(token), "", "embedding", -1, position) for position, token in enumerate(tokens)
     ]
@@ -86,7 +85,7 @@ def draw(
     used = {line.source for line in lines}
     parts = [_guides(rows, middles, chips, width)]
     parts += _curves(lines, everything)
-    parts += [_chip(chip, chip.key in used) for chip in chips]
+    parts += [_chip(chip, chip.key in used, (kept or {}).get(chip.position)) for chip in chips]
     parts += [_box(box) for box in boxes]
     if title:
         parts.append(f'<text class="ink" x="{MARGIN}" y="36" font-size="17" font-weight="600">{_text(title)}</text>')
@@ -241,12 +240,15 @@ def _ports(lines: Sequence[Line], everything: dict[str, Box], end: str) -> dict[
     return places
 
 
-def _chip(chip: Box, used: bool) -> str:
-    fade = "" if used else ' opacity="0.55"'
+def _chip(chip: Box, used: bool, kept: str | None) -> str:
+    """A token; grey and dashed where it holds no features because it is left to the model."""
+    fade = "" if used or kept else ' opacity="0.55"'
+    look = 'class="kept" stroke-dasharray="4 3"' if kept else 'class="embedding"'
+    why = f"<title>left to the model, without features: {_text(kept)}</title>" if kept else ""
     return (
-        f'<g{fade}><rect class="embedding" x="{chip.x:.1f}" y="{chip.y:.1f}" width="{chip.width:.1f}" '
-        f'height="{CHIP_HEIGHT}" rx="8"/><text class="ink" x="{_middle(chip):.1f}" y="{chip.y + 20:.1f}" '
-        f'font-size="13" text-anchor="middle">{_text(chip.title)}</text></g>'
+        f'<g{fade}>{why}<rect {look} x="{chip.x:.1f}" y="{chip.y:.1f}" width="{chip.width:.1f}" '
+        f'height="{CHIP_HEIGHT}" rx="8"/><text class="{"soft" if kept else "ink"}" x="{_middle(chip):.1f}" '
+        f'y="{chip.y + 20:.1f}" font-size="13" text-anchor="middle">{_text(chip.title)}</text></g>'
     )
 
 
@@ -280,8 +282,9 @@ def _style(theme: str) -> str:
         lines += [f".{kind}{{stroke:{colours[kind]}}}" for kind in ("edge", "positive", "negative")]
         lines += [
             f".{kind}{{fill:{colours[kind]};stroke:{colours[kind + '-line']};stroke-width:1.3}}"
-            for kind in ("feature", "logit", "embedding", "error")
+            for kind in ("feature", "logit", "embedding")
         ]
+        lines.append(f".kept{{fill:none;stroke:{colours['soft']}}}")
         return "".join(lines)
 
     if theme == "auto":

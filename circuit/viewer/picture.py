@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...data.errors import check_choice
 from ..features import Labels
-from ..graph import Graph, summary_text
+from ..graph import Graph, flow_between, summary_text
 from .drawing import Box, Line, draw, token_key
 
 LEAST_SHARE = 0.06  # of the strongest edge: weaker ones are drawn only where a box would else hang free
@@ -76,7 +76,7 @@ def render_graph_svg(
         )
     rows = [f"layer {layer}" for layer in layers] + ["output"]
     title, notes = _title(graph) if title is None else title, summary_text(graph).splitlines()
-    return draw(boxes, lines, graph.token_strings, rows, title, theme, notes)
+    return draw(boxes, lines, graph.token_strings, rows, title, theme, notes, graph.kept)
 
 
 def feature_groups(graph: Graph, labels: Labels | None = None) -> list[Group]:
@@ -106,19 +106,10 @@ def plain_label(label: str) -> str:
 
 def group_scores(graph: Graph, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     """[G, G] signed influence that each group (column) gives to each (row), and its share of all that the row gets."""
-    G = len(groups)
-    group_of = torch.full((len(graph.nodes),), G, device=graph.values.device)
-    for number, group in enumerate(groups):
-        group_of[group.ids] = number
-    row_group = group_of[graph.row_ids]
-    scores, total = graph.values.new_zeros(G, G + 1), graph.values.new_zeros(G)
-    for number in row_group[row_group < G].unique().tolist():
-        rows = (row_group == number).nonzero().squeeze(1)
-        flows = graph.rows_of(rows) * graph.influence_per_input[rows, None]
-        scores[number].index_add_(0, group_of, flows.sum(0))
-        total[number] = flows.abs().sum()
-    scores = scores[:, :G].fill_diagonal_(0)
-    return scores.cpu(), (scores.abs() / total.clamp_min(1e-30)[:, None]).cpu()
+    scores = flow_between(graph, {group.key: group.ids for group in groups}).cpu().fill_diagonal_(0)
+    influence = (graph.influence() + graph.weights).cpu()
+    total = torch.stack([influence[group.ids].sum() for group in groups]) if groups else scores.new_zeros(0)
+    return scores, scores.abs() / total.clamp_min(1e-30)[:, None]
 
 
 def _lines(groups: Sequence[Group], scores: Tensor, bold: set[tuple[int, int]]) -> list[Line]:

@@ -13,6 +13,7 @@ from .language_model import SITES as SITES
 from .language_model import Captured as Captured
 from .language_model import LanguageModel as LanguageModel
 from .language_model import ModelSettings as ModelSettings
+from .language_model import begin_with as begin_with
 from .language_model import load_model as load_model
 from .queries import QueriesAndKeys as QueriesAndKeys
 from .queries import listen as listen

@@ -70,6 +70,10 @@ class ModelSettings:
     device: str = "auto"
     """`auto` (an accelerator if there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
 
+    bos: str | None = None
+    """The token that begins every text, such as `<|endoftext|>`, for a tokenizer that has none: without it, it is a
+    text's first word that attention rests on and that holds no features. null leaves the tokenizer's own."""
+
     def __post_init__(self):
         check_choice("model.dtype", self.dtype, ["auto", *DTYPES])
 
@@ -365,6 +369,15 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def begin_with(tokenizer: Any, token: str | int) -> None:
+    """Let the tokenizer's texts begin with one of its tokens."""
+    text = tokenizer.convert_ids_to_tokens(token) if isinstance(token, int) else token
+    if text not in tokenizer.get_vocab():
+        ends = ", ".join(tokenizer.all_special_tokens) or "it has none"
+        raise UserError(f"model.bos={token} is no token of this model; its special tokens are: {ends}")
+    tokenizer.bos_token = text
+
+
 def load_model(settings: ModelSettings | str | Path) -> LanguageModel:
     """Load a model by hub name, folder or GGUF file, or a bundled one by its folder's name in the cache, as stores and
     transcoders call it; code that comes with a model is never run."""
@@ -379,6 +392,8 @@ def load_model(settings: ModelSettings | str | Path) -> LanguageModel:
         config = AutoConfig.from_pretrained(settings.name, **source)
         find_family(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(settings.name, **source)
+        if settings.bos is not None:
+            begin_with(tokenizer, settings.bos)
         dtype = "auto" if settings.dtype == "auto" else DTYPES[settings.dtype]
         # fused expert kernels have no float64
         source |= {"experts_implementation": "eager"} if dtype == torch.float64 else {}

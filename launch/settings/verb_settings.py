@@ -418,8 +418,6 @@ class SeedsSettings(Common):
             raise SettingsError("run is missing; it takes the folder of a sweep over the seed")
         require("slug", self.slug, "the short name of a graph of the first run")
         check_range("tokens", self.tokens, low=1)
-        check_range("node", self.node, 0, 1)
-        check_range("edge", self.edge, 0, 1)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`crosslace export` and `crosslace import`: transcoders and graphs in other programs' formats."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def write_out(job: Job) -> Closing:
         raise UserError(f"{out} is there already; name another folder to write to")
     runs.writable(out)
     if top.to == "neuronpedia":
-        return _write_graphs(source, out)
+        return _write_graphs(job.section("neuronpedia"), source, out)
     if top.to == "saelens":
         from ...circuit.formats import export_saelens
         from ...train.transcoder import Transcoder
@@ -68,8 +69,9 @@ def _shape(job: Job, run: Path, meta: dict[str, Any]) -> tuple[bool, bool]:
     return family.post_mlp_norm is not None, bool(family.parallel(config))
 
 
-def _write_graphs(source: Path, out: Path) -> Closing:
+def _write_graphs(how: Any, source: Path, out: Path) -> Closing:
     from ...circuit.attribution import load_heads
+    from ...circuit.features import Labels
     from ...circuit.formats import write_neuronpedia
     from ...circuit.graph import Graph
 
@@ -79,9 +81,14 @@ def _write_graphs(source: Path, out: Path) -> Closing:
     if not folders:
         raise UserError(f"{source} holds no graph yet; `crosslace trace run={source} prompt=...` makes one")
     out.mkdir(parents=True, exist_ok=True)
+    told = asdict(how)
+    labels = Labels.load(folders[0].parent.parent) if told.pop("labels") else None
     for folder in folders:
-        heads = load_heads(folder)
-        write_neuronpedia(Graph.load(folder), out / f"{folder.name}.json", slug=folder.name, heads=heads)
+        graph = Graph.load(folder)
+        if labels is None:
+            graph.nodes.labels = {id: name for id, name in graph.nodes.labels.items() if id >= graph.n_features}
+        path = out / f"{folder.name}.json"
+        write_neuronpedia(graph, path, slug=folder.name, labels=labels, heads=load_heads(folder), **told)
     return Closing(
         "exported",
         wrote=[(str(out / f"{folder.name}.json"), "a graph that Neuronpedia reads") for folder in folders],

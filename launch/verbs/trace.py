@@ -50,7 +50,7 @@ def traced(job: Job, model: "ReplacementModel", prompt: str, folder: Path) -> Cl
     """Trace, label, save, draw."""
     from ...circuit.attribution import HEADS_FILE, explain_attention, save_heads
     from ...circuit.features import Labels, name_by_tokens, name_features
-    from ...circuit.graph import Graph, circuit_rows, flow_text, summary_text
+    from ...circuit.graph import Graph, circuit_rows, flow_text, main_circuit, summary_text
     from ...circuit.viewer import render_graph_svg
 
     top, run_folder, settings = job.top, Path(job.top.run), job.section("trace")
@@ -64,7 +64,10 @@ def traced(job: Job, model: "ReplacementModel", prompt: str, folder: Path) -> Cl
     graph.carrying(settings.share_to_keep()).save(folder)
     name_by_tokens(graph, model)
     runs.write_text(folder / "graph.svg", render_graph_svg(graph, labels))
-    notes, wrote = [flow_text(graph), *path_notes(model, graph), summary_text(graph)], "graph.safetensors, graph.json"
+    circuit = main_circuit(graph)
+    rows = circuit_rows(graph, circuit) if circuit else []
+    notes = [flow_text(graph, circuit), *path_notes(model, graph), summary_text(graph)]
+    wrote = "graph.safetensors, graph.json"
     (folder / HEADS_FILE).unlink(missing_ok=True)  # of an earlier trace that this one replaces
     if top.heads:
         explained = explain_attention(model, graph)
@@ -76,7 +79,7 @@ def traced(job: Job, model: "ReplacementModel", prompt: str, folder: Path) -> Cl
     columns = ("what carries the answer", "layer", "at", "share", "reads most from", "acts most on")
     return Closing(
         "traced",
-        tables=[logits_table(graph), table("circuit", columns, circuit_rows(graph)), *([tried[0]] if tried else [])],
+        tables=[logits_table(graph), table("circuit", columns, rows), *([tried[0]] if tried else [])],
         notes=notes,
         wrote=[(str(folder), f"{wrote} and graph.svg, a picture")],
         next=[

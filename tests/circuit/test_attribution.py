@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from crosslace.circuit.attribution.batching import bytes_per_target, fitting_batch
+from crosslace.circuit.attribution.forward import freeze_prompt
 from crosslace.circuit.attribution.targets import Target, likely_tokens
 from crosslace.circuit.attribution.tracer import TraceSettings, trace
 from crosslace.circuit.formats.neuronpedia import graph_to_neuronpedia
@@ -55,6 +56,24 @@ def test_batches_change_nothing(batch, replacement, whole):
     graph = trace(replacement, PROMPT, batch=batch)
     assert graph.nodes.keys() == whole.nodes.keys()
     torch.testing.assert_close(graph.rows, whole.rows, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("reach", ["1", "2", "all"])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_rows_that_features_share_change_nothing(reach, lazy, lm, tmp_path, monkeypatch):
+    """On a long prompt a decoder row is held once for all positions at which its feature fires."""
+    transcoder = random_transcoder(lm, reach=reach)
+    transcoder.save(tmp_path)
+    replacement = ReplacementModel(lm, Transcoder.load(tmp_path, lazy_decoders=lazy))
+    whole = trace(replacement, PROMPT)
+    monkeypatch.setattr("crosslace.circuit.attribution.sources.GATHERED", 0)
+    writers = freeze_prompt(replacement, lm.tokenize(PROMPT)).sources.writers
+    used = {(l, f) for l, f in zip(whole.nodes.layer.tolist(), whole.nodes.index[: whole.n_features].tolist())}
+    first = max(0, 2 - transcoder.reach + 1)
+    assert len(writers[2].decoders) == sum(l >= first for l, _ in used)
+    shared = trace(replacement, PROMPT)
+    assert shared.nodes.keys() == whole.nodes.keys()
+    torch.testing.assert_close(shared.rows, whole.rows, rtol=0, atol=1e-12)
 
 
 def test_a_cap_keeps_the_most_influential_and_moves_the_rest_into_errors(replacement, whole):

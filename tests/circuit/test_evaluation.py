@@ -10,7 +10,7 @@ from crosslace.circuit.attribution import trace
 from crosslace.circuit.graph import DenseRows, Graph, Nodes
 from crosslace.circuit.judge.behaviour import TextBatch, resampled
 from crosslace.circuit.judge.controls import calibrate, neuron_condition, untrained
-from crosslace.circuit.judge.evaluation import EvalSettings, EvalText, evaluate, verdicts
+from crosslace.circuit.judge.evaluation import EvalSettings, EvalText, evaluate, few_of, verdicts
 from crosslace.circuit.judge.faithfulness import FaithfulnessPlan, compare, measure_faithfulness, total_effects
 from crosslace.circuit.judge.graph_scores import path_length
 from crosslace.circuit.judge.health import density_histogram, duplicates, warnings
@@ -20,6 +20,7 @@ from crosslace.circuit.model import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.models.language_model import LanguageModel
 from crosslace.train.settings import TranscoderSettings
+from crosslace.train.transcoder.activations import SparseActs
 from crosslace.train.transcoder.transcoder import Transcoder
 
 QUICK = EvalSettings(prompts=0, pairs=0, tokens=1000, calibration_tokens=1000)
@@ -141,6 +142,15 @@ def test_graphs_of_a_perfect_transcoder(relu_gpt2):
     # the replacement model *is* the model here: perturbations agree wherever they go
     for row in result["faithfulness"]["growth"]:
         assert row["cosine"] == pytest.approx(1, abs=1e-5) and row["error"] < 1e-4
+
+
+def test_few_features_are_decoded_alone():
+    """What is left out of the decoding is zero, whether few features fire or many."""
+    transcoder = Transcoder(TranscoderSettings(features=64, reach="all"), 16, 3, seed=0, dtype=torch.float64)
+    acts = [torch.rand(9, 64, dtype=torch.float64) * (torch.rand(9, 64) < share) for share in (0.02, 0.05, 0.9)]
+    few = [few_of(one) for one in acts]
+    assert [isinstance(one, SparseActs) for one in few] == [True, True, False]
+    torch.testing.assert_close(transcoder.decode(few), transcoder.decode(acts))
 
 
 def test_growth_starts_with_the_push_itself(relu_gpt2):

@@ -8,7 +8,7 @@ import torch
 from crosslace.circuit.features.labels import Label, Labels
 from crosslace.circuit.formats.neuronpedia import graph_to_neuronpedia, slugified, write_neuronpedia
 from crosslace.circuit.formats.neuronpedia_read import check_neuronpedia, read_neuronpedia
-from crosslace.circuit.graph import DenseRows, Graph, Nodes
+from crosslace.circuit.graph import DenseRows, Graph, Nodes, fewest_edges
 from crosslace.data.errors import UserError
 from jsonschema import Draft7Validator
 
@@ -82,6 +82,26 @@ def test_what_is_written_keeps_the_schema_and_all_that_it_leaves_unsaid(tmp_path
     assert ("bias" in kinds) == bool(options.get("biases"))
     if "0_2_3" in by_id:
         assert by_id["0_2_3"]["clerp"] == "state: Texas (F1 0.97)"
+
+
+def test_links_from_errors_keep_to_the_thresholds(tmp_path):
+    """As circuit-tracer's files do: without them a file is mostly links from errors."""
+    graph = random_graph()
+    pruned = graph.prune(0.8, 0.7)
+    few, all_ = (graph_to_neuronpedia(graph, "g", edge=0.7, errors=errors) for errors in (False, True))
+    from_error = lambda data: {(x["source"], x["target"]) for x in data["links"] if "error_mlp" in x["source"]}
+    others = lambda data: (
+        {(x["source"], x["target"], x["weight"]) for x in data["links"]}
+        - {(x["source"], x["target"], x["weight"]) for x in data["links"] if "error_mlp" in x["source"]}
+    )
+    assert others(few) == others(all_) and from_error(few) < from_error(all_)
+    share = dict(zip(graph.nodes.keys(), graph.cumulative_influence().tolist(), strict=True))
+    strong = fewest_edges(pruned.values, pruned.influence_per_input, 0.7)
+    keys, is_error = pruned.nodes.keys(), pruned.nodes.mask("error")
+    listed = [is_error[column] and share[keys[column]] <= 0.8 for column in strong.nonzero()[:, 1].tolist()]
+    expected = sum(map(bool, listed))
+    assert len(from_error(few)) == expected > 0
+    check_neuronpedia(few)
 
 
 def test_influence_is_the_cumulative_share_in_the_whole_graph():

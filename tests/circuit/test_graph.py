@@ -7,6 +7,7 @@ import pytest
 import torch
 from crosslace.circuit.attribution.tracer import trace
 from crosslace.circuit.graph import KINDS, DenseRows, Graph
+from crosslace.circuit.graph.influence import fewest_nodes
 from crosslace.circuit.graph.text import path_text, strongest_paths_text, summary_text
 from crosslace.circuit.model import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
@@ -94,9 +95,19 @@ def test_pruning_keeps_sums_and_never_flatters(graph, node, edge):
     influence = graph.influence()
     names, keys = graph.nodes.keys(), set(pruned.nodes.keys())
     kept = torch.tensor([key in keys for key in names]) & graph.nodes.mask("feature")
-    dropped = ~kept & graph.nodes.mask("feature")
-    if kept.any() and dropped.any():
-        assert influence[kept].min() >= influence[dropped].max()
+    assert not (kept & ~fewest_nodes(influence, node)).any()
+
+
+def test_pruning_leaves_no_feature_that_leads_nowhere(graph):
+    """Cutting edges may cut all that a feature gives, and then what fed only that one."""
+    found = 0
+    for edge in (0.3, 0.5, 0.7, 0.9):
+        once = graph.cut_edges(edge)
+        found += int((~once.stored.linked()[: once.n_features]).sum())
+        pruned = graph.prune(1.0, edge)
+        assert bool(pruned.stored.linked()[: pruned.n_features].all())
+        torch.testing.assert_close(pruned.rows.sum(1), pruned.nodes.activation[pruned.row_ids], rtol=0, atol=1e-9)
+    assert found > 0
 
 
 def test_pruning_nothing_is_the_same_graph(graph):

@@ -1,6 +1,8 @@
 """Other people's transcoders: folders in each format by its published description: read, folded, refused, streamed."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,7 @@ def test_weights_keep_their_stored_dtype_and_thresholds_get_more(tmp_path, make_
 def test_layers_are_written_before_the_next_is_read(tmp_path):
     """A transcoder of any size takes the memory of one layer."""
     foreign = open_foreign(circuit_tracer_folder(tmp_path / "ct"))
+    random = torch.get_rng_state()
     events = []
     for i, layer in list(foreign.layers.items()):
 
@@ -89,6 +92,7 @@ def test_layers_are_written_before_the_next_is_read(tmp_path):
         foreign.layers[i] = ForeignLayer(layer.shapes, layer.dtype, read)
     import_transcoder(foreign, tmp_path / "run", progress=lambda what, done, total: events.append(("written", done)))
     assert events == [(what, layer) for layer in (1, 2, 3) for what in ("read", "written")]
+    assert torch.equal(torch.get_rng_state(), random)  # no weight is drawn to be written over
 
 
 def test_a_gain_is_folded_where_the_hook_lies_before_it(tmp_path, make_tiny):
@@ -112,17 +116,108 @@ def test_a_gain_is_folded_where_the_hook_lies_before_it(tmp_path, make_tiny):
     torch.testing.assert_close(loaded(several, tmp_path / "l0", lm, l0=60).b_enc[0].detach(), drawn(70, F))
 
 
-def test_gemma_scope_2_has_its_own_names_and_a_skip(tmp_path):
-    folder = circuit_tracer_folder(tmp_path / "ct", read="mlp.hook_in")
-    for i in range(L):
-        tensors = {"w_enc": drawn(i, D, F), "w_dec": drawn(i + 9, F, D), "b_enc": drawn(i, F), "b_dec": drawn(i, D)}
-        tensors |= {"threshold": drawn(i, F).abs(), "affine_skip_connection": drawn(i + 5, D, D)}
-        save_file(tensors, folder / f"layer_{i}.safetensors")
+def second_layer(i: int, skip: bool, *decoders: int) -> dict[str, torch.Tensor]:
+    """One layer's tensors by Gemma Scope 2's names; `decoders` stands between features and width."""
+    tensors = {"w_enc": drawn(i, D, F), "w_dec": drawn(i + 9, F, *decoders, D), "b_enc": drawn(i, F)}
+    tensors |= {"b_dec": drawn(i, D), "threshold": drawn(i, F).abs()}
+    return tensors | ({"affine_skip_connection": drawn(i + 5, D, D)} if skip else {})
+
+
+def second_config(folder: Path, layer: int | str, site: str = "pre_feedforward_layernorm") -> None:
+    places = {
+        "in": f"model.layers.{layer}.{site}.output",
+        "out": f"model.layers.{layer}.post_feedforward_layernorm.output",
+    }
+    config = {f"hf_hook_point_{side}": name for side, name in places.items()}
+    (folder / "config.json").write_text(json.dumps(config | {"model_name": "google/gemma-3-1b-pt", "l0": 20}))
+
+
+def fires(x: torch.Tensor, i: int) -> torch.Tensor:
+    h = x[:, i] @ drawn(i, D, F) + drawn(i, F)
+    return h * (h > drawn(i, F).abs())
+
+
+@pytest.mark.parametrize("place", ["its own folders", "a config of circuit-tracer's"])
+def test_gemma_scope_2_has_its_own_names_and_a_skip(tmp_path, place):
+    folder = tmp_path / "all"
+    if place == "its own folders":
+        for i in range(L):
+            one = folder / f"layer_{i}_width_16k_l0_small_affine"
+            one.mkdir(parents=True)
+            save_file(second_layer(i, True), one / "params.safetensors")
+            second_config(one, i)
+    else:
+        circuit_tracer_folder(folder, read="mlp.hook_in")
+        for i in range(L):
+            save_file(second_layer(i, True), folder / f"layer_{i}.safetensors")
     transcoder, x = loaded(folder, tmp_path / "run"), drawn(50, 4, L, D)
     for l in range(L):
-        h = x[:, l] @ drawn(l, D, F) + drawn(l, F)
-        y = (h * (h > drawn(l, F).abs())) @ drawn(l + 9, F, D) + drawn(l, D) + x[:, l] @ drawn(l + 5, D, D)
+        y = fires(x, l) @ drawn(l + 9, F, D) + drawn(l, D) + x[:, l] @ drawn(l + 5, D, D)
         torch.testing.assert_close(transcoder(x)[:, l], y, rtol=1e-5, atol=1e-5)
+    if place == "its own folders":
+        assert transcoder.meta["hooks"] == ["mlp.hook_in", "hook_mlp_out"]
+        second_config(one, 2, "post_attention_layernorm")
+        with pytest.raises(UserError, match=r"reads model\.layers\.2\.post_attention_layernorm\.output and writes"):
+            open_foreign(folder)
+
+
+@pytest.mark.parametrize("stored", ["all layers", "later layers"])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+def test_gemma_scope_2_crosses_layers(tmp_path, stored, skip, listed):
+    """A file a layer, whose features write to all layers from their own on."""
+    folder = tmp_path / "clt"
+    folder.mkdir()
+    for i in range(L):
+        save_file(
+            second_layer(i, skip, L if stored == "all layers" else L - i), folder / f"params_layer_{i}.safetensors"
+        )
+    second_config(folder, "{layer}")
+    if listed:
+        config = {"model_kind": "cross_layer_transcoder", "model_name": "google/gemma-3-1b-pt"}
+        config |= {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
+        config["transcoders"] = [f"params_layer_{i}.safetensors" for i in range(L)]
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    transcoder, x = loaded(folder, tmp_path / "run"), drawn(50, 4, L, D)
+    assert transcoder.reach == L and transcoder.settings.read == "mlp_in"
+    for t in range(L):
+        y = drawn(t, D) + (x[:, t] @ drawn(t + 5, D, D) if skip else 0)
+        for l in range(t + 1):
+            decoders = drawn(l + 9, F, L, D)[:, t] if stored == "all layers" else drawn(l + 9, F, L - l, D)[:, t - l]
+            y = y + fires(x, l) @ decoders
+        torch.testing.assert_close(transcoder(x)[:, t], y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_transcoder_many_times_larger_than_memory_is_imported(tmp_path):
+    """453 MB of weights, of which 101 MB are one layer's decoders, take less than 90 MB beyond what was there."""
+    layers, features, width = 6, 8192, 1024
+    folder = tmp_path / "clt"
+    folder.mkdir()
+    for i in range(layers):
+        encoder = {f"W_enc_{i}": torch.full((features, width), 0.5, dtype=torch.bfloat16)}
+        encoder |= {f"b_enc_{i}": torch.zeros(features), f"b_dec_{i}": torch.zeros(width)}
+        save_file(encoder, folder / f"W_enc_{i}.safetensors")
+        decoder = torch.full((features, layers - i, width), i + 1, dtype=torch.bfloat16)
+        save_file({f"W_dec_{i}": decoder}, folder / f"W_dec_{i}.safetensors")
+    hooks = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model_kind": "cross_layer_transcoder", **hooks}))
+    script = """
+import resource, sys
+from crosslace.circuit.formats import import_transcoder, open_foreign
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+import_transcoder(open_foreign(sys.argv[1]), sys.argv[2])
+print(peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder), str(tmp_path / "run")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    size = (tmp_path / "run" / "transcoder.safetensors").stat().st_size
+    assert size > 450e6 and float(done.stdout) < 90
+    transcoder = Transcoder.load(tmp_path / "run", lazy_decoders=True)
+    assert all(bool((transcoder.W_dec[l][features - 1] == l + 1).all()) for l in range(layers))
 
 
 @pytest.mark.parametrize("skip", [False, True])

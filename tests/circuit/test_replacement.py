@@ -10,7 +10,9 @@ from crosslace.circuit.replacement.memory import memory_named
 from crosslace.circuit.replacement.requests import Intervention
 from crosslace.circuit.replacement.substitute import TranscoderOutput
 from crosslace.data.errors import UserError
+from crosslace.data.models.attention_sinks import SinkRule
 from crosslace.data.models.language_model import LanguageModel, ModelSettings
+from crosslace.train.settings import TranscoderSettings
 from crosslace.train.transcoder.transcoder import Transcoder
 from tokenizers import Tokenizer, models
 from transformers import AttentionInterface, PreTrainedTokenizerFast
@@ -198,6 +200,17 @@ def test_load_from_a_run_or_a_transcoder(saved, prompt):
     torch.testing.assert_close(wide.replaced_logits(tokens_of(rm, prompt)).float(), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_prompts_begin_as_the_texts_of_training_did(saved):
+    """The token that texts were given in place of a missing BOS is in the transcoder's description."""
+    rm, run = saved
+    assert ReplacementModel.load(run).lm.tokenize("a").tolist() == [1]
+    meta = rm.transcoder.meta | {"masked": SinkRule(0).to_attributes()}
+    rm.transcoder.save(run / "transcoder", meta)
+    loaded = ReplacementModel.load(run)
+    assert loaded.lm.tokenize("a").tolist() == [0, 1]
+    assert loaded.trace("a").kept == {0: "first"}
+
+
 @pytest.mark.parametrize("mode", ["free", "constrained", "direct"])
 def test_decoders_that_stay_in_their_file_change_no_result(saved, prompt, mode):
     _, run = saved
@@ -211,6 +224,13 @@ def test_decoders_that_stay_in_their_file_change_no_result(saved, prompt, mode):
     torch.testing.assert_close(*(rm.replaced_logits(tokens_of(rm, prompt)) for rm in (whole, lazy)))
     virtual = [virtual_weights(rm.transcoder, 1, 2, "inputs")[0] for rm in (whole, lazy)]
     assert torch.equal(*virtual)
+
+
+def test_the_callers_transcoder_stays_as_it_is(make_tiny):
+    transcoder = Transcoder(TranscoderSettings(features=8), 16, 3, seed=0)
+    rm = ReplacementModel(make_tiny("llama", torch.float32), transcoder)
+    assert all(weight.requires_grad for weight in transcoder.parameters())
+    assert not any(weight.requires_grad for weight in rm.transcoder.parameters())
 
 
 def test_another_models_transcoder_is_refused(saved, make_tiny, tiny_models):

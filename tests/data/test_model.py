@@ -1,5 +1,6 @@
 """Every family of models keeps the same promises: sites, linear parts, frozen attention, nothing left behind."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -250,6 +251,15 @@ def test_load_from_a_folder(model_folder, make_tiny):
 def test_a_tokenizer_without_bos(model_folder):
     lm = LanguageModel(load_model(str(model_folder)).model, word_tokenizer(None))
     assert lm.bos is None and lm.tokenize("a b").tolist() == [2, 3]
+
+
+def test_a_tokenizer_can_be_given_a_bos(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    word_tokenizer(None).save_pretrained(tmp_path / "model")
+    lm = load_model(ModelSettings(str(tmp_path / "model"), bos="c"))
+    assert lm.bos == 4 and lm.tokenize("a b").tolist() == [4, 2, 3] and lm.tokenize("c b").tolist() == [4, 3]
+    with pytest.raises(UserError, match=r"model\.bos=<bos> is no token of this model; its special tokens are: <unk>"):
+        load_model(ModelSettings(str(tmp_path / "model"), bos="<bos>"))
 
 
 @pytest.mark.parametrize(

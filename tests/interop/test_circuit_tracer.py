@@ -4,14 +4,19 @@ It lives in an environment of its own. `CROSSLACE_INTEROP_PYTHON` names that env
 set and `CROSSLACE_INTEROP=1` is (as in CI), one is made and circuit-tracer installed into it from the registry.
 """
 
+import json
 import os
 import subprocess
 import sys
 import venv
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from crosslace.circuit.formats import import_transcoder, open_foreign
 from crosslace.circuit.formats.circuit_tracer import export_circuit_tracer
 from crosslace.circuit.model import ReplacementModel
 from crosslace.circuit.replacement import Intervention
@@ -24,6 +29,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 VERSION = "0.5.0"
+BESIDE = ["sae-lens==6.54.12", "eai-sparsify==1.3.3", "simple-parsing", "docstring-parser", "natsort", "schedulefree"]
 L, D, F, V, T = 3, 32, 96, 50, 9
 CASES = {
     # name: (family, reach, activation, read, skip)
@@ -49,6 +55,8 @@ def foreign_python(tmp_path_factory) -> str:
     install = [python, "-m", "pip", "install", "--quiet", f"circuit-tracer=={VERSION}"]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"circuit-tracer cannot be installed:\n{done.stderr[-2000:]}"
+    # by themselves, as they ask for other versions of what is there; a case whose library cannot be imported is skipped
+    subprocess.run([*install[:5], "--no-deps", *BESIDE], capture_output=True, check=False)
     return python
 
 
@@ -91,16 +99,11 @@ def build(folder: Path, family: str, reach: str, activation: str, read: str, ski
     save_file({"tokens": torch.randint(0, V, (T,))}, folder / "prompt.safetensors")
 
 
-@pytest.fixture(scope="session")
-def attributed(foreign_python, tmp_path_factory) -> Path:
-    """Every case's folder, with circuit-tracer's graph in it."""
-    root = tmp_path_factory.mktemp("cases")
-    for name, options in CASES.items():
-        build(root / name, *options)
-    script = Path(__file__).with_name("foreign_attribution.py")
+def run_foreign(python: str, script: str, root: Path, names: Iterable[str]) -> None:
+    """Let circuit-tracer work on folders of `root`."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
-        [foreign_python, str(script), *(str(root / name) for name in CASES)],
+        [python, str(Path(__file__).with_name(script)), *(str(root / name) for name in names)],
         capture_output=True,
         text=True,
         check=False,
@@ -108,6 +111,15 @@ def attributed(foreign_python, tmp_path_factory) -> Path:
         cwd=root,
     )
     assert done.returncode == 0, f"circuit-tracer failed:\n{done.stderr[-4000:]}"
+
+
+@pytest.fixture(scope="session")
+def attributed(foreign_python, tmp_path_factory) -> Path:
+    """Every case's folder, with circuit-tracer's graph in it."""
+    root = tmp_path_factory.mktemp("cases")
+    for name, options in CASES.items():
+        build(root / name, *options)
+    run_foreign(foreign_python, "foreign_attribution.py", root, CASES)
     return root
 
 
@@ -182,3 +194,76 @@ def test_scores_are_those_of_its_own_functions(attributed, case):
     else:
         tolerance = 1e-6
     assert found == pytest.approx(theirs["scores"].tolist(), abs=tolerance)
+
+
+NAMES = {"clt": "W_enc_{}.safetensors", "gemma-scope": "{}.npz", "saelens": "layer_{}", "sparsify": "layers.{}.mlp"}
+WITH_SKIP = ("plt", "gemma-scope-2", "gemma-scope-2-clt", "saelens", "sparsify")
+FOREIGN = [("clt", 0), ("gemma-scope", 0), *((loader, skip) for loader in WITH_SKIP for skip in (0, 1))]
+
+
+def foreign_folder(folder: Path, loader: str, skip: int) -> None:
+    """A transcoder as others publish it, by the format's description, and inputs."""
+    folder.mkdir()
+    random = torch.Generator().manual_seed(len(loader))
+    drawn = lambda *shape: torch.randn(shape, generator=random) * 0.3
+    files = [NAMES.get(loader, "layer_{}.safetensors").format(i) for i in range(L)]
+    for i, name in enumerate(files):
+        enc, b_enc, b_dec, theta, W_skip = drawn(F, D), drawn(F), drawn(D), drawn(F).abs(), drawn(D, D)
+        weights = {"b_enc": b_enc, "b_dec": b_dec}
+        if loader == "clt":
+            encoder = {f"W_enc_{i}": enc, f"b_enc_{i}": b_enc, f"b_dec_{i}": b_dec, f"threshold_{i}": theta}
+            save_file(encoder, folder / name)
+            save_file({f"W_dec_{i}": drawn(F, L - i, D)}, folder / f"W_dec_{i}.safetensors")
+        elif loader == "plt":
+            weights |= {"W_enc": enc, "W_dec": drawn(F, D), "activation_function.threshold": theta}
+            save_file(weights | ({"W_skip": W_skip} if skip else {}), folder / name)
+        elif loader == "saelens":
+            (folder / name).mkdir()
+            weights |= {"W_enc": enc.T.contiguous(), "W_dec": drawn(F, D), "threshold": theta}
+            save_file(weights | ({"W_skip": W_skip} if skip else {}), folder / name / "sae_weights.safetensors")
+            hooks = {"hook_name": f"blocks.{i}.mlp.hook_in", "hook_name_out": f"blocks.{i}.hook_mlp_out"}
+            kind = "jumprelu_skip_transcoder" if skip else "jumprelu_transcoder"
+            config = {"architecture": kind, "d_in": D, "d_sae": F, "d_out": D, "dtype": "float32", "device": "cpu"}
+            (folder / name / "cfg.json").write_text(json.dumps(config | {"metadata": {"model_name": "x", **hooks}}))
+        elif loader == "sparsify":
+            (folder / name).mkdir()
+            weights = {"encoder.weight": enc, "encoder.bias": b_enc, "W_dec": drawn(F, D), "b_dec": b_dec}
+            save_file(weights | ({"W_skip": W_skip} if skip else {}), folder / name / "sae.safetensors")
+            config = {"activation": "topk", "num_latents": F, "k": 8, "transcode": True, "d_in": D}
+            (folder / name / "cfg.json").write_text(json.dumps(config | {"skip_connection": bool(skip)}))
+        elif loader == "gemma-scope":
+            weights |= {"W_enc": enc.T.contiguous(), "W_dec": drawn(F, D), "threshold": theta}
+            np.savez(folder / name, **{key: tensor.numpy() for key, tensor in weights.items()})
+        else:
+            decoders = drawn(F, L, D) if loader == "gemma-scope-2-clt" else drawn(F, D)
+            weights |= {"w_enc": enc.T.contiguous(), "w_dec": decoders, "threshold": theta}
+            save_file(weights | ({"affine_skip_connection": W_skip} if skip else {}), folder / name)
+    if loader not in ("saelens", "sparsify"):
+        hooks = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
+        kind = "cross_layer_transcoder" if "clt" in loader else "transcoder_set"
+        listed = {} if loader == "clt" else {"transcoders": files}
+        (folder / "config.yaml").write_text(yaml.safe_dump({"model_kind": kind, "model_name": "x", **hooks, **listed}))
+    (folder / "case.json").write_text(json.dumps({"loader": loader, "files": files}))
+    save_file({"x": drawn(L, 7, D)}, folder / "x.safetensors")
+
+
+@pytest.fixture(scope="session")
+def read_elsewhere(foreign_python, tmp_path_factory) -> Path:
+    """Every foreign folder, with what its own library makes of the inputs."""
+    root = tmp_path_factory.mktemp("foreign")
+    for loader, skip in FOREIGN:
+        foreign_folder(root / f"{loader}-{skip}", loader, skip)
+    run_foreign(foreign_python, "foreign_transcoders.py", root, [f"{loader}-{skip}" for loader, skip in FOREIGN])
+    return root
+
+
+@pytest.mark.parametrize(("loader", "skip"), FOREIGN)
+def test_foreign_folders_say_the_same_there(read_elsewhere, loader, skip, tmp_path):
+    """What another library makes of its folder is what an imported one says."""
+    folder = read_elsewhere / f"{loader}-{skip}"
+    if not (folder / "theirs.safetensors").is_file():
+        pytest.skip(f"the other environment has no library that reads {loader}")
+    transcoder = Transcoder.load(import_transcoder(open_foreign(folder), tmp_path / "ours"))
+    x, theirs = (load_file(folder / f"{name}.safetensors")[key] for name, key in (("x", "x"), ("theirs", "y")))
+    found = transcoder(x.transpose(0, 1)).detach().transpose(0, 1)
+    torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-5)

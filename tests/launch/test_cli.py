@@ -35,6 +35,7 @@ def sentence(err: str) -> str:
         (["report"], "run is missing"),
         (["import", "path=nowhere", "run=r"], "there is nothing at nowhere"),
         (["trace", "run=r", "prompt=x", "slug=a/b"], "slug=a/b cannot be used"),
+        (["trace", "run=r", "prompt=x", "slug=é"], "slug=é cannot be used"),
         (["train", "run=r", "store=nowhere"], "nowhere"),
         (["sweep", "run=r"], "no setting has several values"),
         (["train", "run=r", "store=s", "parallel.data=0"], "parallel.data=0 is too small"),

@@ -5,6 +5,7 @@ from .activations import candidates as candidates
 from .activations import heaviside as heaviside
 from .activations import jumprelu as jumprelu
 from .activations import keep_reaching as keep_reaching
+from .activations import to_sparse as to_sparse
 from .export import save_whole as save_whole
 from .normalisation import Normalisation as Normalisation
 from .normalisation import normalisation_of as normalisation_of
@@ -18,4 +19,5 @@ from .slices import over_slices as over_slices
 from .slices import own_slice as own_slice
 from .slices import share_dense as share_dense
 from .slices import whole_norms as whole_norms
+from .stored_rows import StoredRows as StoredRows
 from .transcoder import Transcoder as Transcoder

@@ -28,6 +28,16 @@ def test_the_picture_is_one_whole_svg(view_run, theme):
     assert not re.search(r"(href|src|url)\s*[=(]", re.sub(r">[^<]*<", "><", picture))
 
 
+def test_tokens_that_are_left_to_the_model_are_marked(view_run):
+    graph = Graph.load(view_run / "graphs" / "dallas")
+    graph.metadata["kept"] = {"0": "first", "2": "sink"}
+    root = ElementTree.fromstring(render_graph_svg(graph))
+    chips = [g for g in root.findall(".//{*}g") if g.find("{*}title") is not None]
+    assert [g.findtext("{*}title").rpartition(": ")[2] for g in chips] == ["first", "sink"]
+    assert all(g.find("{*}rect").get("class") == "kept" for g in chips)
+    assert sum(rect.get("class") == "kept" for rect in root.findall(".//{*}rect")) == 2
+
+
 def test_groups_are_those_that_share_a_label_and_a_position(view_run):
     graph = Graph.load(view_run / "graphs" / "dallas")
     labels = Labels()
