@@ -66,7 +66,8 @@ def client_of(folder: Path, settings: ViewSettings | None = None) -> TestClient:
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SWITCHES = "no-first-run disable-background-networking disable-component-update disable-sync"
-OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", *(f"--{switch}" for switch in SWITCHES.split())]
+ELSEWHERE = "--host-resolver-rules=MAP elsewhere.example 127.0.0.1"
+OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", ELSEWHERE, *(f"--{switch}" for switch in SWITCHES.split())]
 
 
 @pytest.fixture(scope="session")

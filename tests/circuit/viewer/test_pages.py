@@ -50,7 +50,7 @@ def test_from_the_list_to_a_node_and_its_feature(page):
     assert page.locator("h1").first.inner_text() == "a prompt with <b>markup</b>"
     assert "influence" in page.locator(".sentence").inner_text()
     strip = page.locator(".strip").inner_text()
-    assert "replacement score" in strip and "the sums hold to" in strip and "completeness (circuit-tracer)" in strip
+    assert "replacement score" in strip and "the sums hold to" in strip and "circuit-tracer’s" in strip
     in_list(page).filter(has_text=HOSTILE).first.click()
     page.get_by_role("tab", name="Node", exact=True).click()
     assert HOSTILE in page.locator(".nodename").inner_text()
@@ -318,6 +318,25 @@ def test_what_is_not_there_is_said(page, problems):
     assert "no dashboard" in page.get_by_role("alert").inner_text()
     assert [text for text in problems if "404" not in text] == []  # the console names the refusal
     problems.clear()
+
+
+def test_pages_from_elsewhere_neither_read_nor_change(page, shared, shown_run):
+    """From another origin with the window's cookie at hand, under another name of the server, and by a path outside."""
+    other = shared.context.new_page()
+    other.goto("about:blank")
+    ask = "([address, options]) => fetch(address, options).then((answer) => answer.text(), (error) => String(error))"
+    edit = {"run": "demo/clt", "slug": "dallas", "changes": {"pins": {"0/1/1": True}}}
+    for options in ({"credentials": "include"}, {"credentials": "include", "method": "POST", "body": json.dumps(edit)}):
+        said = other.evaluate(ask, [f"{shared.address}api/kept?run=demo/clt&slug=dallas", options])
+        assert "Failed to fetch" in said
+        said = other.evaluate(ask, [f"{shared.address}api/kept", {**options, "mode": "no-cors"}])
+        assert "Failed to fetch" in said
+    assert not (shown_run / "graphs" / "dallas" / "view.json").exists()
+    named = other.goto(shared.viewer.address.replace("127.0.0.1", "elsewhere.example"))
+    assert named.status == 421 and "its own address" in other.locator("body").inner_text()
+    outside = other.goto(f"{shared.address}static/%2e%2e/%2e%2e/api.py")
+    assert outside.status == 404
+    other.close()
 
 
 def test_without_the_token_the_page_says_what_to_do(browser, page):

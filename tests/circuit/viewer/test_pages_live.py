@@ -6,10 +6,12 @@ import pytest
 from crosslace.circuit.attribution import explain_attention, save_heads
 from crosslace.circuit.graph import Graph
 from crosslace.circuit.replacement import Intervention
+from crosslace.circuit.viewer import Runs, save_page
 from crosslace.circuit.viewer.kept import edit_kept
 from crosslace.circuit.viewer.payload import node_keys
 
-from .test_pages import DALLAS, wait_until
+from .conftest import watched
+from .test_pages import DALLAS, serious, wait_until
 
 pytestmark = pytest.mark.browser
 
@@ -123,20 +125,49 @@ def test_an_edge_is_looked_at_closely(page, shown_run, model):
     assert pressed.count() == 1 and page.locator(".terms").first.locator("tbody tr").count() > 0
 
 
-def test_a_graphs_record_of_heads_is_shown(page, shown_run, model):
+def test_a_graphs_record_of_heads_is_shown(page, shared, shown_run, model, problems, tmp_path):
     """Without asking the model, and in a saved copy too."""
     folder = shown_run / "graphs" / "dallas"
     explained = explain_attention(model, Graph.load(folder), edges=30, heads=2)
     save_heads(folder, explained)
-    page.goto(DALLAS + "&side=heads")
-    heads = page.locator("#details-panel .words button")
-    heads.first.click()
+    saved = save_page(Runs(shared.root).run("demo/clt"), "dallas", tmp_path / "dallas.html")
+    copy = watched(shared.context.new_page(), problems, ("file://", "data:", "blob:"))
+    copy.goto(saved.as_uri())
+    page.goto(DALLAS)
     look = explained["attention"][0]
-    page.wait_for_selector(".pattern")
-    assert f"L{look['layer']}H{look['head']} from {look['query']}" in page.locator("#details-panel").inner_text()
     most = max(look["pattern"].items(), key=lambda item: item[1])
-    assert f"{100 * most[1]:.0f}%" in page.locator(".seen").nth(int(most[0])).inner_text()
-    assert heads.count() == 2
+    for at in (page, copy):
+        at.get_by_role("tab", name="Attention").click()
+        heads = at.locator("#details-panel .words button")
+        heads.first.click()
+        at.wait_for_selector(".pattern")
+        assert f"L{look['layer']}H{look['head']} from {look['query']}" in at.locator("#details-panel").inner_text()
+        assert f"{100 * most[1]:.0f}%" in at.locator(".seen").nth(int(most[0])).inner_text()
+        assert heads.count() == 2
+    copy.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_the_model_answers_is_usable_by_everyone(page, shown_run, model, scheme):
+    """axe-core finds nothing serious on an edge, a head's look, steering, two graphs, and asking."""
+    page.emulate_media(color_scheme=scheme)
+    folder = shown_run / "graphs" / "dallas"
+    save_heads(folder, explain_attention(model, Graph.load(folder), edges=30, heads=1))
+    page.goto(DALLAS + "&side=heads")
+    page.locator("#details-panel .words button").first.click()
+    page.wait_for_selector(".pattern")
+    assert serious(page) == []
+    graph = Graph.load(folder)
+    page.goto(DALLAS + f"&side=steer&changes={node_keys(graph.nodes)[0]}*2")
+    page.get_by_role("button", name="Steer", exact=True).click()
+    page.wait_for_selector(".probs")
+    assert serious(page) == []
+    page.goto("/#/compare?run=demo%2Fclt&slug=dallas&with=dallas")
+    page.wait_for_selector(".sides canvas")
+    assert serious(page) == []
+    page.goto("/#/live?run=demo%2Fclt")
+    page.get_by_label("prompt", exact=True).wait_for()
+    assert serious(page) == []
 
 
 def test_the_slider_goes_through_a_runs_checkpoints(page, shown_run, make_replacement, monkeypatch):

@@ -86,11 +86,10 @@ export function honestly(model, shown, drawn, between) {
   const { features } = figures(model, shown);
   const { largest_violation: violation, largest_relative_violation: relative, active_features: active, left_out_features: left } = model.accounting;
   const parts = [
-    [`${features} of ${model.size.features.toLocaleString("en")} features shown`, false],
-    [`${drawn.toLocaleString("en")} of ${between.toLocaleString("en")} edges between them drawn`, false],
+    [`${features} of ${model.size.features.toLocaleString("en")} features shown${model.size.shown < model.size.features ? ` (the page has the ${model.size.shown.toLocaleString("en")} strongest)` : ""}`, false],
+    [`${drawn.toLocaleString("en")} of ${between.toLocaleString("en")} edges drawn`, false],
   ];
-  if (left) parts.push([`${left.toLocaleString("en")} of ${active.toLocaleString("en")} active features were left out of the graph`, false]);
-  if (model.size.shown < model.size.features) parts.push([`the page has the ${model.size.shown.toLocaleString("en")} strongest`, false]);
+  if (left) parts.push([`${left.toLocaleString("en")} of ${active.toLocaleString("en")} active ones left out of the graph`, false]);
   const error = 1 - (model.shown_scores ?? model.scores).replacement_score;
   parts.push([`${percent(error)} comes from errors: what the transcoder misses, and what is cut here`, error > 0.5]);
   if (violation !== undefined) {

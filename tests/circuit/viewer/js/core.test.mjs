@@ -153,7 +153,7 @@ test("the sentence counts what is shown and what it carries", () => {
   const carried = (1 + 1 / 2) / model.size.feature_influence;
   assert.equal(sentence(model, shown), `The 2 strongest features carry ${percent(carried)} of all ${model.size.features} features’ influence on “Austin” (90%); they lie in ${model.nodes[0].layer === model.nodes[1].layer ? "1 layer" : "2 layers"} of 4.`);
   const strip = honestly(model, shown, 1, 2).map(([text]) => text).join("; ");
-  assert.match(strip, /3 of 100 active features were left out/);
+  assert.match(strip, /2 of 5 features shown; 1 of 2 edges drawn; 3 of 100 active ones left out/);
   assert.match(strip, /30% comes from errors/);
 });
 
