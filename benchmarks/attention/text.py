@@ -1,6 +1,6 @@
 """What an explanation of a look predicts when a source is silenced, beside what happens, on real text.
 
-    python -m benchmarks.attention.text RUN [--dataset general] [--passages 24] [--tokens 48] [--json]
+    python -m benchmarks.attention.text RUN [--dataset general] [--passages 24] [--tokens 48] [--sources 24] [--json]
 
 Each passage of the held-out text ends in a look: a random head, from the last token. The features among the sources
 that its explanation names are silenced one by one, and the head's queries and keys are formed anew. Predicted are the
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="general")
     parser.add_argument("--passages", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--sources", type=int, default=24)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rm = ReplacementModel.load(arguments.run)
@@ -74,7 +75,7 @@ def main() -> None:
         if number == arguments.passages:
             break
         layer, head = draw.randrange(1, rm.lm.n_layers), draw.randrange(rm.lm.layers[0].n_heads)
-        looked = rm.attention(tokens.tolist(), layer, head)
+        looked = rm.attention(tokens.tolist(), layer, head, sources=arguments.sources)
         told = [one for one in looked.silenced() if looked.nodes[one.source].kind == "feature"]
         if not told:
             continue

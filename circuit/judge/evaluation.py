@@ -356,7 +356,9 @@ def graph_part(
             "growth": perturbation_growth(rm, tokens, seed=settings.seed),
         }
         if comm.data_ranks == 1:
-            result["faithfulness"]["attention"] = frozen_attention(rm, graphs, seed=settings.seed)
+            result["faithfulness"]["attention"] = frozen_attention(
+                rm, [None if graph is None else graph.tokens for graph in graphs], seed=settings.seed
+            )
     return result
 
 

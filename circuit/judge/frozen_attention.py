@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..attribution import LiveAttention, likely_directions
-from ..graph import Graph
 from ..model import ReplacementModel
 from ..replacement import Intervention
 from .faithfulness import compare
@@ -19,15 +18,18 @@ from .faithfulness import compare
 
 @torch.no_grad()
 def frozen_attention(
-    rm: ReplacementModel, graphs: Sequence[Graph | None], per_prompt: int = 8, seed: int = 0
+    rm: ReplacementModel, prompts: Sequence[Sequence[int] | None], per_prompt: int = 8, seed: int = 0
 ) -> dict[str, Any]:
-    """Over random active features of the graphs' prompts: `missed`, what is missed over the size of the measured
-    effects; `explained`, the share of its variance about zero that is predicted; slope and correlations."""
+    """Over random active features of prompts, the tokens of each (None is passed over).
+
+    `missed`: what is missed over the size of the measured effects; `explained`: the share of its variance about zero
+    that is predicted; slope and correlations.
+    """
     columns: list[list[torch.Tensor]] = [[], [], [], []]
-    for number, graph in enumerate(graphs):
-        if graph is None:
+    for number, prompt_tokens in enumerate(prompts):
+        if prompt_tokens is None:
             continue
-        live = LiveAttention(rm, torch.tensor(graph.tokens, device=rm.lm.device))
+        live = LiveAttention(rm, torch.tensor(prompt_tokens, device=rm.lm.device))
         features = [node for node in live.prompt.sources.nodes(live.prompt.recording) if node.kind == "feature"]
         random = torch.Generator().manual_seed(seed * 1_000_003 + number)
         nodes = [features[i] for i in torch.randperm(len(features), generator=random)[:per_prompt].tolist()]
@@ -39,7 +41,7 @@ def frozen_attention(
         silenced = [[Intervention(node.layer, node.position, node.index, times=0.0)] for node in nodes]
         clean = {range(rm.lm.n_layers): "clean"}
         for column, freeze in ((1, ["norms"]), (2, ["norms", "attention"])):
-            found = rm.intervene_many(graph.tokens, silenced, mlps=clean, freeze=freeze)
+            found = rm.intervene_many(prompt_tokens, silenced, mlps=clean, freeze=freeze)
             changes = [
                 rm.lm.before_softcap(one.logits[-1]) - rm.lm.before_softcap(one.clean_logits[-1]) for one in found
             ]

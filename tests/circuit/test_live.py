@@ -60,5 +60,5 @@ def test_what_graphs_miss_is_measured_and_predicted(make_replacement):
     replacement = make_replacement("gpt2", reach="all", activation="relu")
     for weight in replacement.transcoder.W_dec:
         weight.data *= 0.01
-    found = frozen_attention(replacement, [replacement.trace(PROMPT)], per_prompt=12)
+    found = frozen_attention(replacement, [PROMPT], per_prompt=12)
     assert found["effects"] >= 12 and 0 < found["missed"] < 2 and found["explained"] > 0.99
