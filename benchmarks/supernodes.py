@@ -11,7 +11,7 @@ named after one concept, at one position. It speaks of
 - `all`: all that are named after a concept.
 
 `ari` is the adjusted Rand index over those features, a mean over graphs; `found` the share of groups of two or more
-features of the question's state for which one proposed group has at least half in F1. Then, over the answers that the
+features of the question's state for which one proposed group, of those features, has at least half in F1. Then, over the answers that the
 model gives: the share of their probability that is left with the groups silenced (`left`), or with as many matched
 features (`left_matched`), and with all else silenced (`kept`), or all but the matched ones (`kept_matched`).
 """
@@ -78,7 +78,8 @@ def compared(concept: dict[int, str], groups: dict[str, list[int]], state: str) 
     for name in names:
         members = {id for id in ids if concept[id] == name}
         if name.startswith(f"state: {state} @") and len(members) > 1:
-            shares = [2 * len(members & set(group)) / (len(members) + len(group)) for group in groups.values()]
+            known = [set(group) & set(ids) for group in groups.values()]
+            shares = [2 * len(members & group) / (len(members) + len(group)) for group in known]
             told.append(max(shares, default=0.0) >= 0.5)
     return adjusted_rand(truth, found), told
 

@@ -22,7 +22,7 @@ from crosslace.data.models import LanguageModel
 from crosslace.train.settings import TranscoderSettings
 from crosslace.train.transcoder import Transcoder
 
-from .attribution import memory
+from ..attribution import memory
 
 
 def build(arguments: argparse.Namespace) -> tuple[ReplacementModel, torch.Tensor]:
