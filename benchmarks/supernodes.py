@@ -11,9 +11,10 @@ named after one concept, at one position. It speaks of
 - `all`: all that are named after a concept.
 
 `ari` is the adjusted Rand index over those features, a mean over graphs; `found` the share of groups of two or more
-features of the question's state for which one proposed group, of those features, has at least half in F1. Then, over the answers that the
-model gives: the share of their probability that is left with the groups silenced (`left`), or with as many matched
-features (`left_matched`), and with all else silenced (`kept`), or all but the matched ones (`kept_matched`).
+features of the question's state for which one proposed group, of those features, has at least half in F1. Then, over
+the answers that the model gives: the share of their probability that is left with the groups silenced (`left`), or
+with as many matched features (`left_matched`), and with all else silenced (`kept`), or all but the matched ones
+(`kept_matched`).
 """
 
 import argparse
