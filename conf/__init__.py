@@ -58,7 +58,7 @@ SECTIONS = {
 SOURCES = ("model", "dataset", "world", "stdlib")
 """The sections that say which model and which text."""
 
-ALIASES = {"tokens": "store.tokens", "from": "format"}
+ALIASES = {"tokens": "store.tokens", "from": "format", "sweep.stack": "stack"}
 """Short names of settings, wherever the verb takes the setting."""
 
 

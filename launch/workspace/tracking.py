@@ -55,7 +55,7 @@ class WandbTracker:
                 dir=str(self.folder),
                 mode="online" if online else "offline",
                 config=self.config,
-                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, reinit="create_new"),
             )
         except Error as error:
             raise UserError(

@@ -137,3 +137,14 @@ def test_streaming_runs_the_language_model_once(demo, crosslace, tmp_path, monke
     assert ended.code == 0 and len(passes) < 0.75 * twice
     for name in ("k-2", "k-3"):
         assert weights(tmp_path / "a" / name) == weights(tmp_path / "b" / name)
+
+
+@pytest.mark.slow
+def test_each_stacked_run_is_a_run_of_its_own_in_wandb(demo, crosslace, tmp_path) -> None:
+    words = [f"run={tmp_path / 's'}", f"store={demo / 'store'}", *SMALL, "transcoder.k=2,3", "stack=true"]
+    ended = crosslace("sweep", *words, "wandb.mode=offline")
+    assert ended.code == 0, ended.err
+    kept = [list((tmp_path / "s" / name / "wandb").glob("offline-run-*/run-*.wandb")) for name in ("k-2", "k-3")]
+    assert [len(files) for files in kept] == [1, 1] and kept[0][0].name != kept[1][0].name
+    metrics = [path.read_bytes().count(b"held_out/nmse") for (path,) in kept]
+    assert metrics[0] == metrics[1] > 0
