@@ -72,8 +72,12 @@ def test_the_same_dictionary_in_another_order_is_found_whole(make_replacement, p
     assert fewer.features == {place: 1 + (place[1] == 0) for place in found.features}
 
 
-def test_another_dictionary_is_no_counterpart(make_replacement, prompt) -> None:
+def test_another_dictionary_is_no_counterpart(make_replacement) -> None:
     rm = make_replacement("llama", reach="1")
     other = make_replacement("llama", reach="1", seed=99).transcoder
-    (matches,) = match_features(rm.lm, rm.transcoder, [other], [(0, 0), (1, 1)], [torch.tensor(prompt)])
-    assert matches == {}
+    generator = torch.Generator().manual_seed(0)
+    text = [torch.randint(0, 29, (64,), generator=generator) for _ in range(4)]
+    (matches,) = match_features(rm.lm, rm.transcoder, [other], [(0, 0), (1, 1)], text)
+    assert all(match.likeness < 0.6 for match in matches.values())
+    (same,) = match_features(rm.lm, rm.transcoder, [rm.transcoder], [(0, 0), (1, 1)], text)
+    assert all(match.likeness > 0.99 and match.index == key[1] for key, match in same.items())
