@@ -380,7 +380,7 @@ def verdicts(result: dict[str, Any]) -> list[str]:
                     f"the transcoder does not beat the {name} control in {figure} ({own:.4g} against {other:.4g})"
                 )
     steps = result.get("steps", {})
-    if steps.get("share_interval") and steps["share_interval"][0] > LEAST_SKIPPED:
+    if steps.get("share_interval") and steps["share_interval"][0] > max(LEAST_SKIPPED, steps["control"]):
         low, high = steps["share_interval"]
         found.append(
             f"graphs skip steps: {steps['share']:.0%} (95%: {low:.0%} to {high:.0%}) of what their features write to "

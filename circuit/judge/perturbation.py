@@ -13,6 +13,9 @@ from ..intervals import mean_of
 from ..model import ReplacementModel
 from ..replacement import TranscoderOutput
 
+SMALL = 0.1
+"""Of a write: what is added and taken away to see what the layers above make of it."""
+
 
 class _Pushed:
     """Adds a vector to the MLP output of one layer, on top of what stands there."""
@@ -64,12 +67,14 @@ def perturbation_growth(
 def steps_skipped(rm: ReplacementModel, graphs: Sequence[Graph | None], node: float, seed: int = 0) -> dict[str, Any]:
     """Does a cross-layer transcoder answer from an early layer what the model computes in steps?
 
-    What a graph's features write to their own layer is taken away, a layer at a time, and the model's own MLPs above
-    answer. Where they take back what the same features write to those layers, the model computes it from what stood in
-    the first, and the features' direct writes skip that step; where they do not, the layers above read something else,
-    as the transcoder has it. `share` is what is taken back, 0 to 1, with its interval over prompts; `control` is what
-    is taken back of the same writes when as large a random vector is added instead; `written_later` is how much of all
-    that the features write goes to later layers.
+    What a graph's features write to their own layer is made a tenth stronger and a tenth weaker, a layer at a time, and
+    the model's own MLPs above answer. Where they write along with it what the same features write to those layers, the
+    model computes it from what stood in the first, and the features' direct writes skip that step; where they do not,
+    the layers above read something else, as the transcoder has it. `share` is how much of the features' later writes
+    the MLPs make of their first, with its interval over prompts: 0 where nothing, about 1 where all. `control` is the
+    same for a random vector as large in place of the first writes; `written_later` is how much of all that the features
+    write goes to later layers. (With the first writes wholly taken away, random vectors move the MLPs as much: they
+    leave what they were made for.)
     """
     generator = torch.Generator().manual_seed(seed)
     shares, controls, later = [], [], []
@@ -83,9 +88,8 @@ def steps_skipped(rm: ReplacementModel, graphs: Sequence[Graph | None], node: fl
             continue
         random = torch.randn(own.shape, generator=generator).to(own)
         random *= own.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True)
-        taken = _taken_back(rm, tokens_T, -own, above) / energy
-        controls.append(_taken_back(rm, tokens_T, random, above) / energy)
-        shares.append(taken)
+        shares.append(_carried_on(rm, tokens_T, own, above) / energy)
+        controls.append(_carried_on(rm, tokens_T, random, above) / energy)
         later.append(energy / (energy + float(own.square().sum())))
     share = mean_of(shares)
     return {
@@ -115,26 +119,30 @@ def _writes(rm: ReplacementModel, graph: Graph, tokens_T: Tensor) -> tuple[Tenso
     return own, above
 
 
-def _taken_back(rm: ReplacementModel, tokens_T: Tensor, pushes: Tensor, above: Tensor) -> float:
-    """How far the MLPs above turn against `above` when layer l's output is pushed, each l in a run of its own."""
+def _carried_on(rm: ReplacementModel, tokens_T: Tensor, pushes: Tensor, above: Tensor) -> float:
+    """How the MLPs above answer along `above` when layer l's output is pushed, each l in a run of its own: what a push
+    a little to one side gives beyond one to the other, for the whole push."""
     lm, layers = rm.lm, rm.transcoder.layers
-    rows = tokens_T[None].to(lm.device).expand(len(layers) + 1, -1)  # the last row is not pushed
+    rows = tokens_T[None].to(lm.device).expand(len(layers), -1)
 
-    def push(layer: int, sites: Mapping[str, Tensor]) -> Tensor | None:
-        if layer not in layers:
-            return None
-        changed = sites["mlp_out"].clone()
-        changed[layers.index(layer)] += pushes[layers.index(layer)].to(changed)
-        return changed
+    def answers(size: float) -> list[Tensor]:
+        def push(layer: int, sites: Mapping[str, Tensor]) -> Tensor | None:
+            if layer not in layers:
+                return None
+            changed = sites["mlp_out"].clone()
+            changed[layers.index(layer)] += size * pushes[layers.index(layer)].to(changed)
+            return changed
 
-    with lm.overwrite(push), lm.capture(("mlp_out",)) as found:
-        lm(rows)
-    back = 0.0
-    for l in range(len(layers)):
-        for m in range(l + 1, len(layers)):
-            out = found.mlp_out[layers[m]].float()
-            back -= float(((out[l] - out[-1]) * above[l, m]).sum())
-    return back
+        with lm.overwrite(push), lm.capture(("mlp_out",)) as found:
+            lm(rows)
+        return [found.mlp_out[layer].float() for layer in layers]
+
+    more, less = answers(SMALL), answers(-SMALL)
+    return sum(
+        float(((more[m][l] - less[m][l]) * above[l, m]).sum()) / (2 * SMALL)
+        for l in range(len(layers))
+        for m in range(l + 1, len(layers))
+    )
 
 
 def _means(rows: list[tuple[float, float, float]]) -> list[float]:

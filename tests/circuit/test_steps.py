@@ -17,13 +17,14 @@ def planted(make_replacement, prompt):
                 W.zero_()
     tokens = torch.tensor(prompt)
     acts = rm.activations(tokens)[0]
-    with rm.lm.capture(("mlp_out",)) as clean:
-        rm.lm(tokens[None])
     own = acts @ rm.transcoder.W_dec[0][:, 0]
-    take = lambda layer, sites: sites["mlp_out"] - own if layer == 0 else None
-    with rm.lm.overwrite(take), rm.lm.capture(("mlp_out",)) as pushed:
-        rm.lm(tokens[None])
-    response = (pushed.mlp_out[1] - clean.mlp_out[1])[0]  # [T, D]: what layer 1 loses
+    outs = []
+    for size in (0.1, -0.1):
+        push = lambda layer, sites, size=size: sites["mlp_out"] + size * own if layer == 0 else None
+        with rm.lm.overwrite(push), rm.lm.capture(("mlp_out",)) as found:
+            rm.lm(tokens[None])
+        outs.append(found.mlp_out[1][0])
+    response = (outs[0] - outs[1]) / 0.2  # [T, D]: what layer 1 makes of it
     return rm, acts, response
 
 
@@ -37,10 +38,10 @@ def with_later_writes(rm, acts, wanted, prompt):
 
 def test_what_the_model_itself_computes_is_a_skipped_step(planted, prompt) -> None:
     rm, acts, response = planted
-    written, found = with_later_writes(rm, acts, -response, prompt)
-    expected = float(-(response * written).sum() / written.square().sum())
+    written, found = with_later_writes(rm, acts, response, prompt)
+    expected = float((response * written).sum() / written.square().sum())
     assert found["prompts"] == 1 and found["share"] == pytest.approx(expected, rel=1e-4)
-    assert found["share"] > 0.9 and abs(found["control"]) < 0.5 and 0 < found["written_later"] < 1
+    assert found["share"] > 0.9 and abs(found["control"]) < 0.9 and 0 < found["written_later"] < 1
 
 
 def test_what_it_does_not_is_none(planted, prompt) -> None:
@@ -61,8 +62,8 @@ def test_without_later_writes_there_is_nothing_to_ask(planted, prompt) -> None:
 
 
 def test_the_verdict_follows_the_interval() -> None:
-    said = lambda share, interval: verdicts(
-        {"health": {"warnings": []}, "steps": {"share": share, "share_interval": interval}}
+    said = lambda share, interval, control=0.0: verdicts(
+        {"health": {"warnings": []}, "steps": {"share": share, "share_interval": interval, "control": control}}
     )
     assert said(0.5, (0.3, 0.7))[0].startswith("graphs skip steps: 50% (95%: 30% to 70%)")
-    assert said(0.5, (0.05, 0.95)) == [] and said(0.5, None) == []
+    assert said(0.5, (0.05, 0.95)) == [] and said(0.5, None) == [] and said(0.5, (0.3, 0.7), control=0.4) == []
