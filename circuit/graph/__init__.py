@@ -1,8 +1,11 @@
 """The attribution graph itself: nodes, rows, influence and scores, pruning, paths, groups, its file."""
 
 from .collapse import Collapsed as Collapsed
+from .collapse import band_width as band_width
 from .collapse import collapsed as collapsed
+from .collapse import is_named as is_named
 from .collapse import main_groups as main_groups
+from .collapse import span_text as span_text
 from .collapse import widest_path as widest_path
 from .compare import Difference as Difference
 from .compare import difference as difference

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...data.errors import UserError
 from .graph import Graph
+from .nodes import Node
 from .supernodes import flow_between
 
 
@@ -58,18 +59,42 @@ def collapsed(graph: Graph, groups: dict[str, list[int]] | None = None) -> Colla
     )
 
 
-def main_groups(graph: Graph, most: int = 12) -> dict[str, list[int]]:
-    """The `most` influential groups of features: supernodes, then features by label (or layer and index) and
-    position."""
+BANDS = 6  # parts in which the layers of a deep model are looked at
+
+
+def band_width(graph: Graph) -> int:
+    """How many layers are looked at together: one of a shallow model, a sixth of a deep one's."""
+    inner = graph.nodes.layer[graph.nodes.mask("feature", "error", "kept", "bias")]
+    return -(-(int(inner.max()) + 1) // BANDS) if len(inner) else 1
+
+
+def span_text(first: int, last: int) -> str:
+    """A run of layers in words."""
+    return f"layer {first}" if first == last else f"layers {first}-{last}"
+
+
+def is_named(graph: Graph, node: Node) -> bool:
+    """Whether a feature has a name that says more than which tokens it makes likelier."""
+    return bool(node.label) and not node.label.startswith(f"L{node.layer}:{node.index} says ")
+
+
+def main_groups(graph: Graph, most: int = 12, bands: bool = True) -> dict[str, list[int]]:
+    """The `most` influential groups of features: supernodes, features by name and position, and features without a name
+    by layers (a band of a deep model's) and position. Without `bands`, each of those by itself."""
     influence, groups, taken = graph.influence(), {}, set()
     features = set(graph.nodes.ids("feature"))
     for name, ids in graph.supernodes.items():
         groups[name] = [id for id in ids if id in features and id not in taken]
         taken |= set(ids)
+    width = band_width(graph)
     for id in sorted(features - taken):
         node = graph.nodes[id]
-        name = f"{node.label or f'feature L{node.layer}:{node.index}'} @{node.position}"
-        groups.setdefault(name, []).append(id)
+        if bands and not is_named(graph, node):
+            first = node.layer // width * width
+            name = span_text(first, first + width - 1)
+        else:
+            name = node.label or f"feature L{node.layer}:{node.index}"
+        groups.setdefault(f"{name} @{node.position}", []).append(id)
     groups = {name: ids for name, ids in groups.items() if ids}
     strength = {name: float(influence[ids].sum()) for name, ids in groups.items()}
     return {name: groups[name] for name in sorted(groups, key=strength.__getitem__, reverse=True)[:most]}

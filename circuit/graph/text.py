@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from .collapse import Collapsed, collapsed, main_groups, widest_path
 from .graph import Graph
 from .nodes import Node
 from .paths import GraphPath
+
+LIKELY = 0.1  # a second answer that is less likely gets no paths
 
 
 def node_text(graph: Graph, node: Node) -> str:
@@ -84,19 +87,20 @@ def summary_text(graph: Graph) -> str:
     )
 
 
-def main_circuit(graph: Graph, most: int = 12) -> Collapsed | None:
+def main_circuit(graph: Graph, most: int = 12, bands: bool = True) -> Collapsed | None:
     """The groups of features that carry the most influence on the answer, with tokens and logits; None where no feature
     carries any."""
-    groups = main_groups(graph, most)
+    groups = main_groups(graph, most, bands)
     return collapsed(graph, groups) if groups else None
 
 
 def circuit_rows(graph: Graph, found: Collapsed) -> list[tuple[str, str, str, float, str, str]]:
     """A row for each group of features: name, layers, token, share of all features' influence, and the two tokens,
-    groups or logits that it reads most from and acts most on, each with its share of the group's influence; a minus
-    where it holds down."""
+    groups or logits that it reads most from and acts most on, each with its share of the group's influence (a minus
+    where it holds down), and what of its input is error."""
     influence = graph.influence()
     total = float(influence[graph.nodes.mask("feature")].sum()) or 1.0
+    from_error = graph.nodes.mask("error").to(influence)
     rows = []
     for g, (name, ids) in enumerate(zip(found.names, found.groups)):
         nodes = [graph.nodes[id] for id in ids]
@@ -105,9 +109,14 @@ def circuit_rows(graph: Graph, found: Collapsed) -> list[tuple[str, str, str, fl
         layers, positions = sorted({n.layer for n in nodes}), sorted({n.position for n in nodes})
         span = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
         at = ", ".join(f"{graph.token_strings[p]!r} @{p}" for p in positions[:2]) + " ..." * (len(positions) > 2)
-        own = float(influence[ids].sum())
-        ends = [_strongest(found, flow / (own or 1.0), g) for flow in (found.flow[g], found.flow[:, g])]
-        rows.append((name, span, at, own / total, *ends))
+        own = float(influence[ids].sum()) or 1.0
+        ends = [_strongest(found, flow / own, g) for flow in (found.flow[g], found.flow[:, g])]
+        members = torch.tensor(ids, device=influence.device)  # a feature's id is its row
+        unexplained = graph.rows_of(members).abs() @ from_error + graph.cancelled[members]
+        errors = float(unexplained @ graph.influence_per_input[members]) / own
+        ends[0] = ", ".join(part for part in (ends[0], f"errors {errors:.0%}") if part)
+        count = "" if len(ids) == 1 else f" ({len(ids)})"
+        rows.append((name + count, span, at, own / total, *ends))
     return rows
 
 
@@ -129,12 +138,14 @@ def flow_text(graph: Graph, found: Collapsed | None) -> str:
     by_token = influence.new_zeros(len(graph.tokens)).index_add_(0, nodes.position, influence * nodes.mask("embedding"))
     lines = []
     starts = [f"{graph.token_strings[at]!r} @{at}" for at in by_token.argsort(descending=True)[:3].tolist()]
-    for logit in graph.logits[:2]:
+    for logit in [logit for n, logit in enumerate(graph.logits[:2]) if n == 0 or logit.probability >= LIKELY]:
         end = f"logit {logit.label!r}"
         named = [name for name in found.names if name in graph.supernodes][:3]
         paths = [widest_path(found, end), *(widest_path(found, end, through) for through in [*starts, *named])]
-        for path in dict.fromkeys(tuple(path) for path in paths if path):
-            least = min(abs(float(found.flow[t, s])) for s, t in pairwise(path))
+        widths = {tuple(path): min(abs(float(found.flow[t, s])) for s, t in pairwise(path)) for path in paths if path}
+        for path, least in widths.items():
+            if least < max(widths.values()) / 20:
+                continue
             steps = "  ->  ".join(found.names[g] for g in path)
             lines.append(f"widest path: {steps}   (each step carries {least:.1%} of the answer or more)")
     share = lambda *kinds: float(influence[nodes.mask(*kinds)].sum())

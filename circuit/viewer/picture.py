@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...data.errors import check_choice
 from ..features import Labels
-from ..graph import Graph, flow_between, summary_text
+from ..graph import Graph, band_width, flow_between, is_named, span_text, summary_text
 from .drawing import Box, Line, draw, token_key
 
 LEAST_SHARE = 0.06  # of the strongest edge: weaker ones are drawn only where a box would else hang free
@@ -65,22 +65,23 @@ def render_graph_svg(
     bold = _bold(everything, torch.where(scores > 0, shares, 0.0), path)
     lines = _lines(everything, scores, bold)
 
-    layers = sorted({_home(graph, group.ids, "layer") for group in kept})
-    row_of = {layer: row for row, layer in enumerate(layers)}
-    boxes = [_feature_box(graph, group, row_of) for group in kept]
+    width = band_width(graph)
+    bands = sorted({_home(graph, group.ids, "layer") // width for group in kept})
+    boxes = [_feature_box(graph, group, bands.index(_home(graph, group.ids, "layer") // width)) for group in kept]
     for group, logit in zip(outcomes, graph.logits, strict=False):
         weight = "p" if graph.weight_name == "probability" else "weight"
         note = f"{weight} = {logit.probability:.2f}"
         boxes.append(
-            Box(group.key, _short(logit.label.strip() or logit.label), note, "logit", len(layers), group.position)
+            Box(group.key, _short(logit.label.strip() or logit.label), note, "logit", len(bands), group.position)
         )
-    rows = [f"layer {layer}" for layer in layers] + ["output"]
+    rows = [span_text(band * width, (band + 1) * width - 1) for band in bands] + ["output"]
     title, notes = _title(graph) if title is None else title, summary_text(graph).splitlines()
     return draw(boxes, lines, graph.token_strings, rows, title, theme, notes, graph.kept)
 
 
 def feature_groups(graph: Graph, labels: Labels | None = None) -> list[Group]:
-    """The graph's supernodes, then the remaining features by label and position, then those without a label."""
+    """The graph's supernodes, then the other features by label and position; those without a label by themselves, or of
+    a deep model by layers and position."""
     features = set(graph.nodes.ids("feature"))
     groups, taken = [], set()
     for number, (name, members) in enumerate(graph.supernodes.items()):
@@ -89,10 +90,17 @@ def feature_groups(graph: Graph, labels: Labels | None = None) -> list[Group]:
         if ids:
             groups.append(Group(f"group:{number}", name, ids, _home(graph, ids, "position")))
     by_label: dict[tuple[str, int], list[int]] = {}
+    width = band_width(graph)
     for id in sorted(features - taken):
         node = graph.nodes[id]
         label = (labels.get(node.layer, node.index) if labels is not None else None) or node.label
-        name = plain_label(label) if label else f"feature {node.layer}/{node.index}"
+        if label and is_named(graph, node._replace(label=label)):
+            name = plain_label(label)
+        elif width > 1:
+            first = node.layer // width * width
+            name = span_text(first, first + width - 1)
+        else:
+            name = f"feature {node.layer}/{node.index}"
         by_label.setdefault((name, node.position), []).append(id)
     for (name, position), ids in by_label.items():
         groups.append(Group(f"feature:{ids[0]}", name, ids, position))
@@ -176,11 +184,10 @@ def _home(graph: Graph, ids: Sequence[int], column: str) -> int:
     return max(found, key=found.__getitem__)
 
 
-def _feature_box(graph: Graph, group: Group, row_of: dict[int, int]) -> Box:
+def _feature_box(graph: Graph, group: Group, row: int) -> Box:
     layers = sorted({int(graph.nodes.layer[id]) for id in group.ids})
     where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}–{layers[-1]}"
     count = f"{len(group.ids)} features" if len(group.ids) > 1 else f"feature {int(graph.nodes.index[group.ids[0]])}"
-    row = row_of[_home(graph, group.ids, "layer")]
     return Box(group.key, _short(group.title), f"{where} · {count}", "feature", row, group.position, len(group.ids))
 
 

@@ -66,6 +66,8 @@ def traced(job: Job, model: "ReplacementModel", prompt: str, folder: Path) -> Cl
     runs.write_text(folder / "graph.svg", render_graph_svg(graph, labels))
     circuit = main_circuit(graph)
     rows = circuit_rows(graph, circuit) if circuit else []
+    single = main_circuit(graph, bands=False)
+    features = circuit_rows(graph, single) if single and circuit and single.names != circuit.names else []
     notes = [flow_text(graph, circuit), *path_notes(model, graph), summary_text(graph)]
     wrote = "graph.safetensors, graph.json"
     (folder / HEADS_FILE).unlink(missing_ok=True)  # of an earlier trace that this one replaces
@@ -79,7 +81,12 @@ def traced(job: Job, model: "ReplacementModel", prompt: str, folder: Path) -> Cl
     columns = ("what carries the answer", "layer", "at", "share", "reads most from", "acts most on")
     return Closing(
         "traced",
-        tables=[logits_table(graph), table("circuit", columns, rows), *([tried[0]] if tried else [])],
+        tables=[
+            logits_table(graph),
+            table("circuit", columns, rows),
+            *([table("strongest features", columns, features)] if features else []),
+            *([tried[0]] if tried else []),
+        ],
         notes=notes,
         wrote=[(str(folder), f"{wrote} and graph.svg, a picture")],
         next=[
