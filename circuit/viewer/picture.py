@@ -188,7 +188,8 @@ def _feature_box(graph: Graph, group: Group, row: int) -> Box:
     layers = sorted({int(graph.nodes.layer[id]) for id in group.ids})
     where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}–{layers[-1]}"
     count = f"{len(group.ids)} features" if len(group.ids) > 1 else f"feature {int(graph.nodes.index[group.ids[0]])}"
-    return Box(group.key, _short(group.title), f"{where} · {count}", "feature", row, group.position, len(group.ids))
+    note = count if group.title.startswith(("layer ", "layers ")) else f"{where} · {count}"
+    return Box(group.key, _short(group.title), note, "feature", row, group.position, len(group.ids))
 
 
 def _short(text: str) -> str:

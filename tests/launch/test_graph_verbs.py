@@ -30,7 +30,8 @@ def test_a_graphs_supernode_is_steered(clt: Path, crosslace, tmp_path: Path) -> 
     best = int(said.argmax())
     row = next(line for line in ended.out.splitlines() if repr(model.lm.token_strings([best])[0]) in line)
     assert float(row.split()[-1]) == pytest.approx(float(said[best]), rel=0.01)
-    by_folder = crosslace("steer", f"run={clt}", f"graph={clt / 'graphs' / 'dallas'}", f"supernode={group}", "times=-2")
+    folder = clt / "graphs" / "dallas"
+    by_folder = crosslace("steer", f"run={clt}", f"graph={folder}", f"supernode={group}", "times=-2", "top=3")
     assert row in by_folder.out
     for words, sentence in (([], "supernode is missing; the groups of"), (["supernode=x"], "no supernode 'x'")):
         ended = crosslace("steer", f"run={clt}", "graph=dallas", *words)
