@@ -240,6 +240,11 @@ class TrainerSettings:
     resample_until: float = 0.8
     """Share of the run after which nothing is resampled."""
 
+    on_divergence: str = free("warn")
+    """What follows when the NMSE, in training or held out, is above 1 or ten times its best: warn says so, with the
+    tokens that carry it; stop ends the run; rewind goes back to the last checkpoint, at half the learning rate and
+    without resampling, three times at most."""
+
     init_firing_rate: float | None = None
     """Share of tokens on which each feature fires at the start, set by its bias; the first L0 / features where not
     given."""
@@ -258,6 +263,10 @@ class TrainerSettings:
 
     eval_tokens: int = free(16_384)
     """Held-out tokens of an evaluation during training; the last evaluation takes calibrate_tokens."""
+
+    behaviour_tokens: int = free(0)
+    """Held-out tokens of text on which each evaluation during training also measures what the language model does
+    with its MLPs replaced (KL, CE recovered, top1), 1,000 at least; 0 leaves it out. The model then stays in memory."""
 
     checkpoint_every: int = free(500)
     """Steps between checkpoints; 0 writes the last one only."""
@@ -291,6 +300,8 @@ class TrainerSettings:
             check_range(f"trainer.{name}", getattr(self, name), low=0, high=1)
         for name in ("dead_after", "eval_tokens", "calibrate_tokens", "prefetch"):
             check_range(f"trainer.{name}", getattr(self, name), low=1)
+        if self.behaviour_tokens:
+            check_range("trainer.behaviour_tokens", self.behaviour_tokens, low=1000)
         check_range("trainer.seed", self.seed, low=-(2**63), high=2**63 - 1)
         for name in ("lr", "lr_scale", "lam", "tanh_c", "target_l0", "target_l0_per_layer", "k_first", "aux_k"):
             _check_above_0(name, getattr(self, name))
@@ -303,6 +314,7 @@ class TrainerSettings:
             for value in values:
                 check_range(f"trainer.{name}", value, low=0, high=high)
         check_choice("trainer.optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("trainer.on_divergence", self.on_divergence, ("warn", "stop", "rewind"))
         check_choice("trainer.precision", self.precision, PRECISIONS)
         check_choice("trainer.sparse", self.sparse, ("auto", "on", "off"))
         check_choice("trainer.sparsity", self.sparsity, SPARSITIES)

@@ -9,7 +9,7 @@ from ..data.errors import UserError
 from ..data.store import ActivationStore
 from .run import Checkpoints, HeldOut, calibrated_thresholds
 from .settings import TOPK, TrainerSettings, TranscoderSettings
-from .transcoder import Normalisation, Transcoder
+from .transcoder import Normalisation, Reading, Transcoder
 
 
 def checkpoint_steps(run: Path) -> list[int]:
@@ -39,9 +39,9 @@ def transcoder_at(run: Path, step: int, rows: ActivationStore | None = None) -> 
         target = [float(k) for k in settings.ks(L)]
     thresholds = None
     if rows is not None and target is not None and settings.activation != "topk":
-        held_out = HeldOut(rows, scales, settings.read, finished.layers)
+        held_out = HeldOut(rows, scales, Reading(rows, settings.read, finished.layers), finished.layers)
         tokens = max(trained.calibrate_tokens, trained.eval_tokens)
-        inputs = (x for x, _ in held_out.pairs(tokens, transcoder.device))
+        inputs = (x for x, _, _ in held_out.pairs(tokens, transcoder.device))
         thresholds = calibrated_thresholds(transcoder, inputs, held_out.rows(tokens), target)
     elif settings.activation == "batchtopk":
         raise UserError(

@@ -9,17 +9,23 @@ x, y [B, L, D]   this rank's rows, normalised, in `accumulate` pieces
 6. averages      densities, L0, the penalty that follows it               loss/state
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .loss import Objective, Pass, StepInputs, StepLoss, annealed_k, choose, dense_pass, ramp, scheduled_lr, step_loss
-from .run import StepParts, total_and_layer_norms
+from .run import StepParts, hold, resample, take_hold, total_and_layer_norms
 from .settings import TOPK, TrainerSettings
-from .sparse import RowGradients, sparse_pass
+from .sparse import RowGradients, sparse_pass, use_sparse
 from .transcoder import Transcoder, candidates, cut_dim, decoder_norms
+
+_LOOK_ROWS = 256
 
 
 def objective_of(settings: TrainerSettings, transcoder: Transcoder) -> Objective:
@@ -54,7 +60,10 @@ def step_inputs(parts: StepParts) -> StepInputs:
     else:
         lam = parts.state.log_lam.exp() * rising
     dead = parts.state.dead(step)
-    return StepInputs(k, lam, settings.lam_preactivation, dead, parts.target_l0, use_aux=parts.counters.use_aux)
+    return StepInputs(
+        k, lam, settings.lam_preactivation, dead, parts.target_l0, row_cap=parts.state.row_cap(),
+        use_aux=parts.counters.use_aux,
+    )  # fmt: skip
 
 
 def chosen_pass(parts: StepParts, unformed: RowGradients | None = None) -> Callable[..., Pass]:
@@ -69,6 +78,7 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
     settings, transcoder, comm = parts.settings, parts.transcoder, parts.comm
     pieces = list(zip(x.chunk(settings.accumulate), y.chunk(settings.accumulate), strict=True))
     inputs = step_inputs(parts)
+    take_hold(transcoder, parts.state, comm)
     if len(pieces) > 1:
         inputs = collect_batch_statistics(parts, [x_B for x_B, _ in pieces], inputs)
 
@@ -109,6 +119,7 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
     clip = (norm / settings.clip).clamp_min(1.0) if settings.clip else torch.ones_like(norm)
     parts.optimizers.set_lr(scheduled_lr(settings, max(transcoder.features) * comm.feature_ranks, parts.counters.step))
     parts.optimizers.step(clip * scale, bad, rows)
+    hold(transcoder, parts.state, comm)
 
     # Averages for the next steps and for the metrics.
     parts.state.update(whole, x.shape[0], norms_1L, bad, inputs.lam, comm)
@@ -116,6 +127,80 @@ def train_step(parts: StepParts, x: Tensor, y: Tensor) -> None:
         left = 1 - parts.counters.step / settings.steps
         parts.state.steer(parts.target_l0, settling=min(1.0, max(0.1, left / max(settings.lr_decay, 1e-6))))
     parts.counters.step += 1
+
+
+def look(parts: StepParts, x: Tensor, y: Tensor) -> None:
+    """Now and then, before a step: which step to take, and whether anything is dead. From readings that are the same
+    after a resume; but for the break-even of the two steps, which is measured once and kept in the checkpoints."""
+    comm, counters = parts.comm, parts.counters
+    counters.use_sparse = use_sparse(parts.settings.sparse, _listed(parts, x), x.device, counters.break_even)
+    dead = torch.stack([dead_F.any() for dead_F in parts.state.dead(counters.step)]).any()
+    counters.use_aux = bool(comm.max_all(dead.float()) > 0)
+    alone = comm.data_ranks * comm.feature_ranks == 1
+    if parts.settings.sparse == "auto" and x.device.type != "cpu" and alone and not counters.break_even:
+        counters.break_even = measured_break_even(parts, x, y)
+        counters.use_sparse = use_sparse("auto", _listed(parts, x), x.device, counters.break_even)
+
+
+@torch.no_grad()
+def _listed(parts: StepParts, x: Tensor) -> float:
+    """The share of entries that the sparse step would list."""
+    transcoder, comm = parts.transcoder, parts.comm
+    if transcoder.settings.activation in TOPK:
+        return sum(step_inputs(parts).k) / (sum(transcoder.features) * comm.feature_ranks)
+    window = transcoder.settings.bandwidth / 2 if transcoder.settings.activation == "jumprelu" else 0.0
+    h = transcoder.preactivations(x[:_LOOK_ROWS])
+    counts = torch.stack([(h_BF > transcoder.theta(l) - window).sum() for l, h_BF in enumerate(h)])
+    entries = sum(h_BF.numel() for h_BF in h) * comm.feature_ranks * comm.data_ranks
+    return float(comm.all_reduce_data(comm.all_reduce_features(counts.sum().float()))) / entries
+
+
+def measured_break_even(parts: StepParts, x: Tensor, y: Tensor, clock: Callable[[], float] = perf_counter) -> float:
+    """The share of listed entries at which the two steps should take equally long: loss and gradients are timed by
+    each, twice, the second time counts, and the sparse step's time is taken to be in proportion to its list."""
+    seconds = {}
+    for sparse in (True, False):
+        forward = chosen_pass(parts._replace(counters=replace(parts.counters, use_sparse=sparse)))
+        for _ in range(2):
+            _wait_for(x)
+            begun = clock()
+            try:
+                with autocast(parts.settings, x.device):
+                    pieces = zip(x.chunk(parts.settings.accumulate), y.chunk(parts.settings.accumulate), strict=True)
+                    piece, inputs = next(pieces), step_inputs(parts)
+                    step_loss(parts.transcoder, *piece, inputs, parts.objective, parts.comm, forward).loss.backward()
+                _wait_for(x)
+                seconds[sparse] = clock() - begun
+            except torch.OutOfMemoryError:
+                seconds[sparse] = math.inf
+            parts.optimizers.zero_grad()
+    if math.isinf(seconds[True]):
+        return math.inf if math.isinf(seconds[False]) else 1e-9
+    return _listed(parts, x) * seconds[False] / seconds[True]
+
+
+def _wait_for(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+def start_again(parts: StepParts, x: Tensor, y: Tensor) -> None:
+    """The dead features, on this batch, as long as it is early enough in the run."""
+    settings, step = parts.settings, parts.counters.step
+    if step > settings.resample_until * settings.steps:
+        return
+    inputs, pieces = step_inputs(parts), settings.accumulate
+    if pieces > 1:
+        inputs = collect_batch_statistics(parts, list(x.chunk(pieces)), inputs)
+
+    def forward(*given: Any) -> Pass:
+        with autocast(settings, x.device):
+            return chosen_pass(parts)(*given)
+
+    seed = settings.seed * 1_000_003 + step
+    resample(
+        parts.transcoder, parts.optimizers, parts.state, inputs, x, y, seed, parts.comm, forward, pieces
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -157,7 +242,8 @@ def mean_of(seen: list[StepLoss]) -> StepLoss:
     def mean(name: str) -> Tensor:
         return torch.stack([getattr(piece, name) for piece in seen]).mean(0)
 
-    return StepLoss(mean("loss"), terms, fired, mean("l0"), mean("power"))
+    row_loss, capped = torch.cat([piece.row_loss for piece in seen]), sum(piece.capped for piece in seen)
+    return StepLoss(mean("loss"), terms, fired, mean("l0"), mean("power"), row_loss, torch.as_tensor(capped))
 
 
 def autocast(settings: TrainerSettings, device: torch.device) -> torch.autocast:

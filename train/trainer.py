@@ -11,7 +11,7 @@ the end      thresholds are calibrated, the scales folded into the weights, one 
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -23,11 +23,14 @@ from torch import Tensor
 from ..data.device import find_device
 from ..data.errors import Progress, UserError, out_of_room, silent
 from ..data.store import ActivationStore, Batch
-from .loss import Counters, RunningState, StepInputs
-from .parallel import SINGLE, Collectives
+from .loss import Counters, RunningState
+from .parallel import SINGLE, Collectives, whole_rows
 from .run import (
+    MOST_REWINDS,
     Checkpoints,
+    Diverged,
     Evaluation,
+    Guard,
     HeldOut,
     Optimizers,
     Records,
@@ -36,20 +39,19 @@ from .run import (
     Tracker,
     check_run,
     check_same_run,
+    eased,
     evaluate,
-    resample,
     store_identity,
     training_values,
 )
 from .settings import TOPK, TrainerSettings, TranscoderSettings
-from .sparse import Workspace, use_sparse
-from .start import Neurons, initialise, rows_for, start_from, start_from_neurons
-from .step import objective_of, step_inputs, train_step
-from .transcoder import Normalisation, Transcoder, new_part, normalisation_of, own_slice, save_whole
+from .sparse import Workspace
+from .start import FRESH_SHARE, Neurons, initialise, rows_for, start_from, start_from_neurons
+from .step import look, objective_of, start_again, train_step
+from .transcoder import Normalisation, Reading, Transcoder, new_part, normalisation_of, own_slice, save_whole
 
 # Steps between looks at the densities, which decide whether the sparse step and the auxiliary loss are worth it.
 LOOK_EVERY = 25
-_LOOK_ROWS = 256
 
 # Non-finite losses or gradients in a row after which training stops.
 MOST_BAD_STEPS = 5
@@ -89,6 +91,8 @@ class Trainer:
         init: Transcoder | None = None,
         neurons: Iterable[Neurons] | None = None,
         meta: dict[str, Any] | None = None,
+        token_name: Callable[[int], str] = str,
+        behaviour: Callable[[Transcoder], dict[str, float]] | None = None,
     ) -> None:
         # Settings. A finished transcoder's features need not find their places.
         if init is not None and settings.k_first is None:
@@ -101,11 +105,13 @@ class Trainer:
         check_run(settings, transcoder_settings, store, held_out, self.layers, self.device, comm)
 
         # Data.
-        self.read = transcoder_settings.read
-        self.store = store.select(self.layers, (self.read, "mlp_out"))
+        read = transcoder_settings.read
+        self.reading = Reading(store, read, self.layers)
+        self.store = store.select(self.layers, (self.reading.site, "mlp_out"))
         rows = [store.layers.index(layer) for layer in self.layers]
-        self.normalisation = normalisation_of(store.statistics, self.read, rows, store.d_model)
-        held = held_out.select(self.layers, (self.read, "mlp_out"))
+        read_square = self.reading.mean_square(store, self.layers)
+        self.normalisation = normalisation_of(store.statistics, read, rows, store.d_model, read_square)
+        held = held_out.select(self.layers, (self.reading.site, "mlp_out"))
         self.identity = {"store": store_identity(store), "held_out": store_identity(held_out)}
 
         # Model, optimizer, state.
@@ -113,12 +119,13 @@ class Trainer:
         self.targets = settings.per_layer("target_l0", len(self.layers))
         self.normalisation = self.normalisation.to(self.device)
         self.checkpoints = Checkpoints(
-            self.folder / "checkpoints", settings.keep_checkpoints, comm, keep_every=settings.keep_every
-        )
+            self.folder / "checkpoints", settings.keep_checkpoints, comm, settings.keep_every,
+            background=self.device.type != "cpu",
+        )  # fmt: skip
         self.found = self.checkpoints.newest()
         transcoder = self._new_transcoder(init)
         self.neurons = neurons
-        self.held_out = HeldOut(held, self.normalisation, self.read, self.layers, comm)
+        self.held_out = HeldOut(held, self.normalisation, self.reading, self.layers, comm)
         target = None if self.targets is None else torch.tensor(self.targets, device=self.device)
         self.parts = StepParts(
             settings=settings,
@@ -136,6 +143,8 @@ class Trainer:
         # Helpers.
         self.records = Records(self.folder / "metrics.jsonl", comm.is_main)
         self.evaluation: Evaluation | None = None
+        self.behaviour = behaviour
+        self.guard = Guard(self.parts, self.records, token_name)
         self.result: TrainResult | None = None
 
     # The run.
@@ -149,23 +158,35 @@ class Trainer:
 
     def steps(self, stop: StopRequest | None = None) -> Iterator[int]:
         """The same step by step, so that several trainings may take turns; a `stop` that is given serves them all."""
-        settings, parts, counters = self.settings, self.parts, self.parts.counters
+        parts, counters = self.parts, self.parts.counters
         if not self._resume() and self.neurons is not None:
             start_from_neurons(parts.transcoder, self.neurons, self.normalisation, self.comm)
         begun = time.perf_counter() - counters.seconds
+        while True:
+            self.parts = self.parts._replace(settings=eased(self.settings, self.parts.counters.rewinds))
+            try:
+                yield from self._steps_from_here(begun, stop)
+                return
+            except Diverged as divergence:
+                self._rewind(divergence)
+
+    def _steps_from_here(self, begun: float, stop: StopRequest | None) -> Iterator[int]:
+        settings, counters = self.settings, self.parts.counters
+        rank, world = self._readers()
         loader = self.store.loader(
             settings.batch, counters.step, settings.steps - counters.step, self.device,
-            rank=self.comm.data_rank, world=self.comm.data_ranks, prefetch=settings.prefetch,
+            rank=rank, world=world, prefetch=settings.prefetch,
         )  # fmt: skip
         with nullcontext(stop) if stop else StopRequest(self.comm) as stop, loader:
             self.records.start(counters.step)
             for batch in loader:
                 x, y = self._normalised(batch)
+                self.guard.batch = batch
                 if counters.step % LOOK_EVERY == 0:
-                    self._refresh_density_flags(x)
-                if settings.resample_every and self._due(settings.resample_every):
-                    self._resample(x, y)
-                train_step(parts, x, y)
+                    look(self.parts, x, y)
+                if self._due(self.parts.settings.resample_every):
+                    start_again(self.parts, x, y)
+                train_step(self.parts, x, y)
                 if not self.records.speed:
                     self.records.set_apart(counters.step, loader.stall_seconds, self.device)
                 counters.seconds = time.perf_counter() - begun
@@ -178,6 +199,7 @@ class Trainer:
                 stopping = stop.requested(counters.step)
                 if stopping or self._due(settings.checkpoint_every) or last:
                     self._save()
+                self.checkpoints.finish(wait=stopping or last)
                 if stopping:
                     self.result = self._interrupted(stop.by_person)
                     return
@@ -188,34 +210,18 @@ class Trainer:
         step = self.parts.counters.step
         return every > 0 and step > 0 and step % every == 0
 
+    def _readers(self) -> tuple[int, int]:
+        """Which part of a batch this rank reads, and of how many: feature ranks share rows out, where these divide."""
+        comm = self.comm
+        if self.settings.batch % (comm.data_ranks * comm.feature_ranks):
+            return comm.data_rank, comm.data_ranks
+        return comm.data_rank * comm.feature_ranks + comm.feature_rank, comm.data_ranks * comm.feature_ranks
+
     def _normalised(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.normalisation.x(batch.sites[self.read]), self.normalisation.y(batch.mlp_out)
-
-    def _refresh_density_flags(self, x: Tensor) -> None:
-        """Decide, from a reading that is the same after a resume, which step to take and whether anything is dead."""
-        parts, transcoder = self.parts, self.parts.transcoder
-        listed = 0.0
-        with torch.no_grad():
-            if transcoder.settings.activation in TOPK:
-                k = step_inputs(parts).k
-                listed = sum(k) / (sum(transcoder.features) * self.comm.feature_ranks)
-            else:
-                window = transcoder.settings.bandwidth / 2 if transcoder.settings.activation == "jumprelu" else 0.0
-                h = transcoder.preactivations(x[:_LOOK_ROWS])
-                counts = torch.stack([(h_BF > transcoder.theta(l) - window).sum() for l, h_BF in enumerate(h)])
-                entries = sum(h_BF.numel() for h_BF in h) * self.comm.feature_ranks * self.comm.data_ranks
-                listed = float(self.comm.all_reduce_data(self.comm.all_reduce_features(counts.sum().float()))) / entries
-            dead = torch.stack([dead_F.any() for dead_F in parts.state.dead(parts.counters.step)]).any()
-            parts.counters.use_aux = bool(self.comm.max_all(dead.float()) > 0)
-        parts.counters.use_sparse = use_sparse(self.settings.sparse, listed, self.device)
-
-    def _resample(self, x: Tensor, y: Tensor) -> None:
-        parts, step = self.parts, self.parts.counters.step
-        if step > self.settings.resample_until * self.settings.steps:
-            return
-        inputs: StepInputs = step_inputs(parts)
-        seed = self.settings.seed * 1_000_003 + step
-        resample(parts.transcoder, parts.optimizers, parts.state, inputs, x, y, seed, self.comm)
+        x, y = self.reading.of(batch), batch.mlp_out
+        if len(x) * self.comm.data_ranks < self.settings.batch:
+            x, y = whole_rows(x, self.comm), whole_rows(y, self.comm)
+        return self.normalisation.x(x), self.normalisation.y(y)
 
     # The beginning.
 
@@ -225,10 +231,12 @@ class Trainer:
         if self.found is not None:
             return new_part(shape, d_model, self.layers, None, self.meta, self.comm).to(self.device)
         rates, decoder = self._rates(), self.settings.init_decoder
+        if init is not None:  # what the other lacks fires rarely at first, since it has to learn to write
+            rates = [FRESH_SHARE * rate for rate in rates]
         part = new_part(shape, d_model, self.layers, seed, self.meta, self.comm, decoders=decoder != "zero")
         part = part.to(self.device)
         batch = self.store.batch(0, 0, min(len(self.store), rows_for(min(rates))))
-        x = self.normalisation.x(batch.sites[self.read].to(self.device))
+        x = self.normalisation.x(self.reading.of(batch.to(self.device)))
         initialise(part, x, own_slice(self.normalisation.y_mean, self.comm), rates, decoder)
         if init is not None:
             start_from(part, init, self.normalisation, self.comm)
@@ -286,8 +294,7 @@ class Trainer:
 
     def _save(self) -> None:
         counters = dataclasses.asdict(self.parts.counters)
-        if counters["best_score"] == float("inf"):
-            counters["best_score"] = None
+        counters = {name: None if value == float("inf") else value for name, value in counters.items()}
         trackers = {type(t).__name__: t.state() for t in self.trackers} if self.comm.is_main else {}
         state = {"counters": counters, "trackers": trackers, **self._description()}
         self.checkpoints.save(self.parts.counters.step, self._tensors(), state)
@@ -305,6 +312,19 @@ class Trainer:
             )
         self.records.note = f"nmse {values['nmse']:.4f}  l0 {values['l0']:.1f}  dead {values['dead']:.1%}"
         self._emit(values, histograms)
+        self.guard.look(values["nmse"])
+
+    def _rewind(self, divergence: Diverged) -> None:
+        """Back to the newest checkpoint, to go on from there more carefully."""
+        rewinds = self.parts.counters.rewinds + 1
+        self.checkpoints.finish()
+        self.found = self.checkpoints.newest()
+        if rewinds > MOST_REWINDS or not self._resume():
+            cause = f"{MOST_REWINDS} rewinds did not help" if rewinds > MOST_REWINDS else "there is no checkpoint yet"
+            raise UserError(f"training stopped at {divergence} ({cause}: lower trainer.lr)") from divergence
+        counters = self.parts.counters
+        counters.rewinds, counters.diverging, self.parts.state.held = rewinds, False, None
+        self.guard.say(f"gone back to step {counters.step}, after {divergence}")
 
     def _emit(self, values: dict[str, float], histograms: dict[str, Tensor]) -> None:
         self.records.write(self.parts.counters.step, values)
@@ -326,8 +346,11 @@ class Trainer:
             own = torch.stack([theta.mean() for theta in self.evaluation.thresholds])
             means = (self.comm.all_reduce_features(own) / self.comm.feature_ranks).tolist()
             values |= {f"held_out/theta/{layer}": mean for layer, mean in zip(self.layers, means, strict=True)}
+        if self.behaviour is not None and self.comm.feature_ranks == 1:  # a rank's part replaces no MLP
+            values |= {f"held_out/{name}": v for name, v in self.behaviour(self._folded(self.evaluation)).items()}
         histograms = {f"held_out/density/{l}": d.cpu() for l, d in zip(self.layers, self.evaluation.densities)}
         self._emit(values | {"held_out/tokens": report["tokens"]}, histograms)
+        self.guard.look(report["overall"]["nmse"], held_out=True)
         score = self.comm.broadcast(self._score(report))  # one decides for all: an export is a collective
         if self.settings.keep_best and score < counters.best_score:
             counters.best_score = score
@@ -352,8 +375,7 @@ class Trainer:
         self.parts.workspace.clear()
         scales: Normalisation = self.normalisation
         chooses = self.transcoder_settings.activation == "topk"
-        thresholds = None if chooses else evaluation.thresholds
-        folded = self.parts.transcoder.folded(scales.in_scale, scales.out_scale, thresholds)
+        folded = self._folded(evaluation)
         meta = {
             "normalisation": {"in_scale": scales.in_scale.tolist(), "out_scale": scales.out_scale.tolist()},
             "trained_as": {
@@ -366,6 +388,11 @@ class Trainer:
         if chooses and evaluation.thresholds is not None:
             meta["thresholds"] = [float(tau_F[0]) for tau_F in evaluation.thresholds]
         return save_whole(folded, self.folder / name, meta, self.transcoder_settings, self.comm)
+
+    def _folded(self, evaluation: Evaluation) -> Transcoder:
+        """This rank's part on raw activations."""
+        thresholds = None if self.transcoder_settings.activation == "topk" else evaluation.thresholds
+        return self.parts.transcoder.folded(self.normalisation.in_scale, self.normalisation.out_scale, thresholds)
 
     def _interrupted(self, by_person: bool) -> TrainResult:
         step = self.parts.counters.step

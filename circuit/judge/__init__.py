@@ -1,6 +1,7 @@
 """How good a transcoder is: reconstruction, behaviour, controls, graph scores, faithfulness, health."""
 
 from .behaviour import TextBatch as TextBatch
+from .evaluation import LEAST_TOKENS as LEAST_TOKENS
 from .evaluation import EvalSettings as EvalSettings
 from .evaluation import EvalText as EvalText
 from .evaluation import evaluate as evaluate

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ...data.errors import Progress, SettingsError, UserError, check_range, silent
-from ...data.models import LanguageModel
+from ...data.models import LanguageModel, described
 from ...train.parallel import SINGLE, Collectives
-from ...train.run import ReconstructionMetrics
+from ...train.run import ReconstructionMetrics, named_tokens
 from ...train.transcoder import SparseActs, Transcoder, to_sparse
 from ..attribution import trace
 from ..model import ReplacementModel
@@ -166,6 +166,7 @@ def evaluate(
         "tokens": found["tokens"],
         "overall": found["overall"],
         "layers": found["layers"],
+        **({"worst_tokens": found["worst_tokens"]} if "worst_tokens" in found else {}),
         "behaviour": behaviour_part(sums, rm.transcoder.layers, settings.seed),
         "health": health(rm.transcoder, reconstruction.trained.densities()),
     }
@@ -173,7 +174,7 @@ def evaluate(
         result["controls"] = controls_part(sums, found["overall"], reconstruction.control_nmse(), settings.seed)
     if text.prompts is not None:
         result |= graph_part(rm, text, text.prompts, settings, comm, progress)
-    result["verdicts"] = [*verdicts(result), *text.unanswered]
+    result["verdicts"] = [*verdicts(result), *large_rows(rm, found), *text.unanswered]
     return result
 
 
@@ -181,6 +182,16 @@ def few_of(acts_NF: Tensor) -> Tensor | SparseActs:
     """The features of each token that fire, where those are few: nothing is decoded that is zero."""
     most = int((acts_NF != 0).sum(1).max()) if len(acts_NF) else 0
     return to_sparse(acts_NF) if 0 < most <= acts_NF.shape[1] // 8 else acts_NF
+
+
+def large_rows(rm: ReplacementModel, found: dict[str, Any]) -> list[str]:
+    """In words: which rows were left out as sinks, and which tokens carry an error that a few rows make."""
+    masked = rm.transcoder.meta.get("masked", {})
+    said = [f"{what}: {words}" for what, words in described(masked) if "sink" in what or what == "note"]
+    for l, tokens in found.get("worst_tokens", {}).items():
+        rows = named_tokens(rm.lm.token_strings(tokens))
+        said.append(f"layer {rm.transcoder.layers[l]}: more than half of the squared error is in {rows}")
+    return said
 
 
 class Reconstruction:
@@ -206,7 +217,8 @@ class Reconstruction:
         y_NLD = found.stacked("mlp_out")[~masked_BT].to(transcoder.dtype)
         acts = [transcoder.encode_layer(x_NLD[:, l], l) for l in range(transcoder.n_layers)]
         refuse_overflow(dict(zip(transcoder.layers, acts)), "transcoder")
-        self.trained.update(y_NLD, transcoder.decode([few_of(acts_NF) for acts_NF in acts], x_NLD), acts)
+        y_hat = transcoder.decode([few_of(acts_NF) for acts_NF in acts], x_NLD)
+        self.trained.update(y_NLD, y_hat, acts, batch.tokens_BT.to(masked_BT.device)[~masked_BT])
 
     @contextmanager
     def observe_controls(

@@ -10,6 +10,7 @@ A multiple of the median would not do: on one model 17 of 20,000 rows stand at 4
 on another the word " the" reaches 12 on a smooth tail.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -175,6 +176,28 @@ class SinkRule:
             for site, by_layer in masked["limits"].items()
         }
         return cls(masked["bos"], masked["sinks"], limits, masked["sample_rows"])
+
+
+def described(masked: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a store left out, in words: reasons with counts, and of sinks the tokens and the places where they stand
+    apart. `masked` is what a store or a transcoder keeps under that name; "kept" are the rows that were not."""
+    counts: dict[str, int] = masked.get("rows", {})
+    found = [(f"masked: {reason}", str(n)) for reason, n in counts.items() if n and "." not in reason]
+
+    def strongest(start: str) -> str:
+        chosen = {name.removeprefix(start): n for name, n in counts.items() if name.startswith(start)}
+        return ", ".join(f"{name} ({n})" for name, n in sorted(chosen.items(), key=lambda item: -item[1])[:6])
+
+    for start, label in (("sink.token.", "sinks: tokens"), ("sink.resid.", "resid"), ("sink.mlp_out.", "mlp_out")):
+        if words := strongest(start):
+            found.append((label if start.endswith("token.") else f"sinks: layers of {label}", words))
+    if unforeseen := counts.get("sink.unforeseen"):
+        found.append(("sinks: unforeseen", f"{unforeseen} where the sample had none; raise store.sample_tokens"))
+    if counts.get("sink", 0) > 0.01 * masked.get("kept", math.inf):
+        found.append(("note", "more than 1% of the rows are sinks: look at their tokens, or take store.sinks=first"))
+    if "limits" not in masked and masked.get("median_norm"):
+        found.append(("note", "sinks were told by the old rule, a multiple of the median: cache again for today's"))
+    return found
 
 
 def row_norms(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -129,13 +130,6 @@ class LanguageModel:
         wide.fingerprint = self.fingerprint
         return wide
 
-    def twin(self) -> "LanguageModel":
-        """The same weights in modules of their own, so that hooks of two users at the same time never meet."""
-        shared: dict[int, Any] = {id(tensor): tensor for tensor in [*self.model.parameters(), *self.model.buffers()]}
-        other = LanguageModel(deepcopy(self.model, shared), self.tokenizer, self.name, self.revision)
-        other.fingerprint = self.fingerprint
-        return other
-
     # -- text and tokens -----------------------------------------------------------------------------------------
 
     @property
@@ -168,7 +162,7 @@ class LanguageModel:
         ids = [int(token) for token in ids]
         if self.tokenizer is None:
             return [str(token) for token in ids]
-        return [self._token_string(token) for token in ids]
+        return [token_string(self.tokenizer, token) for token in ids]
 
     def text(self, ids: "Sequence[int] | Tensor") -> str:
         """Tokens as running text."""
@@ -180,15 +174,6 @@ class LanguageModel:
         """The tokens that end a text."""
         ends = self.model.generation_config.eos_token_id
         return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
-
-    def _token_string(self, token: int) -> str:
-        piece = self.tokenizer.convert_ids_to_tokens(token)
-        if piece is None:  # embeddings are often padded beyond the vocabulary
-            return f"<{token}>"
-        text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        if "\N{REPLACEMENT CHARACTER}" in text:  # part of a character
-            return piece
-        return " " + text if piece.startswith("\u2581") and not text.startswith(" ") else text
 
     # -- the two ends --------------------------------------------------------------------------------------------
 
@@ -378,14 +363,44 @@ def begin_with(tokenizer: Any, token: str | int) -> None:
     tokenizer.bos_token = text
 
 
-def load_model(settings: ModelSettings | str | Path) -> LanguageModel:
-    """Load a model by hub name, folder or GGUF file, or a bundled one by its folder's name in the cache, as stores and
-    transcoders call it; code that comes with a model is never run."""
-    settings = settings if isinstance(settings, ModelSettings) else ModelSettings(str(settings))
+def _found(settings: ModelSettings) -> ModelSettings:
+    """The same with the name of a GGUF file or a bundled model made into its folder."""
     if (file := find_file(settings.name)) is not None:
         settings = replace(settings, name=str(model_folder(file)))
     if (cached := cache_root() / settings.name / "config.json").is_file():
         settings = replace(settings, name=str(cached.parent))
+    return settings
+
+
+def token_string(tokenizer: Any, token: int) -> str:
+    """A token as one readable string, a leading space kept."""
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if piece is None:  # embeddings are often padded beyond the vocabulary
+        return f"<{token}>"
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    if "\N{REPLACEMENT CHARACTER}" in text:  # part of a character
+        return piece
+    return " " + text if piece.startswith("\u2581") and not text.startswith(" ") else text
+
+
+def token_names(model: Callable[[], ModelSettings]) -> Callable[[int], str]:
+    """Token ids to words, by a tokenizer that is loaded when first asked; numbers where it is not at hand."""
+
+    @cache
+    def tokenizer() -> Any:
+        try:
+            found = _found(model())
+            return AutoTokenizer.from_pretrained(found.name, revision=found.revision, trust_remote_code=False)
+        except (OSError, ValueError, UserError):
+            return None
+
+    return lambda token: str(token) if tokenizer() is None else repr(token_string(tokenizer(), token))
+
+
+def load_model(settings: ModelSettings | str | Path) -> LanguageModel:
+    """Load a model by hub name, folder or GGUF file, or a bundled one by its folder's name in the cache, as stores and
+    transcoders call it; code that comes with a model is never run."""
+    settings = _found(settings if isinstance(settings, ModelSettings) else ModelSettings(str(settings)))
     source: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": False}
     device = find_device(settings.device)
     try:

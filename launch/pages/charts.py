@@ -25,6 +25,8 @@ PAGE_COLOURS = {INK: "--ink", SOFT: "--soft", LINE: "--line"} | {c: f"--c{i}" fo
 LABELS = {
     "l0": "active features per token and layer",
     "nmse": "NMSE",
+    "nmse_median": "NMSE of the median row",
+    "worst_share": "share of the error in the worst thousandth of the rows",
     "ce_recovered": "cross-entropy recovered",
     "kl": "KL (clean || replaced)",
     "top1": "top-1 agreement",

@@ -87,8 +87,8 @@ def _interval(part: Mapping[str, Any], name: str) -> str | None:
 def _headline(result: Mapping[str, Any]) -> str:
     overall, behaviour, graph = result["overall"], result["behaviour"], result.get("graph", {})
     rows = [
-        [LABELS.get(name, name), overall[name], None]
-        for name in ("nmse", "fvu", "cosine", "l0", "l0_total", "dead", "dense")
+        [LABELS.get(name, name), overall.get(name), None]
+        for name in ("nmse", "nmse_median", "worst_share", "fvu", "cosine", "l0", "l0_total", "dead", "dense")
     ]
     rows += [
         [LABELS.get(name, name), behaviour[name], _interval(behaviour, name)]
@@ -112,7 +112,7 @@ def _controls(controls: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _layers(result: Mapping[str, Any]) -> str:
-    names = ("nmse", "fvu", "cosine", "l0", "dead", "dense")
+    names = ("nmse", "nmse_median", "worst_share", "fvu", "cosine", "l0", "dead", "dense")
     spliced = {part["layer"]: part for part in result["behaviour"].get("layers", [])}
     rows = []
     for layer, health in zip(result["layers"], result["health"]["layers"]):
@@ -120,7 +120,7 @@ def _layers(result: Mapping[str, Any]) -> str:
         rows.append(
             [
                 health["layer"],
-                *(layer[name] for name in names),
+                *(layer.get(name) for name in names),
                 *(alone.get(name) for name in ("ce_recovered", "kl", "top1")),
             ]
         )

@@ -25,7 +25,14 @@ def groups(parts: dict[Path, Job], folders: Sequence[Path]) -> list[list[Path]]:
         shared = {"path": values["store"]["path"]}
         if values["store"]["mode"] != "disk":
             shared = {name: values[name] for name in ("store", *SOURCES)}
-        one = {**shared, "batch": values["trainer"]["batch"], "device": values["trainer"]["device"], "at": at(folder)}
+        alone = str(folder) if values["trainer"]["on_divergence"] == "rewind" else None  # it may go back in the rows
+        one = {
+            **shared,
+            "alone": alone,
+            "batch": values["trainer"]["batch"],
+            "device": values["trainer"]["device"],
+            "at": at(folder),
+        }
         found.setdefault(json.dumps(one, sort_keys=True, default=str), []).append(folder)
     return list(found.values())
 

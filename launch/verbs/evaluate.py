@@ -212,7 +212,7 @@ def overall_table(results: dict[str, dict[str, Any]]):
 
 def layers_table(result: dict[str, Any]):
     """One row a layer."""
-    names = ("nmse", "fvu", "cosine", "l0", "dead", "dense")
+    names = ("nmse", "nmse_median", "worst_share", "fvu", "cosine", "l0", "dead", "dense")
     places = [layer["layer"] for layer in result["health"]["layers"]]
-    rows = [(place, *(layer[name] for name in names)) for place, layer in zip(places, result["layers"])]
+    rows = [(place, *(layer.get(name) for name in names)) for place, layer in zip(places, result["layers"])]
     return table("each layer", ("layer", *names), rows)

@@ -3,7 +3,7 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.errors import UserError
 from ..terminal import Closing, table
-from ..workspace import Job, open_model, open_stores, provenance, runs, tracking
+from ..workspace import Job, model_settings, open_corpus, open_model, open_stores, provenance, runs, tracking
 
 if TYPE_CHECKING:
     from ...data.store import ActivationStore
-    from ...train.parallel import Collectives, ParallelSettings
+    from ...train.parallel import Collectives
     from ...train.settings import TrainerSettings
     from ...train.start import Neurons
     from ...train.trainer import Trainer, TrainResult
+    from ...train.transcoder import Transcoder
 
 INTERRUPTED = 75
 """The exit code of a run that was asked to stop and saved: not finished, to be gone on with (EX_TEMPFAIL)."""
@@ -44,6 +45,7 @@ def run(job: Job) -> Closing:
     overall = result.evaluation["overall"]
     return Closing(
         "trained",
+        notes=worst_rows(job, result.evaluation),
         tables=[
             table("held-out", ("", "value"), [(name, value) for name, value in overall.items()]),
             *([table("speed", ("", "value"), list(result.speed.items()))] if result.speed else []),
@@ -54,6 +56,48 @@ def run(job: Job) -> Closing:
         ],
         next=next_commands(folder),
     )
+
+
+def worst_rows(job: Job, evaluation: dict[str, Any]) -> list[str]:
+    """The tokens of layers in which a few rows have more than half of the error."""
+    from ...train.run import named_tokens
+
+    layers = job.section("transcoder").layers or list(range(len(evaluation["layers"])))
+    return [
+        f"layer {layers[l]}: more than half of the held-out error is in {named_tokens([*map(names(job), tokens)])}"
+        for l, tokens in evaluation.get("worst_tokens", {}).items()
+    ]
+
+
+def names(job: Job) -> "Callable[[int], str]":
+    """Token ids to words, where the store's model is at hand."""
+    from ...data.models import token_names
+
+    return token_names(lambda: model_settings(job))
+
+
+def behaviour(job: Job) -> "Callable[[Transcoder], dict[str, float]] | None":
+    """What the language model does with its MLPs replaced, on held-out text: measured at each evaluation."""
+    tokens = job.section("trainer").behaviour_tokens
+    if not tokens:
+        return None
+    from ...circuit.judge import LEAST_TOKENS, EvalSettings, evaluate
+    from ...circuit.model import ReplacementModel
+    from ...train.parallel import SINGLE
+    from .evaluate import evaluation_text
+
+    asked = EvalSettings(
+        tokens=tokens, calibration_tokens=LEAST_TOKENS, layers=False, controls=False, prompts=0, pairs=0
+    )
+    model = open_model(job).widened(own=True)
+    corpus = open_corpus(job, model)
+
+    def measured(transcoder: "Transcoder") -> dict[str, float]:
+        replaced = ReplacementModel(model, transcoder)
+        found = evaluate(replaced, evaluation_text(replaced, corpus, asked, SINGLE), asked)["behaviour"]
+        return {name: found[name] for name in ("kl", "ce_recovered", "top1")}
+
+    return measured
 
 
 def next_commands(folder: Path) -> list[str]:
@@ -93,7 +137,7 @@ def fit(job: Job, folder: Path) -> "TrainResult | None":
     device = job.process.device
     with (
         open_stores(job) as stores,
-        processes(mesh_for(job, stores[0], device.type), device) as comm,
+        processes(job.section("parallel"), device, exchanges(job, stores[0], device.type)) as comm,
         prepared(job, folder, stores, comm) as trainer,
     ):
         return None if trainer is None else trainer.run()
@@ -125,6 +169,8 @@ def prepared(
                     device=job.process.device,
                     trackers=tracking.trackers(job.section("wandb"), folder, settings) if comm.is_main else [],
                     progress=job.progress,
+                    token_name=names(job),
+                    behaviour=behaviour(job) if comm.is_main else None,
                     meta=masked(store) | {"made_with": provenance(["train", *job.words])},
                     **beginning(job, store),
                 )
@@ -148,15 +194,16 @@ def trainer_settings(job: Job) -> "TrainerSettings":
     return replace(settings, precision=job.process.precision) if settings.precision == "auto" else settings
 
 
-def mesh_for(job: Job, store: "ActivationStore", device: str) -> "ParallelSettings":
-    """The processes, and what they exchange."""
-    from ...train.planning import Shape, decided
+def exchanges(job: Job, store: "ActivationStore", device: str) -> dict[str, dict[str, float]]:
+    """What the processes may exchange: the bytes that one hands in, by collective."""
+    from ...train.planning import Shape, choices
 
     transcoder = job.section("transcoder")
     layers = transcoder.layers or store.layers
     shape = Shape(len(layers), store.d_model, len(store), store.dtype.itemsize)
     machine = replace(job.section("machine"), device="cuda" if device == "cuda" else "cpu")
-    return decided(shape, transcoder, job.section("trainer"), job.section("parallel"), machine)
+    found = choices(shape, transcoder, job.section("trainer"), job.section("parallel"), machine)
+    return {name: {what: flow.handed for what, flow in flows.items()} for name, flows in found.items()}
 
 
 def beginning(job: Job, store: "ActivationStore") -> dict[str, Any]:

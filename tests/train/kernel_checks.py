@@ -43,7 +43,7 @@ def make_lists() -> Entries:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, ROWS - 1, (N,), generator=generator).sort().values
     features = torch.randint(1, FEATURES, (N,), generator=generator)
-    return make_entries(rows.to(DEVICE), features.to(DEVICE), ROWS, FEATURES)
+    return make_entries(rows.to(DEVICE).int(), features.to(DEVICE).int(), ROWS, FEATURES)
 
 
 def incidence(entries: Entries, values: Tensor) -> Tensor:

@@ -4,29 +4,38 @@ Every rank trains the whole one too (float64, one process) on the whole batch, s
 line per case from the first rank; a failed comparison ends the process with its message.
 """
 
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from crosslace.train.loss.objective import dense_pass, step_loss
 from crosslace.train.loss.state import Counters, RunningState
-from crosslace.train.parallel.collectives import SINGLE, Collectives
+from crosslace.train.parallel.collectives import SINGLE, Collectives, whole_rows
 from crosslace.train.parallel.mesh import ParallelSettings, processes
+from crosslace.train.run.checkpoint import Checkpoints
 from crosslace.train.run.metrics import ReconstructionMetrics
 from crosslace.train.run.optimizers import Optimizers
 from crosslace.train.run.resampling import resample
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.sparse import active_set as select
 from crosslace.train.sparse import forward as sparse
+from crosslace.train.sparse import row_gradients, sharing
+from crosslace.train.sparse.entries import RowGradient
+from crosslace.train.sparse.row_gradients import form
 from crosslace.train.sparse.workspace import Workspace
 from crosslace.train.step import StepParts, chosen_pass, objective_of, step_inputs, train_step
 from crosslace.train.transcoder.partition import cut_dim, new_part, part_of
 from crosslace.train.transcoder.slices import all_slices
 from crosslace.train.transcoder.transcoder import Transcoder
+from host_reads import Reads
 
 STEPS, TOKENS, LAYERS, WIDTH, FEATURES = 20, 16, 3, 8, 12
 
@@ -54,6 +63,12 @@ CASES = [
     Case("clt jumprelu, penalties, sparse", {"activation": "jumprelu"}, PENALTIES, sparse=True),
     Case("clt batchtopk, sparse, aux, fixed lists", {"activation": "batchtopk", "k": 3}, {"dead_after": TOKENS},
          sparse=True, fixed=True),
+    Case("clt batchtopk over all layers, sparse, fixed lists", {"activation": "batchtopk", "k": 3, "k_scope": "all"},
+         sparse=True, fixed=True),
+    Case("clt topk, sparse, aux, fixed lists", {"activation": "topk", "k": 3}, {"dead_after": TOKENS}, sparse=True,
+         fixed=True),
+    Case("clt jumprelu, penalties, sparse, fixed lists", {"activation": "jumprelu"}, PENALTIES, sparse=True,
+         fixed=True),
     Case("plt jumprelu, steered, skip, tight clip", {"activation": "jumprelu", "reach": "1", "skip": True},
          {**PENALTIES, "target_l0": 2.0, "clip": 1e-2}),
     Case("windowed jumprelu, quadratic target", {"activation": "jumprelu", "reach": "2"},
@@ -63,8 +78,17 @@ CASES = [
 
 @contextmanager
 def lists_as_on_an_accelerator() -> Iterator[None]:
-    with patch.object(select, "read_freely", lambda _: False), patch.object(sparse, "read_freely", lambda _: False):
+    with ExitStack() as kept:
+        kept.enter_context(patch.dict(os.environ, CROSSLACE_KERNELS="torch"))
+        kept.enter_context(patch.object(row_gradients, "chunks", whole_chunk))
+        for module in (select, sparse, sharing):
+            kept.enter_context(patch.object(module, "read_freely", lambda _: False))
         yield
+
+
+def whole_chunk(rows: RowGradient) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The kernels of an accelerator find the ends of the lists by themselves."""
+    yield slice(0, len(rows.weight)), form(rows, torch.empty_like(rows.weight))
 
 
 def parts_for(case: Case, comm: Collectives) -> StepParts:
@@ -148,7 +172,12 @@ def compare_training(case: Case, sharded: StepParts, whole: StepParts, comm: Col
             resample_alike(sharded, whole, comm)
         x, y = batch(step)
         train_step(whole, x, y)
-        train_step(sharded, rows_of(x, comm, pieces), rows_of(y, comm, pieces))
+        rows = rows_of(x, comm, pieces), rows_of(y, comm, pieces)
+        with Reads() if case.fixed else nullcontext() as reads:
+            train_step(sharded, *rows)
+        # the first step finds out how long lists are; after a restart it is looked up what is held
+        if reads is not None and step not in (0, STEPS // 2) and reads.seen:
+            raise SystemExit(f"{case.name}: step {step} made the host wait for {reads.seen}")
     tolerance = 1e-7 if case.trainer.get("clip") == 1e-2 else 1e-9  # torch's fused Adam takes the divisor in float32
     together = whole_of(sharded.transcoder, comm)
     for name, parameter in whole.transcoder.named_parameters():
@@ -171,7 +200,10 @@ def resample_alike(sharded: StepParts, whole: StepParts, comm: Collectives) -> N
     for parts, mask, rows in ((sharded, own, (rows_of(x, comm, 1), rows_of(y, comm, 1))), (whole, dead, (x, y))):
         inputs = step_inputs(parts)._replace(dead=mask)
         resample(parts.transcoder, parts.optimizers, parts.state, inputs, *rows, seed=3, comm=parts.comm)
-        assert all((layer[m] == 0).all() for layer, m in zip(parts.state.silent, mask))
+        started = [steps > 0 for steps in parts.state.held_steps]
+        assert not any((steps & ~m).any() for steps, m in zip(started, mask))
+        assert all((silent[m] == 0).all() for silent, m in zip(parts.state.silent, started))
+        assert comm.max_all(torch.stack([steps.any() for steps in started]).any().float()) > 0
 
 
 def compare_metrics(case: Case, sharded: StepParts, whole: StepParts, comm: Collectives) -> None:
@@ -194,11 +226,42 @@ def compare_beginnings(comm: Collectives) -> None:
         agree(f"{name} at first", drawn.get_parameter(name), parameter, 0.0)
 
 
+def compare_rows(comm: Collectives) -> None:
+    """Rows that feature ranks have read apart are, together, those of their data rank, as they lie in a batch."""
+    for dtype in (torch.bfloat16, torch.float32):
+        rows = torch.randn(LAYERS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(4)).to(dtype).transpose(0, 1)
+        own = rows.unflatten(0, (comm.feature_ranks, -1))[comm.feature_rank]
+        whole = whole_rows(own, comm)
+        assert torch.equal(whole, rows) and whole.stride() == rows.stride()
+
+
+def compare_checkpoints(comm: Collectives) -> None:
+    """What is saved in the background while steps go on is what there was, and can be read back on this mesh."""
+    parts = parts_for(CASES[0], comm)
+    folder = Path(comm.broadcast(tempfile.mkdtemp() if comm.is_main else None))
+    saves = Checkpoints(folder, comm=comm, background=True)
+    tensors = {f"weights/{name}": p.data for name, p in parts.transcoder.named_parameters()}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    saves.save(1, tensors, {"counters": {}})
+    for step in range(5):
+        train_step(parts, *(rows_of(part, comm, 1) for part in batch(step)))
+    saves.finish()
+    path, _ = saves.newest() or (folder, {})
+    saves.load(path, tensors)
+    for name, tensor in tensors.items():
+        agree(f"{name} as saved", tensor, before[name], 0.0)
+    comm.barrier()
+    if comm.is_main:
+        shutil.rmtree(folder)
+
+
 def main(data: int, features: int, exchange: str) -> None:
     torch.set_num_threads(1)
     with processes(ParallelSettings(data, features, exchange)) as comm:
         assert comm.slices == (features if exchange == "actives" else 1)
         compare_beginnings(comm)
+        compare_rows(comm)
+        compare_checkpoints(comm)
         for case in CASES:
             with lists_as_on_an_accelerator() if case.fixed else nullcontext():
                 for compare in (compare_gradients, compare_training):

@@ -50,7 +50,7 @@ def test_feature_ranks_share_and_data_ranks_do_not():
     assert features.rank_parameters == pytest.approx(one.rank_parameters / 4, rel=1e-3)
     assert one.sent == {} and set(data.sent) == {"thresholds", "gradients"}
     assert features.exchange == "actives"
-    assert set(features.sent) == {"actives", "active_gradients", "thresholds", "token_thresholds"}
+    assert set(features.sent) == {"rows", "actives", "active_gradients", "thresholds", "token_thresholds"}
 
 
 def test_the_exchange_that_moves_fewer_bytes_is_taken():

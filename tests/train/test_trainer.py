@@ -3,6 +3,7 @@
 import gc
 import json
 import signal
+import threading
 import time
 import weakref
 from dataclasses import asdict, replace
@@ -187,11 +188,47 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning(planted, tmp_path, c
 
 
 def test_a_flipped_digit_in_the_plain_numbers_is_damage(tmp_path):
-    folder = Checkpoints(tmp_path).save(60, {"weights/b_dec.0": torch.ones(3)}, {"counters": {"seconds": 4.25}})
+    Checkpoints(tmp_path).save(60, {"weights/b_dec.0": torch.ones(3)}, {"counters": {"seconds": 4.25}})
+    folder = tmp_path / "step-60"
     assert damage(folder) is None
     text = (folder / "state.json").read_text()
     (folder / "state.json").write_text(text.replace("4.25", "4.26"))
     assert damage(folder) == "state.json is not what was written"
+
+
+def test_saving_in_the_background_holds_up_for_a_copy_alone(tmp_path, monkeypatch):
+    """What is written is what there was; the next save and `finish` wait, and say what went wrong."""
+    saves, go, weight = Checkpoints(tmp_path, background=True), threading.Event(), torch.ones(3)
+    write = saves._write
+    monkeypatch.setattr(saves, "_write", lambda *given: (go.wait(20), write(*given)))
+    saves.save(1, {"weights/b_dec.0": weight}, {"counters": {}})
+    weight.zero_()
+    saves.finish(wait=False)
+    assert not saves.paths()
+    go.set()
+    saves.finish()
+    held = torch.empty(3)
+    saves.load(tmp_path / "step-1", {"weights/b_dec.0": held})
+    assert held.tolist() == [1.0, 1.0, 1.0] and damage(tmp_path / "step-1") is None
+
+    def full(*given, **how):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.save", full)
+    saves.save(2, {"weights/b_dec.0": weight}, {"counters": {}})
+    with pytest.raises(UserError, match="the checkpoint of step 2 could not be written"):
+        saves.finish()
+
+
+def test_a_run_that_saves_in_the_background_ends_with_the_same_bits(planted, tmp_path):
+    found = []
+    for background in (False, True):
+        folder = tmp_path / str(background)
+        trainer = Trainer(replace(QUICK, checkpoint_every=7), SMALL, planted.train, planted.held_out, folder)
+        trainer.checkpoints.background = background
+        found.append(trainer.run().evaluation)
+        assert [damage(path) for path in trainer.checkpoints.paths()] == [None, None]
+    assert found[0] == found[1]
 
 
 def test_a_request_to_stop_at_the_last_step_is_heard_and_metrics_are_never_half_written(planted, tmp_path, monkeypatch):

@@ -13,4 +13,5 @@ from .schedules import annealed_k as annealed_k
 from .schedules import ramp as ramp
 from .schedules import scheduled_lr as scheduled_lr
 from .state import Counters as Counters
+from .state import Held as Held
 from .state import RunningState as RunningState

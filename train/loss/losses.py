@@ -15,25 +15,40 @@ from ..transcoder import heaviside
 
 
 class _MeanSquare(torch.autograd.Function):
-    """[L]: the mean square of a - b [B, L, D]. One tensor of that size is kept and one made of it, where autograd would
-    keep and make five: at many layers they cost as much as the products."""
+    """[L]: the weighted mean square of a - b [B, L, D]. One tensor of that size is kept and one made of it, where
+    autograd would keep and make five: at many layers they cost as much as the products."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, weight_BL: Tensor | None) -> Tensor:
         error = a - b
-        ctx.save_for_backward(error)
-        return torch.linalg.vector_norm(error, dim=2).square().mean(0) / error.shape[2]
+        ctx.save_for_backward(error, weight_BL)
+        square_BL = torch.linalg.vector_norm(error, dim=2).square()
+        return (square_BL if weight_BL is None else square_BL * weight_BL).mean(0) / error.shape[2]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_L: Tensor) -> tuple[Tensor, None]:
-        (error,) = ctx.saved_tensors
-        return error * (2 * grad_L / (error.shape[0] * error.shape[2]))[:, None], None
+    def backward(ctx: Any, grad_L: Tensor) -> tuple[Tensor, None, None]:
+        error, weight_BL = ctx.saved_tensors
+        factor = 2 * grad_L / (error.shape[0] * error.shape[2])
+        factor = factor if weight_BL is None else factor * weight_BL
+        return error * factor[..., None], None, None
 
 
-def reconstruction(y_hat: Tensor, y: Tensor) -> Tensor:
+def reconstruction(y_hat: Tensor, y: Tensor, weight_BL: Tensor | None = None) -> Tensor:
     """[L]: |y^_l - y_l|^2 / D, mean over tokens; y [B, L, D] normalised so that E|y_l|^2 = D, a constant."""
-    return _MeanSquare.apply(y_hat, y)  # type: ignore[return-value]
+    return _MeanSquare.apply(y_hat, y, weight_BL)  # type: ignore[return-value]
+
+
+def row_losses(y_hat: Tensor, y: Tensor) -> Tensor:
+    """[B, L]: |y^_l - y_l|^2 / D of each row."""
+    return torch.linalg.vector_norm(y_hat.detach() - y, dim=2).square() / y.shape[2]
+
+
+def row_weights(row_loss: Tensor, cap: Tensor) -> Tensor:
+    """[B, L]: what makes a row whose loss is above the cap [L] count as one at the cap, and pull as one; 1 for the
+    others, which changes no bit of them. So the few rows that no average should see, and that were not told as sinks,
+    do not rule the step."""
+    return (cap / row_loss).clamp(max=1.0)
 
 
 def tanh_penalty(a: Tensor, n: Tensor, c: float, tokens: int) -> Tensor:
@@ -67,4 +82,4 @@ def preactivation_penalty(h: Tensor, theta: Tensor, n: Tensor, tokens: int, over
 
 def auxiliary(y_aux: Tensor, y_hat: Tensor, y: Tensor) -> Tensor:
     """[L]: |y_aux - (y - y^)|^2 / D: what dead features alone (no b_dec) make of the error, taken as a constant."""
-    return _MeanSquare.apply(y_aux, (y - y_hat).detach())  # type: ignore[return-value]
+    return _MeanSquare.apply(y_aux, (y - y_hat).detach(), None)  # type: ignore[return-value]

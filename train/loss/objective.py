@@ -67,6 +67,8 @@ class StepInputs(NamedTuple):
     """batchtopk: thresholds chosen over the whole batch, where this is a part of it."""
     l0_around: Tensor | None = None
     """[L]: the whole batch's L0, where this is a part of it."""
+    row_cap: Tensor | None = None
+    """[L]: the most that one row's loss counts."""
     use_aux: bool = True
     """Whether any feature was dead when last looked at."""
 
@@ -77,13 +79,18 @@ class StepLoss(NamedTuple):
     loss: Tensor
     """[]: what is differentiated."""
     terms: dict[str, Tensor]
-    """Each term [L], with its coefficient, detached: reconstruction, sparsity, preactivation, auxiliary."""
+    """Each term [L], with its coefficient, detached: reconstruction (of all rows in full), sparsity, preactivation,
+    auxiliary."""
     fired: list[Tensor]
     """Per layer [F]: tokens on which each feature fired."""
     l0: Tensor
     """[L]: active features per token, over all shards."""
     power: Tensor
     """[L]: |y|^2 / D, mean over tokens."""
+    row_loss: Tensor
+    """[B, L]: |y^ - y|^2 / D of each row."""
+    capped: Tensor
+    """[L]: rows whose loss did not count in full."""
 
 
 class LayerActs(Protocol):
@@ -167,7 +174,9 @@ def step_loss(
     fired = [layer.counts() for layer in done.layers]
     l0 = comm.all_reduce_features(torch.stack([counts.sum() for counts in fired]).to(x.dtype)) / tokens
     own_y = own_slice(y, comm)
-    terms = {"reconstruction": over_slices(losses.reconstruction(done.y_hat, own_y), comm)}
+    row_loss = over_slices(losses.row_losses(done.y_hat, own_y), comm)
+    weights = None if inputs.row_cap is None else losses.row_weights(row_loss, inputs.row_cap)
+    terms = {"reconstruction": over_slices(losses.reconstruction(done.y_hat, own_y, weights), comm)}
     with torch.autocast(x.device.type, enabled=False):
         if objective.sparsity is not None:
             terms["sparsity"] = inputs.lam * _sparsity(transcoder, done, inputs, objective, tokens, comm)
@@ -182,8 +191,9 @@ def step_loss(
             auxiliary = over_slices(losses.auxiliary(done.y_aux, done.y_hat, own_y), comm)
             terms["auxiliary"] = objective.aux_weight * any_dead * auxiliary
     loss = torch.stack(list(terms.values())).sum()
-    detached = {name: term.detach() for name, term in terms.items()}
-    return StepLoss(loss, detached, fired, l0, y.square().mean(dim=(0, 2)))
+    detached = {name: term.detach() for name, term in terms.items()} | {"reconstruction": row_loss.mean(0)}
+    capped = torch.zeros_like(l0) if inputs.row_cap is None else (row_loss > inputs.row_cap).sum(0).to(l0.dtype)
+    return StepLoss(loss, detached, fired, l0, y.square().mean(dim=(0, 2)), row_loss, capped)
 
 
 def _sparsity(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..parallel import Collectives
+from ..parallel import Collectives, whole_batch
 from ..settings import TrainerSettings
 from ..transcoder import Transcoder
 from .objective import StepLoss
@@ -22,6 +22,11 @@ _BOOST, _MOST_BOOST, _CALMING = 1.02, 8.0, 0.3
 _DAMPING = 2.0
 _L0_MEMORY = 0.95
 _FORGETTING = 8.0
+
+# A row's loss counts up to so many times the quantile that all but one in a thousand stay below, over the last rows.
+QUANTILE_ROWS = 8192
+_ABOVE_QUANTILE = 1e-3
+_CAP = 4.0
 
 # fp16: the loss is scaled up so that small gradients survive; halved at an overflow, doubled after many good steps.
 _FIRST_LOSS_SCALE = 2.0**13
@@ -37,9 +42,33 @@ class Counters:
     """The choice that `sparse: auto` last made."""
     use_aux: bool = False
     """Whether any feature was dead when last looked at."""
+    break_even: float = 0.0
+    """The density below which the sparse step is faster, as measured; 0 before."""
     best_score: float = math.inf
+    best_nmse: float = math.inf
+    best_held_out_nmse: float = math.inf
+    diverging: bool = False
+    """Whether the last look found the error far above its best."""
+    rewinds: int = 0
+    """How often the run went back to a checkpoint because of that."""
     seconds: float = 0.0
     """Training time before this process."""
+
+
+@dataclass
+class Held:
+    """Features of a layer that were started lately: what of them stays as it is after a step, or within a bound."""
+
+    steps: int
+    """For how many more steps."""
+    read: Tensor
+    """[n]: this rank's features."""
+    fixed: list[tuple[Tensor, Tensor]]
+    """Parameters by feature, and the values that these features keep."""
+    written: Tensor
+    """[m]: rows of the decoder."""
+    limit: Tensor
+    """[m, reach]: the largest norm, for each layer that is written to."""
 
 
 class RunningState:
@@ -56,6 +85,13 @@ class RunningState:
         self.density = [zeros(size) for size in transcoder.features]
         self.silent = [torch.zeros(size, dtype=torch.int32, device=device) for size in transcoder.features]
         """Steps since each feature fired."""
+        # Features started again: for how many more steps they are held, and the norms that their decoders may have.
+        self.held_steps = [zeros(size) for size in transcoder.features]
+        self.write_limit = [
+            zeros(size, transcoder.reach_at(l)).to(transcoder.dtype) for l, size in enumerate(transcoder.features)
+        ]
+        self.held: list[Held | None] | None = None
+        self.row_losses = zeros(layers, QUANTILE_ROWS).to(transcoder.dtype) + math.inf
         lam = settings.coefficients(layers)
         self.log_lam = torch.tensor([math.log(max(value, 1e-12)) for value in lam], device=device)
         self.l0 = zeros(layers)
@@ -66,7 +102,7 @@ class RunningState:
         self.good_in_row = zeros()
         self.sums: dict[str, Tensor] = {
             name: zeros(layers)
-            for name in ("reconstruction", "sparsity", "preactivation", "auxiliary", "l0", "power", "lam")
+            for name in ("reconstruction", "sparsity", "preactivation", "auxiliary", "l0", "power", "lam", "capped")
         }
         self.sums |= {"steps": zeros(), "grad_norms": zeros(1 + layers)}
 
@@ -103,8 +139,17 @@ class RunningState:
         finite = {name: torch.where(bad > 0, 0, value) for name, value in seen.terms.items()}
         for name, value in (finite | {"power": seen.power, "l0": l0, "lam": lam}).items():
             self.sums[name] += comm.mean_data(value.to(self.l0.dtype)) * good
+        self.sums["capped"] += comm.all_reduce_data(seen.capped) * good
+        last_LN = whole_batch(seen.row_loss, comm).T[:, -QUANTILE_ROWS:].to(self.row_losses.dtype)
+        moved = torch.cat([self.row_losses[:, last_LN.shape[1] :], last_LN], dim=1)
+        self.row_losses.copy_(torch.where(bad > 0, self.row_losses, moved))
         self.sums["steps"] += good
         self.sums["grad_norms"] += torch.where(bad > 0, 0, grad_norms)
+
+    def row_cap(self) -> Tensor:
+        """[L]: the most that a row's loss may count; no bound until enough rows were seen."""
+        above = round(_ABOVE_QUANTILE * QUANTILE_ROWS)
+        return _CAP * self.row_losses.topk(above + 1).values[:, -1]
 
     def steered_lam(self, target: Tensor) -> Tensor:
         """[L]: the coefficient that steering gives now."""
@@ -131,6 +176,9 @@ class RunningState:
         """All device state by name, in place."""
         named = {f"density.{l}": density for l, density in enumerate(self.density)}
         named |= {f"silent.{l}": silent for l, silent in enumerate(self.silent)}
+        for l, (steps, limit) in enumerate(zip(self.held_steps, self.write_limit, strict=True)):
+            named |= {f"held_steps.{l}": steps, f"write_limit.{l}": limit}
+        named |= {"row_losses": self.row_losses}
         named |= {"log_lam": self.log_lam, "l0": self.l0, "side": self.side, "boost": self.boost}
         named |= {"bad_in_row": self.bad_in_row, "bad_total": self.bad_total}
         named |= {"loss_scale": self.loss_scale, "good_in_row": self.good_in_row}

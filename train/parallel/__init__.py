@@ -2,6 +2,8 @@
 
 from .collectives import SINGLE as SINGLE
 from .collectives import Collectives as Collectives
+from .collectives import whole_batch as whole_batch
+from .collectives import whole_rows as whole_rows
 from .mesh import BUCKET_BYTES as BUCKET_BYTES
 from .mesh import EXCHANGES as EXCHANGES
 from .mesh import FirstFailure as FirstFailure

@@ -8,6 +8,7 @@ layer and see the same tokens; *data* ranks hold the same features and see diffe
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -20,8 +21,9 @@ class Collectives(Protocol):
     feature_ranks: int
     slices: int
     """Into how many slices decoders are cut along their width: 1 where they are cut by feature, else feature_ranks."""
-    patient: Any
-    """The processes as a group whose waits may be long: what surrounds files goes over it."""
+    files: Any
+    """The processes as a group for what surrounds files: its waits may be long, and a thread may use it beside the
+    training."""
 
     @property
     def is_main(self) -> bool:
@@ -40,7 +42,7 @@ class Collectives(Protocol):
         """Mean over data ranks, without gradient."""
         ...
 
-    def max_all(self, x: Tensor) -> Tensor:
+    def max_all(self, x: Tensor, files: bool = False) -> Tensor:
         """Largest over all ranks, elementwise (flags: a bad gradient, a request to stop)."""
         ...
 
@@ -75,8 +77,8 @@ class Collectives(Protocol):
         """This feature rank's part `x` as a DTensor of the whole, cut along `dim`, that shares its memory."""
         ...
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
+    def barrier(self, files: bool = False) -> None:
+        """Wait for every rank; `files` as in `max_all`: by the group for files."""
         ...
 
     def broadcast(self, value: Any) -> Any:
@@ -90,7 +92,7 @@ class SingleProcess:
     data_rank = feature_rank = 0
     data_ranks = feature_ranks = slices = 1
     is_main = True
-    patient = None
+    files = None
 
     def all_reduce_features(self, x: Tensor) -> Tensor:
         return x
@@ -101,7 +103,7 @@ class SingleProcess:
     def mean_data(self, x: Tensor) -> Tensor:
         return x
 
-    def max_all(self, x: Tensor) -> Tensor:
+    def max_all(self, x: Tensor, files: bool = False) -> Tensor:
         return x
 
     def reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -125,7 +127,7 @@ class SingleProcess:
     def shard(self, x: Tensor, dim: int) -> Tensor:
         return x
 
-    def barrier(self) -> None:
+    def barrier(self, files: bool = False) -> None:
         return None
 
     def broadcast(self, value: Any) -> Any:
@@ -133,3 +135,22 @@ class SingleProcess:
 
 
 SINGLE: Collectives = SingleProcess()
+
+
+def whole_rows(x: Tensor, comm: Collectives) -> Tensor:
+    """[b, L, D] of each feature rank, which has read its own part -> [m b, L, D], layer by layer as batches lie.
+    Bytes travel: whatever a store holds."""
+    if comm.feature_ranks == 1:
+        return x
+    layers = x.transpose(0, 1).contiguous()
+    parts = comm.all_gather_features(layers.view(torch.uint8)).view(x.dtype)
+    return parts.transpose(0, 1).flatten(1, 2).transpose(0, 1)
+
+
+def whole_batch(x: Tensor, comm: Collectives) -> Tensor:
+    """All data ranks' rows [B, ...] in the order of the batch, of which each rank holds one stretch."""
+    if comm.data_ranks == 1:
+        return x
+    slots = x.new_zeros(comm.data_ranks, *x.shape)
+    slots[comm.data_rank] = x
+    return comm.all_reduce_data(slots).flatten(0, 1)

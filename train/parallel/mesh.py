@@ -17,11 +17,12 @@ The mathematics stands in `collectives.py`; this module alone knows process grou
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ _LOST = (
     "says why, and the same command goes on from the newest checkpoint"
 )
 
+_AXES = ("data", "features")
 EXCHANGES = ("auto", "reconstructions", "actives")
 
 
@@ -57,7 +59,8 @@ class ParallelSettings:
 
     exchange: str = "auto"
     """What processes that share features send to each other: reconstructions, or actives (active features and their
-    values; each process then holds a slice of every decoder). auto takes what the plan finds to be fewer bytes."""
+    values; each process then holds a slice of every decoder). auto times both at the start, where
+    the plan allows both, and takes the faster."""
 
     timeout: int = 600
     """Seconds after which a process that waits for the others gives up."""
@@ -108,9 +111,13 @@ def leave() -> None:
 
 
 @contextmanager
-def processes(settings: ParallelSettings, device: torch.device | str = "cpu") -> Iterator[Collectives]:
-    """The collectives of this process in its mesh, for as long as the block runs. `exchange` is decided by then
-    (`plan.decided`): what is still `auto` exchanges reconstructions."""
+def processes(
+    settings: ParallelSettings,
+    device: torch.device | str = "cpu",
+    moved: Mapping[str, Mapping[str, float]] | None = None,
+) -> Iterator[Collectives]:
+    """The collectives of this process in its mesh, for as long as the block runs. Where `exchange` is auto, the bytes
+    that each would have this process hand in (`planning.choices`) are timed; without them reconstructions are taken."""
     if started() != settings.processes:
         raise SettingsError(
             f"parallel.data={settings.data} times parallel.features={settings.features} makes {settings.processes} "
@@ -123,8 +130,12 @@ def processes(settings: ParallelSettings, device: torch.device | str = "cpu") ->
     try:
         joined_here = join(device, settings.timeout)
         kind = torch.device(device).type
-        mesh = init_device_mesh(kind, (settings.data, settings.features), mesh_dim_names=("data", "features"))
-        yield MeshCollectives(mesh, slices=settings.features if settings.exchange == "actives" else 1)
+        mesh = init_device_mesh(kind, (settings.data, settings.features), mesh_dim_names=_AXES)
+        comm = MeshCollectives(mesh)
+        timed = settings.exchange == "auto" and len(moved or {}) > 1
+        chosen = faster_exchange(comm, moved or {}) if timed else settings.exchange
+        comm.slices = settings.features if chosen == "actives" else 1
+        yield comm
     except UserError as error:
         raise (FirstFailure(str(error)) if _first_to_fail() else PeerLost(_LOST)) from error
     except RuntimeError as error:
@@ -134,6 +145,31 @@ def processes(settings: ParallelSettings, device: torch.device | str = "cpu") ->
     finally:
         if joined_here:
             leave()
+
+
+def faster_exchange(
+    comm: "MeshCollectives", moved: Mapping[str, Mapping[str, float]], clock: Callable[[], float] = perf_counter
+) -> str:
+    """Of `reconstructions` and `actives`, the one whose bytes take less time between these processes, the slowest of
+    them; each is timed twice, the second time counts."""
+    does: dict[str, Callable[[Tensor], Tensor]] = {
+        "reconstructions": comm.all_reduce_features,
+        "actives": comm.all_gather_features,
+        "active_gradients": lambda x: comm.reduce_scatter_features(x.view(comm.feature_ranks, -1)),
+    }
+    seconds = torch.zeros(len(moved))
+    for number, flows in enumerate(moved.values()):
+        sizes = {name: -(-int(size) // (4 * comm.feature_ranks)) * comm.feature_ranks for name, size in flows.items()}
+        numbers = {name: torch.zeros(size, device=comm.device) for name, size in sizes.items()}
+        for _ in range(2):
+            comm.barrier()
+            begun = clock()
+            for name, x in numbers.items():
+                does[name](x)
+            if comm.device.type == "cuda":
+                torch.cuda.synchronize(comm.device)
+            seconds[number] = clock() - begun
+    return list(moved)[int(comm.max_all(seconds).argmin())]
 
 
 def _own_store(patience: timedelta) -> dict[str, Any]:
@@ -188,7 +224,9 @@ class MeshCollectives:
         self.data_ranks, self.feature_ranks = mesh.shape
         self.data_rank, self.feature_rank = dist.get_rank(self._data), dist.get_rank(self._features)
         # Files of hundreds of gigabytes take longer than any step: nobody gives up while they are written.
-        self.patient: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+        self.files, self._host = (dist.new_group(backend="gloo", timeout=timedelta(hours=6)) for _ in range(2))
+        on_host = mesh.device_type == "cpu"
+        self._host_mesh = mesh if on_host else init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=_AXES)
         self.sent: dict[str, int] = {}
 
     @property
@@ -221,7 +259,11 @@ class MeshCollectives:
     def mean_data(self, x: Tensor) -> Tensor:
         return x.detach() if self.data_ranks == 1 else self.all_reduce_data(x) / self.data_ranks
 
-    def max_all(self, x: Tensor) -> Tensor:
+    def max_all(self, x: Tensor, files: bool = False) -> Tensor:
+        if files:
+            most = x.clone()
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.files)
+            return most
         return self._reduced("max_all", x, None, dist.ReduceOp.MAX)
 
     def reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -280,19 +322,19 @@ class MeshCollectives:
     def shard(self, x: Tensor, dim: int) -> Tensor:
         from torch.distributed.tensor import DTensor, Replicate, Shard  # takes longer than all else here
 
-        placements = [Replicate(), Shard(dim)]
-        return DTensor.from_local(x.detach(), self.mesh, placements, run_check=False)
+        mesh = self.mesh if x.device.type == self.mesh.device_type else self._host_mesh
+        return DTensor.from_local(x.detach(), mesh, [Replicate(), Shard(dim)], run_check=False)
 
-    def barrier(self) -> None:
-        dist.barrier(group=self.patient)
+    def barrier(self, files: bool = False) -> None:
+        dist.barrier(group=self.files if files else self._host)
 
     def broadcast(self, value: Any) -> Any:
         """As JSON: nothing but plain values travels."""
         text = torch.tensor(list(json.dumps(value).encode()) if self.is_main else [], dtype=torch.uint8)
         length = torch.tensor([text.numel()])
-        dist.broadcast(length, 0, group=self.patient)
+        dist.broadcast(length, 0, group=self._host)
         text = text if self.is_main else torch.zeros(int(length), dtype=torch.uint8)
-        dist.broadcast(text, 0, group=self.patient)
+        dist.broadcast(text, 0, group=self._host)
         return json.loads(bytes(text.tolist()))
 
 

@@ -22,8 +22,8 @@ from ...data.errors import check_choice, check_range
 from ...data.units import parse_bytes
 from ..parallel import BUCKET_BYTES, EXCHANGES, ParallelSettings
 from ..settings import TOPK, TrainerSettings, TranscoderSettings
-from ..sparse import use_sparse
-from .traffic import FLOAT, Work, actives_are_fewer, all_flows, moved
+from ..sparse import MARGIN, UNEVEN, use_sparse
+from .traffic import FLOAT, Flow, Work, all_flows, exchanged, moved
 
 NORMED = ("tanh", "l1")
 LIBRARIES = {"cpu": 130e6, "cuda": 1.2e9}
@@ -38,7 +38,7 @@ MOST_RANKS = 4096
 
 @dataclass(frozen=True)
 class MachineSettings:
-    """The machine that `--plan` of train and cache reckons with, a rank: an H100 by default."""
+    """The machine that `crosslace train --plan` reckons with, a rank: an H100 by default."""
 
     device: str = "cuda"
     """cuda, or cpu."""
@@ -59,7 +59,7 @@ class MachineSettings:
     """Bytes a second between two processes: 200GB and more by NVLink, 1GB to 10GB by Ethernet."""
 
     store: str = "2GB"
-    """Bytes a second that one process reads from the store, or a harvest writes to it."""
+    """Bytes a second that one process reads from the store."""
 
     def __post_init__(self) -> None:
         check_choice("machine.device", self.device, ("cpu", "cuda"))
@@ -154,7 +154,8 @@ def make_plan(
     rows, sparse = work.rows, work.sparse
     piece = -(-rows // trainer.accumulate)
     written = piece * L * D * FLOAT / slices
-    activations = _activations(transcoder, trainer, work, piece, m, slices) + 5 * written
+    listed = 1.0 if on_cpu else _spare(transcoder, parallel)
+    activations = _activations(transcoder, trainer, work, piece, m, slices, listed) + 5 * written
     normalised = 2 * rows * L * D * FLOAT
     waiting = (trainer.prefetch + WAITING) * 2 * rows * L * D * shape.itemsize
     auxiliary = _auxiliary(work, piece, m, slices, written)
@@ -186,13 +187,13 @@ def make_plan(
     else:
         host = {"start": W + start, "training": sample.kept + waiting, "checkpoint": sample.kept + waiting + checkpoint}
 
-    flows = all_flows(work, parallel, own)
+    flows = all_flows(work, parallel, own, FLOAT if shape.itemsize < 2 else shape.itemsize)
     sent, moving = {name: flow.handed for name, flow in flows.items()}, sum(flow.moved for flow in flows.values())
     exchanges = {name: moved(work, name, m) for name in EXCHANGES if name != "auto" and m > 1}
     store = shape.rows * L * D * 2 * shape.itemsize
     seconds = _seconds(work, reaches, m, W, gradients, machine)
     seconds["communication"] = moving / parse_bytes(machine.link)
-    seconds["reading"] = 2 * rows * L * D * shape.itemsize / parse_bytes(machine.store)
+    seconds["reading"] = 2 * rows * L * D * shape.itemsize / m / parse_bytes(machine.store)
     return Plan(whole, own, parts, phases, host, sent, moving, parallel.exchange, exchanges, store, seconds)
 
 
@@ -203,14 +204,30 @@ def decided(
     parallel: ParallelSettings,
     machine: MachineSettings,
 ) -> ParallelSettings:
-    """The mesh with `exchange` no longer `auto`: active values where they are fewer bytes and there is room."""
+    """The mesh with `exchange` no longer `auto`: what is fewer bytes. (A run times both.)"""
     if parallel.exchange != "auto":
         return parallel
-    plain, cut = (replace(parallel, exchange=exchange) for exchange in ("reconstructions", "actives"))
-    if not actives_are_fewer(work_of(shape, transcoder, trainer, parallel, machine.device), parallel.features):
-        return plain
-    fits = [make_plan(shape, transcoder, trainer, mesh, machine).fits(machine) for mesh in (plain, cut)]
-    return plain if fits == [True, False] else cut
+    found = choices(shape, transcoder, trainer, parallel, machine)
+    return replace(parallel, exchange=min(found, key=lambda name: sum(flow.moved for flow in found[name].values())))
+
+
+def choices(
+    shape: Shape,
+    transcoder: TranscoderSettings,
+    trainer: TrainerSettings,
+    parallel: ParallelSettings,
+    machine: MachineSettings,
+) -> dict[str, dict[str, Flow]]:
+    """What feature ranks would exchange in a step, by each way between which `auto` may choose: active values only
+    where the step lists them from its beginning, and neither where only the other has room."""
+    work, m = work_of(shape, transcoder, trainer, parallel, machine.device), parallel.features
+    names = ["reconstructions"]
+    if m > 1 and work.sparse and not work.d_model % m:
+        names.append("actives")
+        meshes = [replace(parallel, exchange=name) for name in names]
+        fits = [make_plan(shape, transcoder, trainer, mesh, machine).fits(machine) for mesh in meshes]
+        names = [name for name, room in zip(names, fits, strict=True) if room] or names
+    return {name: exchanged(work, name, m) for name in names}
 
 
 def work_of(
@@ -292,7 +309,7 @@ def _is_sparse(
 
 
 def _activations(
-    transcoder: TranscoderSettings, trainer: TrainerSettings, work: Work, piece: int, m: int, slices: int
+    transcoder: TranscoderSettings, trainer: TrainerSettings, work: Work, piece: int, m: int, slices: int, spare: float
 ) -> float:
     """What lies between the rows and the losses. Dense: h, a and what each term keeps, [B, F] each, of every layer.
 
@@ -300,12 +317,20 @@ def _activations(
     """
     everyones = 1.0 if slices > 1 else 0.0
     if work.sparse:
-        entries = piece * work.active * work.layers * ENTRY_BYTES
+        entries = piece * work.active * work.layers * ENTRY_BYTES * spare
         return piece * max(work.sizes) // m * FLOAT + entries * (1 / m + everyones)
     copies = {"topk": 2.0, "batchtopk": 2.0, "relu": 3.0, "jumprelu": 3.0}[transcoder.activation]
     if transcoder.activation in ("relu", "jumprelu") and trainer.penalty() != "target":
         copies += 0.7
     return ((copies + 1.6 / work.layers) / m + everyones) * piece * sum(work.sizes) * FLOAT
+
+
+def _spare(transcoder: TranscoderSettings, parallel: ParallelSettings) -> float:
+    """How much longer an accelerator's lists are than what is active, since their length is set beforehand."""
+    by_count = transcoder.activation in TOPK
+    if by_count and transcoder.k_scope == "layer" and parallel.processes == 1:
+        return 1.0
+    return MARGIN * (UNEVEN if by_count else 1.0)
 
 
 def _unformed(trainer: TrainerSettings, parallel: ParallelSettings, work: Work, reaches: list[int]) -> float:

@@ -97,16 +97,12 @@ def moved(work: Work, exchange: str, ranks: int) -> float:
     return sum(flow.moved for flow in exchanged(work, exchange, ranks).values())
 
 
-def actives_are_fewer(work: Work, ranks: int) -> bool:
-    """Whether active values and indices are fewer bytes. Only the sparse step has them from its beginning."""
-    if ranks == 1 or not work.sparse or work.d_model % ranks:
-        return False
-    return moved(work, "actives", ranks) < moved(work, "reconstructions", ranks)
-
-
-def all_flows(work: Work, parallel: ParallelSettings, rank_parameters: int) -> dict[str, Flow]:
-    """Everything that a rank exchanges in a step."""
+def all_flows(work: Work, parallel: ParallelSettings, rank_parameters: int, itemsize: float) -> dict[str, Flow]:
+    """Everything that a rank exchanges in a step; numbers of a batch have `itemsize` bytes."""
     flows = exchanged(work, parallel.exchange, parallel.features)
+    if parallel.features > 1:  # each has read its part of the rows
+        batch = 2 * work.rows * work.layers * work.d_model * itemsize
+        flows["rows"] = all_gather(batch / parallel.features, parallel.features)
     if work.activation == "batchtopk" and parallel.processes > 1:
         flows["thresholds"] = all_reduce(work.layers * 4 * 256 * COUNT, parallel.processes)
     by_token = (work.activation == "topk") + bool(work.auxiliary)

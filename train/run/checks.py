@@ -9,6 +9,7 @@ from ...data.errors import SettingsError, UserError
 from ...data.store import ActivationStore
 from ..parallel import Collectives
 from ..settings import TOPK, TrainerSettings, TranscoderSettings, changes
+from ..transcoder import check_readable
 
 
 def check_run(
@@ -29,10 +30,8 @@ def check_run(
             raise SettingsError(
                 f"transcoder.layers names layer {layer}, and the store holds {', '.join(map(str, store.layers))}"
             )
-    if transcoder.read not in store.sites:
-        raise SettingsError(
-            f"transcoder.read={transcoder.read} is not in the store, which holds {', '.join(store.sites)}"
-        )
+    for rows in (store, held_out):
+        check_readable(rows, transcoder.read)
     if held_out.d_model != store.d_model:
         raise UserError(f"the held-out rows are {held_out.d_model} wide and the training rows {store.d_model}")
     models = [part.attributes.get("model", {}).get("fingerprint") for part in (store, held_out)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...data.store import ActivationStore
 from ..loss import decode_whole
 from ..parallel import SINGLE, Collectives
-from ..transcoder import Normalisation, Transcoder
+from ..transcoder import Normalisation, Reading, Transcoder
 from .calibration import calibrated_thresholds
 from .metrics import ReconstructionMetrics
 
@@ -31,17 +31,18 @@ class HeldOut:
     """Rows that training never sees, normalised, in pieces: this data rank's part."""
 
     def __init__(
-        self, store: ActivationStore, normalisation: Normalisation, read: str, layers: list[int],
+        self, store: ActivationStore, normalisation: Normalisation, reading: Reading, layers: list[int],
         comm: Collectives = SINGLE,
     ) -> None:  # fmt: skip
-        self.store, self.normalisation, self.read, self.layers, self.comm = store, normalisation, read, layers, comm
+        self.store, self.normalisation, self.reading = store, normalisation, reading
+        self.layers, self.comm = layers, comm
 
     def rows(self, tokens: int) -> int:
         """How many rows all ranks take together."""
         return min(tokens, len(self.store))
 
-    def pairs(self, tokens: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, y) normalised, on the device: the same rows in all, whatever the number of ranks."""
+    def pairs(self, tokens: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(x, y) normalised and tokens, on the device: the same rows in all, whatever the number of ranks."""
         rank, ranks, left = self.comm.data_rank, self.comm.data_ranks, self.rows(tokens)
         step = 0
         while left > 0:
@@ -51,8 +52,9 @@ class HeldOut:
             else:
                 batch = self.store.batch(0, step, _ROWS_AT_ONCE, self.layers)
                 mine = slice(rank * rows // ranks, (rank + 1) * rows // ranks)
-            x, y = batch.sites[self.read][mine].to(device), batch.mlp_out[mine].to(device)
-            yield self.normalisation.x(x), self.normalisation.y(y)
+            batch = batch.to(device)
+            x, y = self.reading.of(batch)[mine], batch.mlp_out[mine]
+            yield self.normalisation.x(x), self.normalisation.y(y), batch.token[mine]
             left, step = left - rows, step + 1
 
 
@@ -68,11 +70,11 @@ def evaluate(
     rows, device = held_out.rows(tokens), transcoder.device
     thresholds = None
     if targets is not None:
-        inputs = (x for x, _ in held_out.pairs(tokens, device))
+        inputs = (x for x, _, _ in held_out.pairs(tokens, device))
         thresholds = calibrated_thresholds(transcoder, inputs, rows, targets, comm)
     metrics = ReconstructionMetrics(transcoder.features, transcoder.d_model, device, comm)
     used = None if transcoder.settings.activation == "topk" else thresholds
-    for x, y in held_out.pairs(tokens, device):
+    for x, y, token in held_out.pairs(tokens, device):
         acts = transcoder.activate(transcoder.preactivations(x), used, comm)
-        metrics.update(y, decode_whole(transcoder, acts, x, comm), acts)
+        metrics.update(y, decode_whole(transcoder, acts, x, comm), acts, token)
     return Evaluation(metrics.compute(), thresholds, metrics.densities())

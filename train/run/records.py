@@ -1,12 +1,13 @@
-"""metrics.jsonl, and the figures of one metric line."""
+"""Where metrics go: metrics.jsonl and trackers; and the figures of one metric line."""
 
 import json
+import logging
 import math
 import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 from torch import Tensor
@@ -16,8 +17,33 @@ from ..transcoder import decoder_norms
 from .metrics import DENSE_ABOVE
 from .parts import StepParts
 
+_log = logging.getLogger(__name__)
+
+MOST_STALL = 0.05
+"""A larger share of the time spent waiting for rows is said."""
+
 # Above this many features a histogram is drawn from a sample.
 _HISTOGRAM = 16_384
+
+
+class Tracker(Protocol):
+    """A listener to one training run, on the main process."""
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Once, before the first line: {} on a fresh run, else what `state` gave at the checkpoint."""
+        ...
+
+    def log(self, step: int, values: dict[str, float], histograms: dict[str, Tensor]) -> None:
+        """A metric line; histograms are raw values on the CPU (densities, thresholds), often empty."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What the tracker needs to go on after a resume, as JSON."""
+        ...
+
+    def close(self, summary: dict[str, float]) -> None:
+        """Once, at the end, with the last held-out figures, tokens/s and the first step's seconds."""
+        ...
 
 
 class Records:
@@ -33,6 +59,7 @@ class Records:
         """The last line in short, for the progress bar."""
         self.speed: dict[str, float] = {}
         self._rated_steps, self._rated_seconds = 0, 0.0
+        self._stall_said = False
 
     def start(self, step: int) -> None:
         self.clock, self.last_step = time.perf_counter(), step
@@ -60,6 +87,12 @@ class Records:
         now = time.perf_counter()
         steps, seconds = step - self.last_step, max(now - self.clock, 1e-9)
         stall = (stall_seconds - self.stalled) / seconds
+        if stall > MOST_STALL and seconds > 1 and self.active and not self._stall_said:
+            self._stall_said = True
+            _log.warning(
+                "training waited for rows %.0f%% of the last %d steps' time: raise trainer.prefetch, put the store on "
+                "a faster disk, or keep it as int8 (store.dtype=int8)", 100 * stall, steps,
+            )  # fmt: skip
         self.clock, self.stalled, self.last_step = now, stall_seconds, step
         self._rated_steps, self._rated_seconds = self._rated_steps + steps, self._rated_seconds + seconds
         if self._rated_steps:
@@ -107,6 +140,8 @@ def training_values(
         return comm.all_reduce_features(torch.stack([mask.sum() for mask in masks]).float()).cpu() / sizes
 
     columns["nmse"] = means["reconstruction"] / means["power"].clamp_min(1e-30)
+    columns["capped_rows"] = means["capped"]
+    columns["worst_share"] = worst_share(state.row_losses)
     columns["l0"] = means["l0"]
     columns["lam"] = means["lam"]
     columns["dead"] = share(state.dead(counters.step))
@@ -137,6 +172,13 @@ def training_values(
     for l, log_theta in zip(transcoder.layers, transcoder.log_theta):
         histograms[f"theta/{l}"] = _sample(log_theta.exp())
     return values, histograms
+
+
+def worst_share(row_losses: Tensor) -> Tensor:
+    """[L]: the share of the squared error that lies in the worst thousandth of the last rows [L, N]."""
+    seen = row_losses.where(row_losses.isfinite(), 0.0)
+    worst = seen.topk(max(1, round(seen.shape[1] / 1000)), dim=1).values.sum(1)
+    return (worst / seen.sum(1).clamp_min(1e-30)).cpu()
 
 
 def _sample(values: Tensor) -> Tensor:

@@ -5,4 +5,6 @@ from .forward import use_sparse as use_sparse
 from .row_gradients import RowGradients as RowGradients
 from .row_gradients import adam_numbers as adam_numbers
 from .row_gradients import adam_rows as adam_rows
+from .workspace import MARGIN as MARGIN
+from .workspace import UNEVEN as UNEVEN
 from .workspace import Workspace as Workspace

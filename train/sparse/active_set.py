@@ -55,6 +55,11 @@ def read_freely(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def short(index: Tensor) -> Tensor:
+    """Places in lists, of four bytes each on an accelerator: much of what it moves. (The C++ kernels take eight.)"""
+    return index if read_freely(index) else index.int()
+
+
 def is_absent(h: Tensor) -> Tensor:
     """[N]: the places left over."""
     return h < ABSENT / 2
@@ -76,7 +81,7 @@ def choose_above(h_BF: Tensor, threshold: Tensor | float, capacity: int | None =
     empty = pairs[:, 0] < 0
     tokens = pairs[:, 0].where(~empty, h_BF.shape[0] - 1)  # at the end, so that tokens keep rising
     features = pairs[:, 1].clamp_min(0)
-    return Chosen(tokens, features, h_BF[tokens, features].masked_fill(empty, ABSENT), kept_BF.sum())
+    return Chosen(short(tokens), short(features), h_BF[tokens, features].masked_fill(empty, ABSENT), kept_BF.sum())
 
 
 def choose_active(h_BF: Tensor, rule: Rule, theta_F: Tensor | None, capacity: int | None = None) -> Chosen:
@@ -88,9 +93,11 @@ def choose_active(h_BF: Tensor, rule: Rule, theta_F: Tensor | None, capacity: in
 
 def compact(chosen: Chosen, capacity: int | None) -> Chosen:
     """The same entries in a list of `capacity` places, at no synchronisation; `found` says how many there were."""
-    if capacity is None or read_freely(chosen.h) or capacity >= len(chosen.h):
-        return chosen._replace(found=(~is_absent(chosen.h)).sum())
+    if capacity is None or read_freely(chosen.h):
+        return chosen
     present = ~is_absent(chosen.h)
+    if capacity >= len(chosen.h):
+        return chosen._replace(found=present.sum())
     places = torch.nonzero_static(present, size=capacity, fill_value=-1)[:, 0]
     empty, at = places < 0, places.clamp_min(0)
     tokens = chosen.tokens[at].where(~empty, chosen.tokens[-1])  # at the end, so that tokens keep rising
@@ -105,7 +112,7 @@ def choose_topk(h_BF: Tensor, k: int, comm: Collectives) -> Chosen:
     tau_B1 = values_BK[:, -1:] if comm.feature_ranks == 1 else comm.row_threshold(h_BF, k)
     values = values_BK.masked_fill((values_BK < tau_B1) | (values_BK <= 0), ABSENT).flatten()
     tokens = torch.arange(len(h_BF), device=h_BF.device).repeat_interleave(values_BK.shape[1])
-    return Chosen(tokens, features_BK.flatten(), values, len(values))
+    return Chosen(short(tokens), short(features_BK.flatten()), values, len(values))
 
 
 def choose_largest(h_BF: Tensor, count: int) -> Chosen:
@@ -117,7 +124,7 @@ def choose_largest(h_BF: Tensor, count: int) -> Chosen:
     values, flat = h_BF.flatten().topk(count, sorted=False)
     flat, order = flat.sort()
     values = values[order].masked_fill(values[order] <= 0, ABSENT)
-    return Chosen(flat // h_BF.shape[1], flat % h_BF.shape[1], values, count)
+    return Chosen(short(flat // h_BF.shape[1]), short(flat % h_BF.shape[1]), values, count)
 
 
 def _lower_bound(h_BF: Tensor, count: int) -> float:

@@ -1,7 +1,7 @@
 """Lists of active entries, and the gradients that such lists describe: data alone.
 
 An *entry* is a (token, feature) pair at which a layer is looked at. N entries, R rows of output, F features of the
-layer, C columns of a matrix with one row a feature; all lists are int64.
+layer, C columns of a matrix with one row a feature; all lists are int64 on a CPU, int32 on an accelerator.
 """
 
 from typing import Any, NamedTuple

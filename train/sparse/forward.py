@@ -48,17 +48,20 @@ from .entries import Entries, RowGradient
 from .products import backend, gather_sum, make_entries, row_norms
 from .row_gradients import RowGradients
 from .sharing import share_entries
-from .workspace import Memory, Workspace
+from .workspace import UNEVEN, Memory, Workspace
 
 # Share of entries listed up to which the sparse step is taken. On a CPU the two take equally long at 0.3 to 0.36 on one
-# thread (docs/fast_path.md); on a GPU it is an estimate.
+# thread (docs/fast_path.md); on one GPU a run measures it; on a mesh of GPUs it is an estimate.
 SPARSE_BELOW = {"cpu": 0.2, "cuda": 0.02}
 
 
-def use_sparse(switch: str, density: float, device: torch.device | str) -> bool:
-    """Whether to take the sparse step: `on`, `off`, or `auto` by the measured share of entries that are listed."""
+def use_sparse(switch: str, density: float, device: torch.device | str, break_even: float = 0.0) -> bool:
+    """Whether to take the sparse step: `on`, `off`, or `auto` by the share of entries that are listed, against the
+    break-even where it was measured."""
     if switch != "auto":
         return switch == "on"
+    if break_even:
+        return density < break_even
     return density < SPARSE_BELOW.get(torch.device(device).type, 0.02)
 
 
@@ -215,8 +218,7 @@ def _choose(
     if threshold is not None:
         return choose_above(h_BF, just_below(threshold, h_BF), capacity)
     if rule.activation == "topk":
-        chosen = choose_topk(h_BF, round(k), comm)
-        return chosen if comm.feature_ranks == 1 else compact(chosen, capacity)
+        return compact(choose_topk(h_BF, round(k), comm), capacity)
     count = max(1, round(k * h_BF.shape[0] * comm.data_ranks))
     if rule.k_scope == "all" and not read_freely(h_BF):
         return choose_largest(h_BF, min(count, capacity or count))  # one layer's share of all layers' count
@@ -224,7 +226,8 @@ def _choose(
     if rule.k_scope == "all":
         return largest
     values = largest_values(largest, count, h_BF.numel())
-    return keep_reaching(largest, comm.top_threshold(values, count).clamp_min(0))
+    # with others, a rank lists as many as there are on all of them, and keeps its own
+    return compact(keep_reaching(largest, comm.top_threshold(values, count).clamp_min(0)), capacity)
 
 
 def sparse_pass(
@@ -248,11 +251,14 @@ def sparse_pass(
     k = [sum(inputs.k) / len(inputs.k) * transcoder.n_layers] * transcoder.n_layers if over_all else inputs.k
     want_aux = bool(objective.aux_weight) and inputs.use_aux
     # On an accelerator these lists' lengths are not known by nature.
-    shared = rule.activation == "topk" and comm.feature_ranks > 1
-    open_ended = rule.activation in ("relu", "jumprelu") or inputs.thresholds is not None or over_all or shared
-    room = workspace.room if workspace is not None and open_ended and not read_freely(x) else None
-    if room is not None and over_all:
-        room.expect([round(2 * k[0] * tokens / transcoder.n_layers / comm.feature_ranks)] * transcoder.n_layers)
+    by_count = rule.activation in ("topk", "batchtopk") and inputs.thresholds is None
+    shared = comm.feature_ranks * comm.data_ranks > 1
+    room = None
+    if workspace is not None and not read_freely(x) and (not by_count or over_all or shared):
+        room = workspace.room
+    if room is not None and by_count:
+        room.expect([round(UNEVEN * k_l * tokens / comm.feature_ranks) for k_l in inputs.k])
+    alike = room is not None and room.of(0) is not None
     silent_room = workspace.silent_room if workspace is not None and want_aux and not read_freely(x) else None
 
     # 1 and 2, a layer at a time: h [B, F] goes as soon as its entries are known.
@@ -281,9 +287,9 @@ def sparse_pass(
         main = [keep_reaching(chosen, tau, cut=len(chosen.h) < n) for chosen, n in zip(main, most, strict=True)]
 
     if room is not None:
-        room.note([chosen.found for chosen in main])
+        room.note(_most_found(main, comm))
     if silent_room is not None:
-        silent_room.note([chosen.found for chosen in silent])
+        silent_room.note(_most_found(silent, comm))
 
     # 3. The lists become leaves of autograd, the decoders write what the entries hold.
     n_rows = 2 * tokens if want_aux else tokens
@@ -307,7 +313,7 @@ def sparse_pass(
         empty.append(absent)
         written.append(torch.cat([acts, h[n:].relu()]) if want_aux else acts)
     want_norms = objective.needs_norms and inputs.norms is None
-    lists, written = share_entries(lists, written, empty, comm)
+    lists, written = share_entries(lists, written, empty, comm, alike)
     given = lists, n_rows, tokens, want_norms, memory, *written, *transcoder.W_dec
     y, y_aux, *norms = _Decode.apply(*given)  # type: ignore[misc]
     y_hat = add_written(y.to(x.dtype), comm) + _nan_if_short([*main, *silent], torch.stack(list(transcoder.b_dec)))
@@ -320,6 +326,12 @@ def sparse_pass(
         return listed_preactivation_penalty(layers[l], theta, n, over)
 
     return Pass(y_hat, add_written(y_aux.to(x.dtype), comm) if want_aux else None, layers, norms, preactivation)
+
+
+def _most_found(chosen: Sequence[Chosen], comm: Collectives) -> Tensor:
+    """[L]: entries there were; where ranks exchange their lists, on the rank that had most, so that all are as long."""
+    found = torch.stack([torch.as_tensor(layer.found, device=layer.h.device) for layer in chosen])
+    return found if comm.slices == 1 else comm.max_all(found)
 
 
 def _nan_if_short(chosen: Sequence[Chosen], b_dec: Tensor) -> Tensor:

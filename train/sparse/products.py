@@ -41,10 +41,10 @@ def make_entries(rows: Tensor, features: Tensor, n_rows: int, n_features: int, a
     row_order, listed, keys, n_keys = None, rows, features, n_features
     if absent is not None:
         # Left where they are, empty places would make the list of one row and of one feature very long.
-        row_order = absent.to(torch.uint8).argsort(stable=True)
+        row_order = absent.to(torch.uint8).argsort(stable=True).to(rows.dtype)
         listed = rows.masked_fill(absent, n_rows)[row_order]
         keys, n_keys = features.masked_fill(absent, n_features), n_features + 1
-    row_pointer = torch.searchsorted(listed, torch.arange(n_rows + 1, device=rows.device))
+    row_pointer = _begins(listed, n_rows)
     feature_pointer, order, ordered_rows = sort_by(keys, rows, n_keys)
     return Entries(rows, features, row_pointer, order, ordered_rows, feature_pointer[: n_features + 1], row_order)
 
@@ -58,8 +58,13 @@ def sort_by(keys: Tensor, others: Tensor, n_keys: int) -> tuple[Tensor, Tensor, 
         native.call("by_feature", keys, others, len(keys), n_keys, pointer, order, ordered)
         return pointer, order, ordered
     ordered_keys, order = keys.sort(stable=True)
-    pointer = torch.searchsorted(ordered_keys, torch.arange(n_keys + 1, device=keys.device))
-    return pointer, order, others[order]
+    return _begins(ordered_keys, n_keys), order.to(keys.dtype), others[order]
+
+
+def _begins(rising: Tensor, n: int) -> Tensor:
+    """[n + 1]: where in a rising list each of the numbers 0 .. n begins."""
+    numbers = torch.arange(n + 1, dtype=rising.dtype, device=rising.device)
+    return torch.searchsorted(rising, numbers, out_int32=rising.dtype == torch.int32)
 
 
 def gather_sum(rows: Tensor, index: Tensor, pointer: Tensor, weights: Tensor, out: Tensor, add: bool = False) -> Tensor:

@@ -6,47 +6,52 @@ from torch import Tensor
 
 from ..parallel import Collectives
 from ..transcoder import all_gather_features
+from .active_set import read_freely
 from .entries import Entries
 from .products import make_entries, sort_by
 
 
 def share_entries(
-    lists: list[Entries], values: list[Tensor], empty: list[Tensor | None], comm: Collectives
+    lists: list[Entries], values: list[Tensor], empty: list[Tensor | None], comm: Collectives, alike: bool
 ) -> tuple[list[Entries], list[Tensor]]:
     """Every rank's entries of all layers, with gradient to their values: one exchange of places, one of values.
 
-    `empty` [N] a layer says which places of a list hold nothing; those are not sent.
+    `empty` [N] a layer says which places of a list hold nothing. Lists that are `alike`, equally long on all ranks,
+    travel as they are, and the host waits for nothing; else they are first made as long as the longest.
     """
     if comm.slices == 1:
         return lists, values
     sizes = [entries.feature_pointer.numel() - 1 for entries in lists]
     n_rows, ranks = lists[0].row_pointer.numel() - 1, comm.slices
-    pairs = [(entries.rows, entries.features) for entries in lists]
-    for l, mask in enumerate(empty):
-        if mask is not None:
-            pairs[l] = (pairs[l][0][~mask], pairs[l][1][~mask])
-            values[l] = values[l][~mask]
+    lengths = [len(own) for own in values]
+    if not alike:
+        lengths = comm.max_all(torch.tensor(lengths)).tolist()
 
-    # A place as one number, of four bytes where that is enough.
+    # A place as one number, of four bytes where that is enough; -1 for none.
     number = torch.int32 if n_rows * max(sizes) < 2**31 else torch.int64
-    places = [(rows * size + features).to(number) for (rows, features), size in zip(pairs, sizes, strict=True)]
-    counts = comm.all_gather_features(torch.tensor([len(a) for a in values])).tolist()
-    longest = max(map(sum, counts))
+    places = []
+    for entries, mask, size in zip(lists, empty, sizes, strict=True):
+        own = (entries.rows.long() * size + entries.features).to(number)
+        places.append(own if mask is None else own.masked_fill(mask, -1))
 
-    def everyones(own: list[Tensor]) -> list[list[Tensor]]:
-        """Per rank and layer; sent with equal lengths."""
-        flat = torch.cat(own)
-        gathered = all_gather_features(F.pad(flat, (0, longest - len(flat))), comm)
-        return [list(part.split([*n, longest - sum(n)])) for part, n in zip(gathered.unbind(), counts, strict=True)]
+    def everyones(own: list[Tensor], nothing: float) -> list[Tensor]:
+        """Per layer, [ranks * length]."""
+        padded = [F.pad(x, (0, n - len(x)), value=nothing) for x, n in zip(own, lengths, strict=True)]
+        return [part.flatten() for part in all_gather_features(torch.cat(padded), comm).split(lengths, dim=1)]
 
-    all_places, all_values = everyones(places), everyones(values)
     shared, written = [], []
-    for l, size in enumerate(sizes):
-        listed = torch.cat([all_places[rank][l] for rank in range(ranks)]).long()
-        firsts = torch.tensor([rank * size for rank in range(ranks)], device=listed.device)
-        first = firsts.repeat_interleave(torch.tensor([n[l] for n in counts], device=listed.device))
+    for listed, acts, size in zip(everyones(places, -1), everyones(values, 0.0), sizes, strict=True):
+        first = torch.arange(ranks, device=listed.device).repeat_interleave(len(listed) // ranks) * size
+        absent = listed < 0
+        if read_freely(listed):
+            kept = ~absent
+            listed, acts, first, absent = listed[kept], acts[kept], first[kept], None
+        listed = listed.long()
         rows, features = listed // size, listed % size + first
-        _, order, features = sort_by(rows, features, n_rows)
-        shared.append(make_entries(rows[order], features, n_rows, size * ranks))
-        written.append(torch.cat([all_values[rank][l] for rank in range(ranks)]).index_select(0, order))
+        if absent is not None:
+            rows = rows.masked_fill(absent, n_rows)  # last
+        _, order, features = sort_by(rows, features, n_rows + 1)
+        absent = None if absent is None else absent[order]
+        shared.append(make_entries(rows[order].clamp_max(n_rows - 1), features, n_rows, size * ranks, absent))
+        written.append(acts.index_select(0, order))
     return shared, written

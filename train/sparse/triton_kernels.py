@@ -33,7 +33,7 @@ def _list_sum(rows, row_stride, index, values, begin, end, column, columns, tota
     for j in range(begin, end):
         value = tl.load(values + j).to(SUM)
         needed = tl.where(value == 0, 0, columns)
-        row = rows + tl.load(index + j) * row_stride
+        row = rows + tl.load(index + j).to(tl.int64) * row_stride
         total += value * tl.load(row + column, mask=column < needed, other=0.0).to(SUM)
     return total
 
@@ -85,7 +85,7 @@ def _decode_backward(
     if SCALED:
         total += tl.load(scale + f).to(SUM) * w
     for j in range(tl.load(pointer + f), tl.load(pointer + f + 1)):
-        g = tl.load(source + tl.load(index + j) * source_stride + column, mask=inside, other=0.0).to(SUM)
+        g = tl.load(source + tl.load(index + j).to(tl.int64) * source_stride + column, mask=inside, other=0.0).to(SUM)
         total += tl.load(values + j).to(SUM) * g
         tl.store(partial + chunk * entries + tl.load(order + j), tl.sum(g * w, axis=0))
     if KEPT:

@@ -11,8 +11,11 @@ from torch import Tensor
 from .entries import Entries, RowGradient
 from .row_gradients import RowGradients, decode_backward, form, row_gradient_norms
 
-# Lists have lengths of a multiple of this.
+# Lists have lengths of a multiple of this, and of so much room beyond what was needed.
 _ROUND = 4096
+MARGIN = 1.5
+UNEVEN = 2.0
+"""At first a rank, or a layer that competes with others, gets room for so many times its even share."""
 
 # Steps after which counts are looked at.
 _STEPS_BEHIND = 2
@@ -39,12 +42,11 @@ class Room:
         if not self._sizes:
             self._fit(list(counts))
 
-    def note(self, found: Sequence[Tensor | int]) -> None:
-        """How many entries each layer had in the step that has been sent off."""
+    def note(self, counts: Tensor) -> None:
+        """How many entries each layer [L] had in the step that has been sent off."""
         if not self._sizes:
-            self._fit([int(count) for count in found])
+            self._fit(counts.tolist())
             return
-        counts = torch.stack([torch.as_tensor(count) for count in found])
         event = None
         if counts.is_cuda:
             host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
@@ -62,7 +64,7 @@ class Room:
         """Lengths change seldom, so that an allocator finds the same sizes again."""
         kept = self._sizes or [0] * len(counts)
         self._sizes = [
-            size if 1.2 * count < size < 4 * count + 2 * _ROUND else -(-(3 * count // 2 + 1) // _ROUND) * _ROUND
+            size if 1.2 * count < size < 4 * count + 2 * _ROUND else (int(MARGIN * count) // _ROUND + 1) * _ROUND
             for size, count in zip(kept, counts, strict=True)
         ]
 

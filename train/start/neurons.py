@@ -17,6 +17,7 @@ from torch import Tensor
 from ...data.errors import UserError
 from ...data.models import Affine, LayerParts, MlpWeights, Norm
 from ...data.store import ActivationStore
+from ..transcoder import Reading
 
 if TYPE_CHECKING:  # it brings transformers, which a training does not need
     from ...data.models import LanguageModel
@@ -53,8 +54,9 @@ def model_neurons(
     if not has_neurons(lm, store, layers):
         raise UserError(f"init=mlp needs MLPs of one list of neurons, and those of {lm.family} are mixtures of experts")
     layers = list(layers or store.layers)
-    batch = store.batch(0, 0, min(ROWS, len(store)), layers)
-    return (neurons_of(lm.layers[layer], read, batch.sites[read][:, l]) for l, layer in enumerate(layers))
+    batch, reading = store.batch(0, 0, min(ROWS, len(store)), layers), Reading(store, read, layers)
+    x = reading.of(batch)
+    return (neurons_of(lm.layers[layer], read, x[:, l]) for l, layer in enumerate(layers))
 
 
 @torch.no_grad()

@@ -9,6 +9,10 @@ from ..parallel import SINGLE, Collectives
 from ..transcoder import Normalisation, Transcoder, own_slice
 from .neurons import Neurons
 
+FRESH_SHARE = 0.1
+"""How often features that the source lacks fire at first, against the usual feature: at the usual rate they would take
+their share of the L0 from those that can write."""
+
 
 @torch.no_grad()
 def start_from(part: Transcoder, source: Transcoder, normalisation: Normalisation, comm: Collectives = SINGLE) -> None:

@@ -43,12 +43,15 @@ def scale_for(mean_square: Tensor, d_model: int) -> Tensor:
     return (d_model / mean_square.double()).sqrt().float()
 
 
-def normalisation_of(statistics: SiteStatistics, read: str, rows: list[int], d_model: int) -> Normalisation:
-    """From the statistics of `read` and `mlp_out`; `rows` picks the covered layers."""
-    for site in (read, "mlp_out"):
-        square = statistics.mean_square[site][rows]
+def normalisation_of(
+    statistics: SiteStatistics, read: str, rows: list[int], d_model: int, read_square: Tensor | None = None
+) -> Normalisation:
+    """From the statistics of `read` and `mlp_out`; `rows` picks the covered layers. `read_square` [L] is the
+    mean square of a site that is formed, not stored."""
+    squares = {"mlp_out": statistics.mean_square["mlp_out"][rows]}
+    squares[read] = statistics.mean_square[read][rows] if read_square is None else read_square
+    for site, square in squares.items():
         if not bool(torch.isfinite(square).all() and (square > 0).all()):
             raise UserError(f"the store's {site} holds layers that are all zero or not finite; cache it again")
-    in_scale = scale_for(statistics.mean_square[read][rows], d_model)
-    out_scale = scale_for(statistics.mean_square["mlp_out"][rows], d_model)
+    in_scale, out_scale = scale_for(squares[read], d_model), scale_for(squares["mlp_out"], d_model)
     return Normalisation(in_scale, out_scale, statistics.mean["mlp_out"][rows].float() * out_scale[:, None])

@@ -1,0 +1,56 @@
+"""What a transcoder reads of a batch: a site of the store, or the MLP's input formed from its residual stream."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...data.errors import UserError
+from ...data.models import InputNorms
+from ...data.store import ActivationStore, Batch
+
+INPUT_NORMS = "input_norms"
+"""Where a store's attributes keep the norms before the MLPs."""
+_SAMPLE_ROWS, _AT_ONCE = 65_536, 4096
+
+
+class Reading:
+    """The rows that a transcoder reads."""
+
+    def __init__(self, store: ActivationStore, read: str, layers: Sequence[int]) -> None:
+        self.site, self.norms = read, None
+        if read not in store.sites:
+            check_readable(store, read)
+            held = InputNorms.from_attributes(store.attributes[INPUT_NORMS])
+            kept = list(store.source.layers)
+            self.site, self.norms = "resid", held.select([kept.index(layer) for layer in layers])
+
+    def of(self, batch: Batch) -> Tensor:
+        """[B, L, D], raw, on the batch's device."""
+        x = batch.sites[self.site]
+        if self.norms is None:
+            return x
+        if self.norms.gain.device != x.device:
+            self.norms = self.norms.to(x.device)
+        return self.norms(x)
+
+    def mean_square(self, store: ActivationStore, layers: Sequence[int]) -> Tensor:
+        """[L]: E|x|^2 of what is read: the store's own over all rows, or of a formed site, whose rows a norm has made
+        alike, over a sample of shuffled ones."""
+        if self.norms is None:
+            return store.statistics.mean_square[self.site][[store.layers.index(layer) for layer in layers]]
+        rows, total = min(len(store), _SAMPLE_ROWS), torch.zeros(len(layers), dtype=torch.float64)
+        size = min(rows, _AT_ONCE)
+        for step in range(rows // size):
+            total += self.of(store.batch(0, step, size, list(layers))).double().square().sum((0, 2)).cpu()
+        return (total / (rows // size * size)).float()
+
+
+def check_readable(store: ActivationStore, read: str) -> None:
+    """Refuse a site that is neither stored nor formed from what is."""
+    if read in store.sites or (read == "mlp_in" and "resid" in store.sites and INPUT_NORMS in store.attributes):
+        return
+    hint = ""
+    if read == "mlp_in" and "resid" in store.sites:
+        hint = ", and it was made before stores kept the norms by which it is formed: cache it again"
+    raise UserError(f"transcoder.read={read} is not in the store, which holds {', '.join(store.sites)}{hint}")
