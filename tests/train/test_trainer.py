@@ -318,8 +318,8 @@ def test_a_warm_start_begins_where_the_other_ended(planted, tmp_path):
     settings = replace(QUICK, target_l0=3.0)
     plt = train(settings, replace(shape, reach="1"), planted.train, planted.held_out, tmp_path / "plt")
     source = Transcoder.load(tmp_path / "plt" / "transcoder")
-    # equal features begin where the other ended; fresh ones fire, write nothing yet, and take a share of the L0
-    for features, tolerance in ((shape.features, 0.01), (64, 0.2)):
+    # equal features begin where the other ended; fresh ones write nothing yet, and fire rarely (seen: 1%, three seeds)
+    for features, tolerance in ((shape.features, 0.01), (64, 0.02)):
         wider, folder = replace(shape, features=features), tmp_path / f"clt{features}"
         trainer = Trainer(settings, wider, planted.train, planted.held_out, folder, init=source)
         warm = trainer._evaluate(1024).report["overall"]["nmse"]
