@@ -318,9 +318,8 @@ class Harvester:
         counts = {"sink": int(sinks.sum())}
         if counts["sink"]:
             counts |= {f"sink.{place}": count for place, count in self.rule.places(norms, sinks).items()}
-            seen = Counter(tokens[sinks].tolist())
-            named = zip(self.lm.token_strings(list(seen)), seen.values(), strict=True)
-            counts |= {f"sink.token.{token!r}": n for token, n in named}
+            words = Counter(self.lm.token_strings(tokens[sinks].tolist()))
+            counts |= {f"sink.token.{word!r}": n for word, n in words.items()}
         beyond = self._beyond_range(sites) & candidates & ~sinks
         counts["beyond_range"] = int(beyond.sum())
         chosen = (candidates & ~sinks & ~beyond).flatten().nonzero()[:, 0]
