@@ -266,7 +266,7 @@ class TrainerSettings:
 
     behaviour_tokens: int = free(0)
     """Held-out tokens of text on which each evaluation during training also measures what the language model does
-    with its MLPs replaced (KL, CE recovered, top1), 1,000 at least; 0 leaves it out. The model then stays in memory."""
+    with its MLPs replaced (KL, CE recovered, top1), 2,000 at least; 0 leaves it out. The model then stays in memory."""
 
     checkpoint_every: int = free(500)
     """Steps between checkpoints; 0 writes the last one only."""
@@ -301,7 +301,7 @@ class TrainerSettings:
         for name in ("dead_after", "eval_tokens", "calibrate_tokens", "prefetch"):
             check_range(f"trainer.{name}", getattr(self, name), low=1)
         if self.behaviour_tokens:
-            check_range("trainer.behaviour_tokens", self.behaviour_tokens, low=1000)
+            check_range("trainer.behaviour_tokens", self.behaviour_tokens, low=2000)
         check_range("trainer.seed", self.seed, low=-(2**63), high=2**63 - 1)
         for name in ("lr", "lr_scale", "lam", "tanh_c", "target_l0", "target_l0_per_layer", "k_first", "aux_k"):
             _check_above_0(name, getattr(self, name))

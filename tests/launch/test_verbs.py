@@ -99,7 +99,7 @@ def test_cache_then_train_then_resume(demo: Path, crosslace, tmp_path: Path, mon
     assert ended.code == 0 and "crosslace train store=stores/w" in ended.out
     train = ["train", "store=stores/w", "run=runs/a", "transcoder.features=32", "transcoder.k=4", "trainer.batch=128"]
     train += ["trainer.steps=20", "trainer.eval_tokens=128", "trainer.calibrate_tokens=256", "wandb.mode=disabled"]
-    ended = crosslace(*train, "trainer.behaviour_tokens=1000", "trainer.eval_every=10")
+    ended = crosslace(*train, "trainer.behaviour_tokens=2000", "trainer.eval_every=10")
     assert ended.code == 0 and "crosslace eval run=runs/a" in ended.out
     lines = [json.loads(line) for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
     measured = [(line["step"], line["held_out/kl"]) for line in lines if "held_out/ce_recovered" in line]
