@@ -350,6 +350,18 @@ def test_a_disk_that_is_really_full(lm, tmp_path, disk, spilled):
     assert tree(disk.path / "s") == tree(tmp_path / "whole")
 
 
+def test_a_disk_that_is_really_read_only(lm, disk):
+    """What is there is read; what would write ends in a sentence."""
+    disk.mount("64m", "remount")
+    assert harvest(lm, RandomText(), to(disk.path / "s"))
+    disk.mount("64m", "remount,ro")
+    ActivationStore.open(disk.path / "s").verify()
+    for settings in (to(disk.path / "s", tokens="12000"), to(disk.path / "t")):
+        with pytest.raises(UserError, match=r"cannot be written to .* choose another store\.path"):
+            harvest(lm, RandomText(), settings)
+    disk.mount("64m", "remount,rw")
+
+
 def test_other_model_does_not_go_on_with_a_store(lm, tmp_path):
     assert harvest(lm, RandomText(), to(tmp_path / "s"))
     assert harvest(lm, RandomText(), to(tmp_path / "s"))  # nothing left to do
