@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from ...conf import VERBS
+from ...conf import SOURCES, VERBS
 from ..settings import compose_config
 from ..terminal import Closing
 from ..verbs import evaluate, features
@@ -18,7 +18,7 @@ ALONE = ("trace", "checkpoints")
 def words_for(job: Job, verb: str, folder: Path) -> list[str]:
     """The command's own words that this verb takes too."""
     kept = [word for word in job.later if word.partition("=")[0].partition(".")[0] in VERBS[verb].sections]
-    kept += [word for word in job.words if word.startswith("experiment=")]
+    kept += [word for word in job.words if word.partition("=")[0].partition(".")[0] in ("experiment", *SOURCES)]
     if verb == "trace":  # the prompts that `eval` measures
         count = compose_config("eval", words_for(job, "eval", folder)).values["eval"]["prompts"]
         kept += ["prompts=auto", f"count={max(1, count)}"]
