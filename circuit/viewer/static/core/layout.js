@@ -40,7 +40,7 @@ function columnsOf(model, cells, room) {
     least[cell.position] = Math.max(least[cell.position], cell.row === model.layers ? 78 : Math.min(3, across) * 9 + 6);
   }
   let x = LEFT;
-  return squeezed(wish, least, room, 1.7).map((wide) => {
+  return squeezed(wish, least, room, 3).map((wide) => {
     const column = { middle: x + wide / 2, width: wide, end: LEFT + room + 8 };
     x += wide;
     return column;
