@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 from crosslace.circuit.features import Labels
 from crosslace.circuit.graph import Graph
-from crosslace.circuit.model import ReplacementModel
 from crosslace.circuit.viewer.server import Viewer, ViewSettings
 from crosslace.launch.cli.main import main
-from crosslace.launch.known_world import label_features
-from crosslace.launch.workspace import world_of
 
 from .conftest import watched
 from .test_pages import wait_until
@@ -44,8 +41,6 @@ def world_runs(tmp_path_factory) -> Path:
             folder = f"run={root / 'runs' / kind}"
             more = [f"trainer.steps={steps}", f"trainer.checkpoint_every={steps // 2}"]
             run("train", *WORLD, store, folder, f"transcoder={kind}", *TRAIN, *more)
-            model = ReplacementModel.load(root / "runs" / kind)
-            label_features(model, world_of(model.lm)).save(root / "runs" / kind)
             run("features", folder, "features.tokens=5000", "features.top=2", "features.quantiles=1")
             run("trace", folder, f"prompt={PROMPT.format('Dallas')}", "slug=dallas")
         run("trace", f"run={root / 'runs' / 'clt'}", f"prompt={PROMPT.format('Oakland')}", "slug=oakland")
