@@ -81,11 +81,15 @@ class Verb(NamedTuple):
 
 VERBS = {
     "demo": Verb(
-        "everything, on the bundled world, on a CPU",
+        "everything, on the bundled world or on SmolLM2, on a CPU",
         "launch.verbs.demo",
         "DemoVerbSettings",
-        ("demo", "world", "store", "transcoder", "trainer", "trace", "features", "wandb"),
-        ("crosslace demo run=runs/demo", "crosslace demo experiment=demo_quick run=runs/quick"),
+        ("demo", "model", "world", "store", "transcoder", "trainer", "trace", "features", "wandb"),
+        (
+            "crosslace demo run=runs/demo",
+            "crosslace demo experiment=demo_quick run=runs/quick",
+            "crosslace demo model=smollm2 run=runs/smollm2",
+        ),
         "take experiment=demo_quick",
     ),
     "world": Verb(

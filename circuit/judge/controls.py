@@ -1,10 +1,12 @@
-"""What a transcoder has to beat: itself untrained, the MLP's own neurons at equal L0, and a linear map alone.
+"""What a transcoder has to beat: itself untrained, random features with a decoder fitted to them, the MLP's own neurons
+at equal L0, and a linear map alone.
 
 A control is fitted on text of the training split (`Calibration`), never on the text that it is judged by.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ from .behaviour import Condition, TextBatch
 
 RIDGE = 1e-4
 """Added to the diagonal of the inputs' second moment, relative to its mean, so that a rank-deficient one inverts."""
+RIDGE_OF_FEATURES = 0.1
+"""The same for random features, of which there are as many as rows."""
 
 
 class LinearSubstitute:
@@ -42,6 +46,8 @@ class Calibration:
     b_LD: Tensor
     sample_NLD: Tensor
     """Inputs x of some positions."""
+    sample_y_NLD: Tensor
+    """And their outputs."""
 
 
 @torch.no_grad()
@@ -58,7 +64,7 @@ def calibrate(
     xx = torch.zeros(L, D + 1, D + 1, dtype=wide, device=lm.device)
     xy = torch.zeros(L, D + 1, D, dtype=wide, device=lm.device)
     yy = torch.zeros(L, dtype=wide, device=lm.device)
-    sample: list[Tensor] = []
+    sample: list[tuple[Tensor, Tensor]] = []
     for batch in batches:
         tokens_BT = batch.tokens_BT.to(lm.device)
         with lm.capture((read, "mlp_out")) as found:
@@ -66,8 +72,8 @@ def calibrate(
         free_BT = batch.real_BT.to(lm.device) & ~masked_positions(tokens_BT)
         x_NLD = found.stacked(read)[free_BT]
         y_NLD = found.stacked("mlp_out")[free_BT]
-        if sum(map(len, sample)) < sample_rows:
-            sample.append(x_NLD[:sample_rows].float())
+        if sum(len(x) for x, _ in sample) < sample_rows:
+            sample.append((x_NLD[:sample_rows].float(), y_NLD[:sample_rows].float()))
         x_LNE = nn.functional.pad(x_NLD, (0, 1), value=1.0).transpose(0, 1).to(wide)  # a one for the bias
         y_LND = y_NLD.transpose(0, 1).to(wide)
         xx += x_LNE.mT @ x_LNE
@@ -85,7 +91,8 @@ def calibrate(
         mean_square_y_L=(yy / rows).float(),
         W_LDD=solution[:, :-1].mT.float().contiguous(),
         b_LD=solution[:, -1].float(),
-        sample_NLD=torch.cat(sample)[:sample_rows],
+        sample_NLD=torch.cat([x for x, _ in sample])[:sample_rows],
+        sample_y_NLD=torch.cat([y for _, y in sample])[:sample_rows],
     )
 
 
@@ -108,6 +115,25 @@ def untrained(transcoder: Transcoder, calibration: Calibration, l0: list[float],
         raw.b_enc[l].copy_(raw.theta(l) - h_NF.topk(min(fires + 1, len(h_NF)), dim=0).values[-1])
         raw.b_dec[l].copy_(calibration.mean_y_LD[layer])
     return raw
+
+
+@torch.no_grad()
+def random_features(fresh: Transcoder, calibration: Calibration) -> Transcoder:
+    """The untrained transcoder's features, each writing to its own layer what ridge regression on the sample's rows
+    gives it: what a dictionary owes to its decoder alone.
+
+    W = A^T (A A^T + r I)^-1 (y - mean), A [N, F] the activations: as many equations as the sample has rows.
+    """
+    fitted = deepcopy(fresh)
+    for l, layer in enumerate(fitted.layers):
+        A_NF = fitted.encode_layer(calibration.sample_NLD[:, layer].to(fitted.dtype), l)
+        y_ND = (calibration.sample_y_NLD[:, layer] - calibration.mean_y_LD[layer]).to(fitted.dtype)
+        gram_NN = A_NF @ A_NF.T
+        gram_NN.diagonal().add_(RIDGE_OF_FEATURES * gram_NN.diagonal().mean().clamp_min(1e-30))
+        W_FD = A_NF.T @ torch.linalg.solve(gram_NN, y_ND)
+        fitted.W_dec[l].zero_()
+        fitted.W_dec[l][:, 0] = W_FD
+    return fitted
 
 
 def neuron_condition(lm: LanguageModel, l0_by_layer: Mapping[int, float]) -> Condition | None:

@@ -8,7 +8,7 @@ One clean pass over the text gives reconstruction and the clean behaviour; every
 0..l replaced, all replaced, means, controls) takes one more. Graphs and interventions come from a fixed prompt set.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,7 +36,16 @@ from .behaviour import (
     summary,
 )
 from .causal import causal_part
-from .controls import Calibration, LinearSubstitute, calibrate, down_norms, neuron_condition, strongest, untrained
+from .controls import (
+    Calibration,
+    LinearSubstitute,
+    calibrate,
+    down_norms,
+    neuron_condition,
+    random_features,
+    strongest,
+    untrained,
+)
 from .faithfulness import FaithfulnessPlan, measure_faithfulness
 from .frozen_attention import frozen_attention
 from .graph_scores import score_graphs
@@ -48,7 +57,7 @@ from .questions import Question
 DEFINITIONS = 2
 """Raised whenever a figure comes to mean something else: results of different definitions are not compared."""
 GROWTH_PROMPTS = 4
-CONTROLS = ("untrained", "neurons", "linear")
+CONTROLS = ("untrained", "random", "neurons", "linear")
 LEAST_SKIPPED = 0.1
 """Above this share, that a cross-layer transcoder skips steps is said."""
 LEAST_TOKENS = 1000
@@ -72,7 +81,8 @@ class EvalSettings:
     """Also replace each layer alone, and for each l the layers 0 to l."""
 
     controls: bool = True
-    """Also measure an untrained transcoder, the MLP's strongest neurons (as many as L0), and a linear map."""
+    """Also measure the untrained transcoder, random features with a fitted decoder, the MLP's strongest neurons (as many
+    as L0), and a linear map."""
 
     prompts: int = 20
     """Prompts of the prompt set that graphs are made for; 0 leaves graphs and faithfulness out."""
@@ -156,8 +166,9 @@ def evaluate(
     controls: list[Condition] = []
     if settings.controls:
         fresh = untrained(rm.transcoder, calibration, l0, settings.seed)
-        controls = names.after(l0, fresh)
-        observe = partial(reconstruction.observe_controls, l0, fresh)
+        drawn = {"untrained": fresh, "random": random_features(fresh, calibration)}
+        controls = names.after(l0, drawn)
+        observe = partial(reconstruction.observe_controls, l0, drawn)
         extra = measure_behaviour(rm.lm, text.batches, controls, rm.masked_positions, text.sequences, progress, observe)
         sums_CSK = torch.cat([sums_CSK, extra[1:]])
     sums = dict(zip(["clean", *(c.name for c in [*names.before, *controls])], comm.all_reduce_data(sums_CSK)))
@@ -222,10 +233,10 @@ class Reconstruction:
 
     @contextmanager
     def observe_controls(
-        self, l0: Sequence[float], fresh: Transcoder, batch: TextBatch, masked_BT: Tensor
+        self, l0: Sequence[float], drawn: Mapping[str, Transcoder], batch: TextBatch, masked_BT: Tensor
     ) -> Iterator[None]:
         """Hooks for a clean pass: the controls' metrics."""
-        lm, layers, read = self.rm.lm, fresh.layers, fresh.settings.read
+        lm, layers, read = self.rm.lm, self.rm.transcoder.layers, self.rm.transcoder.settings.read
         downs = {layer: down for layer in layers if (down := lm.layers[layer].mlp_down) is not None}
         neurons: dict[int, Tensor] = {}
         with ExitStack() as stack:
@@ -238,7 +249,8 @@ class Reconstruction:
         acts = [self.one.expand(len(y_NLD), 1)] * len(layers)  # densities of controls are not of interest
         W, b = self.calibration.W_LDD[layers], self.calibration.b_LD[layers]
         self.controls["linear"].update(y_NLD, torch.einsum("nld,led->nle", x_NLD, W) + b, acts)
-        self.controls["untrained"].update(y_NLD, fresh(x_NLD.to(fresh.dtype)), acts)
+        for name, dictionary in drawn.items():
+            self.controls[name].update(y_NLD, dictionary(x_NLD.to(dictionary.dtype)), acts)
         if len(downs) == len(layers):
             parts = [strongest_neurons(lm, layer, neurons[layer][~masked_BT], l0[l]) for l, layer in enumerate(layers)]
             self.controls["neurons"].update(y_NLD, torch.stack(parts, 1).float(), acts)
@@ -280,12 +292,12 @@ class _Conditions:
                 if place < len(layers) - 1:
                     self.before.append(splice(f"depth {layer}", layers[: place + 1]))
 
-    def after(self, l0: Sequence[float], fresh: Transcoder) -> list[Condition]:
+    def after(self, l0: Sequence[float], drawn: Mapping[str, Transcoder]) -> list[Condition]:
         """The controls, at the L0 that was measured."""
         rm, lm, layers = self.rm, self.rm.lm, self.rm.transcoder.layers
         linear = LinearSubstitute(rm.transcoder.settings.read, self.calibration.W_LDD, self.calibration.b_LD)
         found = [
-            replaced_condition("untrained", lm, fresh, layers),
+            *(replaced_condition(name, lm, dictionary, layers) for name, dictionary in drawn.items()),
             splice_condition("linear", lm, linear, layers),
         ]
         neurons = neuron_condition(lm, dict(zip(layers, l0)))

@@ -1,6 +1,8 @@
-"""The demo's page: what was trained, how well, the circuit, and the swap, in one file that needs no network."""
+"""The demos' pages: what was trained, how well, the circuit, and the swap, in one file that needs no network."""
 
 import json
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from ..terminal import duration
 from ..workspace import runs
 from .charts import Chart, Series
 from .html import grid, page, table
+from .run_page import controls_table
 
 RUNS = ("clt", "plt")
 EXAMPLES = 8
@@ -61,16 +64,69 @@ def write_demo_report(folder: Path, summary: dict[str, Any]) -> Path:
             ],
         ),
         "<h2>Time</h2>",
-        table(("stage", "time"), [(name, duration(value)) for name, value in summary["seconds"].items()]),
+        _times(summary),
     ]
     lead = "A small language model, two transcoders trained on it, and a circuit that can be checked."
     runs.write_text(folder / "report.html", page("Crosslace: the demonstration", lead, "".join(parts)))
     return folder / "report.html"
 
 
-def _sentence(text: str) -> str:
-    from html import escape
+def write_model_demo_report(folder: Path, summary: dict[str, Any], result: dict[str, Any]) -> Path:
+    """The page of a demo on a real model: a PLT beside its controls, and tested circuits."""
+    causal, left = result["causal"], result["causal"]["left_of_the_answer"]
+    columns = ("kind", "prompt", "answer", "features", "clean", "path", "matched")
+    parts = [
+        "<h2>Training</h2>",
+        grid([_losses(folder, ("plt",)).svg(), _per_layer({"plt": result}, "nmse").svg()]),
+        controls_table(result["controls"]),
+        "<h2>Are the circuits real?</h2>",
+        _sentence(
+            "For each prompt whose answer the model is sure of, the features on the strongest paths to the answer were "
+            "silenced, and as many others of the same layers, positions and strengths. Of the answer's probability "
+            f"{left['path']['mean']:.0%} was left in the first case and {left['matched']['mean']:.0%} in the second."
+        ),
+        table(
+            ("kind", "prompt", "answer", "features silenced", "p untouched", "paths silenced", "matched silenced"),
+            [[row[name] for name in columns] for row in causal["silenced"]],
+        ),
+        *_swaps_of_partners(causal),
+        "<h2>Circuits</h2>",
+    ]
+    for graph in summary["graphs"]:
+        parts += [
+            f"<h3>{escape(graph['prompt'])}</h3>",
+            _sentence(
+                f"The answer is “{graph['answer'].strip()}” (p {graph['clean']:.2f}); features explain "
+                f"{graph['replacement_score']:.0%} of the influence on it. With the features of its strongest paths "
+                f"silenced p is {graph['path_silenced']:.3f}, with matched ones {graph['matched']:.3f}. "
+                f"Strongest path: {graph['path']}"
+            ),
+            f"<figure>{_picture(folder / 'plt', graph['slug'])}</figure>",
+        ]
+    parts += ["<h2>Time</h2>", _times(summary)]
+    lead = "A language model from outside, a dictionary of its MLPs made here, and circuits that were tested on it."
+    runs.write_text(folder / "report.html", page("Crosslace: a real model", lead, "".join(parts)))
+    return folder / "report.html"
 
+
+def _swaps_of_partners(causal: dict[str, Any]) -> list[str]:
+    if not causal["swapped"]:
+        return []
+    columns = ("prompt", "partner", "other", "other_swapped", "other_matched")
+    return [
+        _sentence("Where a prompt has a partner, the path features of both were set to what they are in the partner:"),
+        table(
+            ("prompt", "partner", "p of the partner's answer", "paths set", "matched set"),
+            [[row[name] for name in columns] for row in causal["swapped"]],
+        ),
+    ]
+
+
+def _times(summary: dict[str, Any]) -> str:
+    return table(("stage", "time"), [(name, duration(value)) for name, value in summary["seconds"].items()])
+
+
+def _sentence(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
@@ -79,9 +135,9 @@ def _the_world(summary: dict[str, Any]) -> list[str]:
     return ["<h2>The world</h2>", table(("family", "accuracy on held-out questions"), rows)]
 
 
-def _losses(folder: Path) -> Chart:
+def _losses(folder: Path, kinds: Sequence[str] = RUNS) -> Chart:
     series = []
-    for kind in RUNS:
+    for kind in kinds:
         lines = (folder / kind / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         points = [(row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row]
         series.append(Series(kind, points, dots=False))
@@ -95,9 +151,9 @@ def _per_layer(results: dict[str, Any], name: str) -> Chart:
     return Chart(title, "layer", name, series, bars=True, ticks={float(i): str(i) for i in range(layers)})
 
 
-def _picture(run: Path) -> str:
+def _picture(run: Path, slug: str = "dallas") -> str:
     """The graph that `trace` drew, made by our own code from escaped text."""
-    text = (run / "graphs" / "dallas" / "graph.svg").read_text(encoding="utf-8")
+    text = (run / "graphs" / slug / "graph.svg").read_text(encoding="utf-8")
     return text[text.index("<svg") :]
 
 

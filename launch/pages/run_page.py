@@ -29,7 +29,7 @@ def run_page(
         body.append(notice("No warning: it beats every control, and its features are in good health.", good=True))
     body += ["<h2>In short</h2>", _headline(result)]
     if "controls" in result:
-        body += ["<h2>Against controls</h2>", _controls(result["controls"])]
+        body += ["<h2>Against controls</h2>", controls_table(result["controls"])]
     drawn = lambda *names: grid([charts[n].svg() for n in names if n in charts])
     body += ["<h2>Layer by layer</h2>", drawn("nmse_by_layer", "l0_by_layer", "spliced", "depth"), _layers(result)]
     if "graph" in result:
@@ -106,7 +106,8 @@ def _headline(result: Mapping[str, Any]) -> str:
     return table(("figure", "value", "95% interval"), rows)
 
 
-def _controls(controls: Mapping[str, Mapping[str, float]]) -> str:
+def controls_table(controls: Mapping[str, Mapping[str, float]]) -> str:
+    """The transcoder beside what it has to beat."""
     figures = ("nmse", "ce_recovered", "kl", "top1", "top1_hard")
     return table(("", *figures), [[name, *(row.get(figure) for figure in figures)] for name, row in controls.items()])
 

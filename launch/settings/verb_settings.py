@@ -43,10 +43,13 @@ class DemoSettings:
     """Held-out cities whose circuit is traced, to see whether its path names the right state."""
     pairs: int = 200
     """Held-out pairs of cities whose state features are swapped."""
+    circuits: int = 6
+    """On a model other than the world: kinds of questions of which one is traced and drawn."""
 
     def __post_init__(self) -> None:
         check_range("demo.cities", self.cities, low=1)
         check_range("demo.pairs", self.pairs, low=1)
+        check_range("demo.circuits", self.circuits, low=0)
 
 
 @dataclass(frozen=True)

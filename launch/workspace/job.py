@@ -86,7 +86,8 @@ def start(verb: str, words: Sequence[str]) -> Job:
         elif plain:
             words = [*words, f"{'compare' if verb == 'runs' else 'runs'}=[{listed}]"]
     if verb == "demo" and not any(word.startswith("experiment=") for word in words):
-        words = ["experiment=demo", *words]
+        real = any(word in ("model=smollm2", "model.name=smollm2") for word in words)
+        words = [f"experiment={'smollm2_demo' if real else 'demo'}", *words]
     later: list[str] = []
     if verb in FOLLOWED and any(word.startswith(("then=", "then.do=", "experiment=")) for word in words):
         own = VERBS[verb].sections

@@ -9,7 +9,13 @@ import torch
 from crosslace.circuit.attribution import trace
 from crosslace.circuit.graph import DenseRows, Graph, Nodes
 from crosslace.circuit.judge.behaviour import TextBatch, resampled
-from crosslace.circuit.judge.controls import calibrate, neuron_condition, untrained
+from crosslace.circuit.judge.controls import (
+    RIDGE_OF_FEATURES,
+    calibrate,
+    neuron_condition,
+    random_features,
+    untrained,
+)
 from crosslace.circuit.judge.evaluation import EvalSettings, EvalText, evaluate, few_of, verdicts
 from crosslace.circuit.judge.faithfulness import FaithfulnessPlan, compare, measure_faithfulness, total_effects
 from crosslace.circuit.judge.graph_scores import path_length
@@ -194,6 +200,21 @@ def test_controls_fire_as_often_as_the_transcoder(relu_gpt2):
     for l in range(3):
         active = (fresh.encode_layer(calibration.sample_NLD[:, l].double(), l) > 0).sum(-1).double().mean()
         assert active == pytest.approx(4, rel=0.05)
+
+
+def test_random_features_write_what_a_ridge_fit_gives_them(relu_gpt2):
+    """The gradient of the ridge regression's loss is zero at the fitted decoder."""
+    transcoder = self_transcoder(relu_gpt2)
+    tokens = torch.randint(3, relu_gpt2.d_vocab, (40, 32), generator=torch.Generator().manual_seed(0))
+    keep = lambda tokens: torch.zeros_like(tokens, dtype=torch.bool)
+    calibration = calibrate(relu_gpt2, "mlp_in", [whole(tokens)], keep)
+    fitted = random_features(untrained(transcoder, calibration, [4.0, 4.0, 4.0]), calibration)
+    for l in range(3):
+        A = fitted.encode_layer(calibration.sample_NLD[:, l].double(), l)
+        wanted = (calibration.sample_y_NLD[:, l] - calibration.mean_y_LD[l]).double()
+        W, ridge = fitted.W_dec[l][:, 0], RIDGE_OF_FEATURES * A.square().sum(1).mean()
+        torch.testing.assert_close(A.T @ (wanted - A @ W), ridge * W, rtol=1e-6, atol=1e-6 * float(ridge))
+        assert not fitted.W_dec[l][:, 1:].any()
 
 
 def test_all_neurons_are_the_model_itself(relu_gpt2):

@@ -52,8 +52,9 @@ def test_evaluation_and_features_are_the_same_on_several_processes(count: int, d
     # What frozen attention misses is measured on one process alone, as docs/evaluation.md says.
     assert one["faithfulness"].pop("attention") and "attention" not in several["faithfulness"]
     # An untrained feature's threshold lies exactly on a row of the sample, so that rounding decides whether it fires.
-    drawn = [result["controls"].pop("untrained") for result in (one, several)]
-    assert drawn[0].keys() == drawn[1].keys() and drawn[0]["kl"] == pytest.approx(drawn[1]["kl"], rel=1e-2)
+    for name in ("untrained", "random"):
+        drawn = [result["controls"].pop(name) for result in (one, several)]
+        assert drawn[0].keys() == drawn[1].keys() and drawn[0]["kl"] == pytest.approx(drawn[1]["kl"], rel=1e-2)
     assert different(several, one) == []
     words = ["features.tokens=2000", "features.top=3"]
     assert main(["features", f"run={runs[0]}", *words]) == 0
