@@ -1,6 +1,7 @@
 """Seconds and peak memory of an attribution graph with its scores and pruning, ours and circuit-tracer's.
 
     python -m benchmarks.attribution [--json] [--case plt:32:5970 ...] [--circuit-tracer PYTHON] [--ours PYTHON]
+    python -m benchmarks.attribution --run RUN --prompt "..." [--circuit-tracer PYTHON]   a run's model and transcoder
 
 A case is transcoder:tokens:active-features, on a random Llama-style model (L=8, D=256, 8 heads, F=2048 a layer,
 float32) whose thresholds are set so that so many features fire. With `--circuit-tracer`, the interpreter of another
@@ -79,6 +80,21 @@ def build(kind: str, tokens: int, active: int, folder: Path) -> None:
     save_file({"tokens": prompt}, folder / "prompt.safetensors")
 
 
+def build_from(run: Path, prompt: str, folder: Path) -> dict[str, Any]:
+    """The same for a run, which must be of a Llama model, and a prompt of one's own."""
+    from crosslace.launch.workspace import start
+    from crosslace.launch.workspace.sources import open_model
+
+    lm = open_model(start("trace", [f"run={run}", f"prompt='{prompt}'"])).widened(own=True)
+    transcoder = Transcoder.load(run / "transcoder")
+    lm.model.save_pretrained(folder / "model")
+    transcoder.save(folder / "ours")
+    export_circuit_tracer(transcoder, folder / "theirs", model_name=Path(lm.name).name)
+    tokens = lm.tokenize(prompt)
+    save_file({"tokens": tokens}, folder / "prompt.safetensors")
+    return {"transcoder": transcoder.kind, "tokens": len(tokens), "prompt": prompt}
+
+
 def measure(folder: Path, edges: Path | None, fields: dict[str, Any]) -> dict[str, Any]:
     """Ours, in this process; `fields` are settings of the trace."""
     from transformers import LlamaForCausalLM
@@ -112,7 +128,7 @@ def measure(folder: Path, edges: Path | None, fields: dict[str, Any]) -> dict[st
 def comparable(graph: Any) -> dict[str, Tensor]:
     """Edges and the nodes that circuit-tracer has too: no biases, no errors at position 0 (it sets them to zero)."""
     nodes = graph.nodes
-    kept = ~nodes.mask("bias") & ~(nodes.mask("error") & (nodes.position == 0))
+    kept = ~nodes.mask("bias") & ~(nodes.mask("error", "kept") & (nodes.position == 0))
     features = nodes.mask("feature")
     places = torch.stack([nodes.layer[features], nodes.position[features], nodes.index[features]], 1)
     return {"edges": graph.rows[:, kept].contiguous(), "features": places, "logits": nodes.index[nodes.mask("logit")]}
@@ -137,16 +153,20 @@ def largest_difference(ours: Path, theirs: Path) -> float:
 
 
 def run_case(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Build a case, measure it in processes of their own, compare."""
-    kind, tokens, active = case.split(":")
+    """Build a case, or with `--run` one of a prompt, measure it in processes of their own, compare."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        build(kind, int(tokens), int(active), folder)
+        if arguments.run:
+            about = build_from(arguments.run, case, folder)
+        else:
+            kind, tokens, active = case.split(":")
+            build(kind, int(tokens), int(active), folder)
+            about = {"transcoder": kind, "tokens": int(tokens)}
         ours, theirs = folder / "ours.safetensors", folder / "theirs.safetensors"
         options = [f"--set={entry}" for entry in arguments.set or []]
         options += ["--edges", str(ours)] if arguments.circuit_tracer else []
         found = in_process([arguments.ours, "-m", "benchmarks.attribution", "--measure", name, *options])
-        result = {"transcoder": kind, "tokens": int(tokens), **found}
+        result = {**about, **found}
         if arguments.circuit_tracer:
             reference = run_reference(folder, theirs, arguments)
             result |= {f"reference_{key}": value for key, value in reference.items()}
@@ -186,6 +206,10 @@ def in_process(command: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--case", action="append", help="transcoder:tokens:active-features, e.g. clt:96:8000")
+    parser.add_argument(
+        "--run", type=Path, help="a run whose model and transcoder are measured, in place of random ones"
+    )
+    parser.add_argument("--prompt", action="append", help="with --run: a prompt to trace")
     parser.add_argument("--circuit-tracer", metavar="PYTHON", help="interpreter of an environment that has it")
     parser.add_argument(
         "--ours",
@@ -209,7 +233,7 @@ def main() -> None:
         fields = {name: int(value) if value.isdigit() else value for name, value in entries}
         print(json.dumps(measure(arguments.measure, arguments.edges, fields)))
         return
-    for case in arguments.case or CASES:
+    for case in arguments.prompt or arguments.case or CASES:
         result = run_case(case, arguments)
         if arguments.json:
             print(json.dumps(result), flush=True)

@@ -46,6 +46,7 @@ def load(folder: Path, first: int, lazy: bool) -> TransformerLensReplacementMode
         n_ctx=c.max_position_embeddings,
         d_head=c.hidden_size // c.num_attention_heads,
         n_heads=c.num_attention_heads,
+        n_key_value_heads=None if c.num_key_value_heads == c.num_attention_heads else c.num_key_value_heads,
         d_mlp=c.intermediate_size,
         d_vocab=c.vocab_size,
         act_fn="silu",
@@ -54,7 +55,7 @@ def load(folder: Path, first: int, lazy: bool) -> TransformerLensReplacementMode
         positional_embedding_type="rotary",
         rotary_dim=c.hidden_size // c.num_attention_heads,
         rotary_adjacent_pairs=False,
-        rotary_base=10000,
+        rotary_base=int(c.rope_parameters["rope_theta"]),
         final_rms=True,
         gated_mlp=True,
         original_architecture="LlamaForCausalLM",
@@ -64,7 +65,11 @@ def load(folder: Path, first: int, lazy: bool) -> TransformerLensReplacementMode
     )
     model = TransformerLensReplacementModel(config)
     model.load_and_process_state_dict(
-        convert_llama_weights(hf, config), fold_ln=False, center_writing_weights=False, center_unembed=False
+        convert_llama_weights(hf, config),
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
     )
     theirs = folder / "theirs"
     described = yaml.safe_load((theirs / "config.yaml").read_text())

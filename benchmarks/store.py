@@ -199,12 +199,9 @@ def bench_zarr(folder: Path, n_layers: int, d_model: int, pipeline: str) -> floa
     return len(starts) * BATCH * n_layers * d_model * 2 * len(SITES) / seconds / 1e9
 
 
-def bench_harvest(folder: Path, n_layers: int, d_model: int, tokens: int) -> dict[str, float]:
-    """A random Llama of this shape over random text."""
-    from crosslace.data.harvest.harvest import HarvestSettings, harvest
-    from crosslace.data.harvest.window_plan import batches
+def random_llama(n_layers: int, d_model: int) -> Any:
+    """A random Llama of this shape."""
     from crosslace.data.models.language_model import LanguageModel
-    from crosslace.data.text.corpus import TokenSequence
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -216,10 +213,16 @@ def bench_harvest(folder: Path, n_layers: int, d_model: int, tokens: int) -> dic
         num_attention_heads=d_model // 64,
         num_key_value_heads=d_model // 64,
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LlamaForCausalLM(config)
-    torch.nn.Module.to(model, device)
-    lm = LanguageModel(model, None, "random")
+    torch.nn.Module.to(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return LanguageModel(model, None, "random")
+
+
+def bench_harvest(folder: Path, lm: Any, tokens: int) -> dict[str, float]:
+    """A model over random text."""
+    from crosslace.data.harvest import HarvestSettings, harvest
+    from crosslace.data.harvest.window_plan import batches
+    from crosslace.data.text.corpus import TokenSequence
 
     class RandomText:
         name = fingerprint = "random"
@@ -235,7 +238,6 @@ def bench_harvest(folder: Path, n_layers: int, d_model: int, tokens: int) -> dic
         path=str(folder / "harvest"),
         tokens=str(tokens),
         held_out="0",
-        dtype="float16",
         batch_tokens=8192,
         sample_tokens=8192,
     )
@@ -248,7 +250,7 @@ def bench_harvest(folder: Path, n_layers: int, d_model: int, tokens: int) -> dic
     with torch.inference_mode():
         for group in groups:
             lm.model.base_model(input_ids=torch.stack([s.tokens for _, s in group]).to(lm.device), use_cache=False)
-        if device.type == "cuda":
+        if lm.device.type == "cuda":
             torch.cuda.synchronize()
     forward = time.perf_counter() - begun
     return {"harvest_share": forward / whole, "harvest_tokens_s": tokens / whole}
@@ -294,7 +296,17 @@ def main() -> None:
     parser.add_argument("--folder", help="where to write, and remove, the files; the temporary folder if not given")
     parser.add_argument("--parts", default="write,read,harvest,train")
     parser.add_argument("--steps", type=int, default=40, help="of the training")
+    parser.add_argument("--model", help="a harvest by this model alone, such as smollm2")
+    parser.add_argument("--dtype", default="auto", help="of that model")
     options = parser.parse_args()
+    if options.model:
+        from crosslace.data.models import ModelSettings, load_model
+
+        lm = load_model(ModelSettings(options.model, dtype=options.dtype))
+        with tempfile.TemporaryDirectory(prefix="crosslace-bench-", dir=options.folder) as name:
+            found = bench_harvest(Path(name), lm, 1 << 14)
+        print(json.dumps({"model": options.model, "dtype": str(lm.dtype), **found}))
+        return
     blocks = [64, 128, 256, 512, 1024] if options.layouts else [256]
     with tempfile.TemporaryDirectory(prefix="crosslace-bench-", dir=options.folder) as name:
         folder = Path(name)
@@ -321,7 +333,9 @@ def main() -> None:
                 if "train" in options.parts and not options.layouts:
                     line |= bench_train(folder, n_layers, d_model, rows, block_rows, options.steps)
                 if "harvest" in options.parts and not options.layouts:
-                    line |= bench_harvest(folder, n_layers, d_model, 2**26 // (d_model * n_layers // 12) // 2)
+                    line |= bench_harvest(
+                        folder, random_llama(n_layers, d_model), 2**26 // (d_model * n_layers // 12) // 2
+                    )
                 lines.append(
                     {key: round(value, 3) if isinstance(value, float) else value for key, value in line.items()}
                 )

@@ -190,6 +190,22 @@ def bandwidth_share(case: Case, seconds: float) -> float | None:
     return round(floor / seconds / (20 * big.numel() * 4 / (time.perf_counter() - start)), 3)
 
 
+def encoder_seconds(case: Case) -> float:
+    """The products of all layers' encoders with a batch, in the case's precision, and nothing else."""
+    s, dtype = case.shape, torch.bfloat16 if case.precision == "bf16" else torch.float32
+    x = torch.randn(s.B, s.D, device=case.device, dtype=dtype)
+    weights = [torch.randn(s.F, s.D, device=case.device, dtype=dtype) for _ in range(s.L)]
+    seconds = []
+    for _ in range(case.repeats + 1):
+        start = time.perf_counter()
+        for W in weights:
+            x @ W.T
+        if case.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
 def compare(case: Case) -> dict[str, Any]:
     """One line of the output; null where the dense step does not fit into the device."""
     sparse, dense = _in_process(case, True), _in_process(case, False)
@@ -204,6 +220,7 @@ def compare(case: Case) -> dict[str, Any]:
         "sparse_parts": sparse["parts"], "dense_parts": None, "first_s": round(sparse["first_s"], 3),
         "tokens_per_s": round(s.B / sparse["seconds"]), "loss_difference": None,
         "bandwidth_share": bandwidth_share(case, sparse["seconds"]),
+        "encoder_share": round(encoder_seconds(case) / sparse["seconds"], 3),
     }  # fmt: skip
     if dense is not None:
         line |= {
@@ -224,7 +241,9 @@ def summary(name: str, line: dict[str, Any]) -> str:
     share = "" if line["bandwidth_share"] is None else f", {line['bandwidth_share']:.0%} of bandwidth"
     sparse = f"{line['sparse_s']:.3f} s, {line['sparse_peak'] / 2**20:.0f} MiB"
     words = f"{name:6} {line['transcoder']} {line['activation']:9} dense {dense}; sparse {sparse}{ratios}"
-    return f"{words}; {line['tokens_per_s']} tokens/s{share}; {line['sparse_parts']}"
+    return (
+        f"{words}; {line['tokens_per_s']} tokens/s{share}, {line['encoder_share']:.0%} encoder; {line['sparse_parts']}"
+    )
 
 
 def main() -> None:

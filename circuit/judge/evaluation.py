@@ -81,7 +81,7 @@ class EvalSettings:
     """Also replace each layer alone, and for each l the layers 0 to l."""
 
     controls: bool = True
-    """Also measure the untrained transcoder, random features with a fitted decoder, the MLP's strongest neurons (as many
+    """Also measure an untrained transcoder, random features with a fitted decoder, the MLP's strongest neurons (as many
     as L0), and a linear map."""
 
     prompts: int = 20
