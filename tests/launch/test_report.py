@@ -5,12 +5,13 @@ import csv
 import html
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from crosslace.data.errors import UserError
-from crosslace.launch.pages import evaluated_below, write_report
+from crosslace.launch.pages import evaluated_below, write_model_demo_report, write_report
 from crosslace.launch.pages.charts import Chart, Series
 from crosslace.launch.pages.html import page, table
 
@@ -127,3 +128,20 @@ def test_a_chart_takes_the_colours_of_its_page_and_names_of_its_own() -> None:
 def test_tables_sort_by_value_not_by_its_show() -> None:
     text = page("t", "", table(["n"], [[0.123456789], [None], ["<i>"]], sortable=True))
     assert 'data-value="0.123456789">0.1235<' in text and "&lt;i&gt;" in text
+
+
+def test_the_page_of_a_real_model_s_demo(demo: Path, result: dict, tmp_path: Path) -> None:
+    """It holds every prompt's three probabilities, the swaps, and the picture of each traced circuit."""
+    shutil.copytree(demo / "plt", tmp_path / "plt", ignore=shutil.ignore_patterns("checkpoints"))
+    row = {"kind": "capital", "prompt": "a <prompt>", "answer": " x", "features": 7}
+    row |= {"clean": 0.75, "path": 0.125, "matched": 0.625}
+    swap = {"prompt": "a", "partner": "b", "other": 0.0, "other_swapped": 0.375, "other_matched": 0.25}
+    left = {"path": {"mean": 0.17}, "matched": {"mean": 0.83}}
+    figures = {"nmse": 0.3, "ce_recovered": 0.8, "kl": 1.0, "top1": 0.5, "top1_hard": 0.4}
+    causal = {"silenced": [row], "swapped": [swap], "left_of_the_answer": left}
+    graph = {**row, "path_silenced": 0.125, "path": "one -> two", "slug": "dallas", "replacement_score": 0.4}
+    result = {**result, "controls": {"transcoder": figures}, "causal": causal}
+    text = write_model_demo_report(tmp_path, {"graphs": [graph], "seconds": {"cache": 3.0}}, result).read_text()
+    assert "a &lt;prompt&gt;" in text and "a <prompt>" not in text
+    for shown in ("0.75", "0.125", "0.625", "0.375", "17%", "83%", "one -&gt; two", "<svg"):
+        assert shown in text
