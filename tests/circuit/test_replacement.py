@@ -203,8 +203,9 @@ def test_load_from_a_run_or_a_transcoder(saved, prompt):
 def test_prompts_begin_as_the_texts_of_training_did(saved):
     """The token that texts were given in place of a missing BOS is in the transcoder's description."""
     rm, run = saved
-    assert ReplacementModel.load(run).lm.tokenize("a").tolist() == [1]
-    meta = rm.transcoder.meta | {"masked": SinkRule(0).to_attributes()}
+    without = ReplacementModel.load(run)
+    assert without.lm.tokenize("a").tolist() == [1]
+    meta = dict(without.transcoder.meta) | {"masked": SinkRule(0).to_attributes()}
     rm.transcoder.save(run / "transcoder", meta)
     loaded = ReplacementModel.load(run)
     assert loaded.lm.tokenize("a").tolist() == [0, 1]
