@@ -179,6 +179,17 @@ def test_heads_are_traced_kept_and_exported(clt: Path, crosslace, tmp_path: Path
     assert any("qk_tracing_results" in node for node in exported["nodes"])
 
 
+def test_groups_are_proposed_tried_out_and_kept(clt: Path, crosslace) -> None:
+    ended = crosslace("trace", f"run={clt}", f"prompt={PROMPT}", "slug=groups", "groups=true")
+    assert ended.code == 0
+    said = " ".join(ended.out.split())
+    assert re.search(r"\d+ groups hold \d+% of the features' influence", said) and "with as many others alone" in said
+    graph = crosslace_graph(clt / "graphs" / "groups")
+    assert graph.supernodes
+    for ids in graph.supernodes.values():
+        assert len({graph.nodes[id].position for id in ids}) == 1
+
+
 def test_graphs_of_prompts_that_end_alike_are_kept_apart(clt: Path, crosslace) -> None:
     other = PROMPT.replace("capital", "nickname")
     folders = [clt / "graphs" / f"of-the-state-containing-dallas-is{number}" for number in ("", "-2", "-3")]
