@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from crosslace.circuit.replacement.substitute import TranscoderOutput
-from crosslace.data.harvest.harvest import HarvestSettings, harvest
+from crosslace.data.harvest import HarvestSettings, harvest
 from crosslace.data.models.language_model import LanguageModel, load_model
 from crosslace.data.store.store import ActivationStore
 from crosslace.data.text.corpus import Corpus, DatasetSettings, load_corpus

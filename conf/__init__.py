@@ -30,7 +30,7 @@ SECTIONS = {
     ),
     "dataset": Section("data/text/dataset.py", "DatasetSettings", "the text", shorthand="name", preset="world"),
     "store": Section(
-        "data/harvest/harvest.py", "HarvestSettings", "the cached activations", shorthand="path", preset="default"
+        "data/harvest/settings.py", "HarvestSettings", "the cached activations", shorthand="path", preset="default"
     ),
     "transcoder": Section("train/settings.py", "TranscoderSettings", "the dictionary that is trained", preset="clt"),
     "trainer": Section("train/settings.py", "TrainerSettings", "how it is trained", preset="default"),
@@ -103,19 +103,20 @@ VERBS = {
         "run a language model over text and store its activations",
         "launch.verbs.cache",
         "CacheSettings",
-        (*SOURCES, "store"),
+        (*SOURCES, "store", "machine"),
         (
             "crosslace cache model=world dataset=world store=stores/world tokens=1M",
             "crosslace cache model=gpt2 dataset=pile store=stores/gpt2 tokens=100M",
+            "crosslace cache --plan experiment=gemma2_2b_plt",
         ),
         "lower store.batch_tokens or store.memory, or take model.dtype=bfloat16",
     ),
     "store": Verb(
-        "describe a store, verify it, or remove one that is incomplete",
+        "describe a store, verify it, list those in a folder, or remove what is incomplete",
         "launch.verbs.cache",
         "StoreVerbSettings",
         (),
-        ("crosslace store path=stores/gpt2", "crosslace store path=stores/gpt2 verify=true"),
+        ("crosslace store stores", "crosslace store stores/gpt2", "crosslace store stores/gpt2 verify=true"),
     ),
     "train": Verb(
         "train a transcoder on a store, or on activations as they stream",

@@ -29,7 +29,7 @@ class RandomText:
             sinks = torch.rand(length, generator=generator) < self.share
             if document >= self.sinks_from:
                 tokens[sinks] = SINK
-            yield TokenSequence(tokens, torch.full((length,), document), torch.arange(length))
+            yield TokenSequence(tokens, torch.full((length,), document))
             given += length
             if limit_tokens and given >= limit_tokens:
                 return

@@ -1,13 +1,27 @@
-"""Work on one forward pass's tensors that goes on beside the next pass."""
+"""Work beside the device's: on one pass's tensors while the next runs, and on the text of the next window."""
 
 import threading
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 _PASSES_AHEAD = 2
+_END: Any = object()
+
+
+def ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items, each made in a thread while the one before is used."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="crosslace-ahead")
+    try:
+        coming = pool.submit(next, items, _END)
+        while (item := coming.result()) is not _END:
+            coming = pool.submit(next, items, _END)
+            yield item
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Behind:

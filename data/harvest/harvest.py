@@ -12,7 +12,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import PurePath
 from typing import Any
@@ -21,148 +21,23 @@ import torch
 from torch import Tensor
 
 from ... import __version__
-from ..errors import Progress, SettingsError, UserError, check_choice, check_range, silent
-from ..memory import host_memory
-from ..models import SITES, SITES_LOOKED_AT, InputNorms, LanguageModel, SinkRule, check_sinks, row_norms
+from ..errors import Progress, SettingsError, UserError, silent
+from ..models import SITES_LOOKED_AT, InputNorms, LanguageModel, SinkRule, row_norms
 from ..store import (
-    BLOCK_ROWS,
     COLUMNS,
-    DTYPES,
     FLOAT16_MAX,
     HELD_OUT,
-    SHUFFLE_ROWS,
-    Place,
-    StoreLayout,
     StoreWriter,
     Window,
     channel_scale,
 )
 from ..text import TokenSequence, tokenizer_fingerprint
-from ..units import format_bytes, parse_bytes, parse_count
-from .behind import Behind
+from ..units import format_bytes
+from .behind import Behind, ahead
+from .settings import HarvestSettings, Weight, make_layout, weigh
 from .window_plan import PlannedWindow, Sampling, Text, batches, plan_windows
 
 _WELL_WITHIN = 8  # how many times the sample's largest value float16 must hold, to be chosen
-
-
-@dataclass(frozen=True)
-class HarvestSettings:
-    path: str = ""
-    """Folder or fsspec URL of the store."""
-
-    mode: str = "disk"
-    """`disk` keeps all rows; `streaming` keeps a ring of them that is refilled while training goes on."""
-
-    budget: str = "50GB"
-    """Disk that a streaming store may take."""
-
-    dtype: str = "auto"
-    """`float32`, `float16`, `bfloat16`, `int8`, or `auto`: float16 where the sample's largest value is an eighth of its
-    largest number at most, else bfloat16 (and for a bfloat16 model)."""
-
-    tokens: str = "10M"
-    """Rows to keep for training, such as 200K, 100M or 1B; fewer where the corpus ends before."""
-
-    held_out: str = "auto"
-    """Rows to keep for evaluation; `auto` is a twentieth of the training rows, at most 256K; 0 for none."""
-
-    layers: list[int] | None = None
-    """Layers to keep, negative ones counted from the last; all if not given."""
-
-    sites: list[str] = field(default_factory=lambda: ["resid", "mlp_out"])
-    """Sites to keep, of `resid`, `mlp_in` and `mlp_out`."""
-
-    fraction: float = 1.0
-    """Share of the positions to keep, drawn at random."""
-
-    sinks: str = "auto"
-    """What is masked: `auto`, first positions, the token that begins texts, and rows whose norm stands apart; `first`,
-    none by their norm; `none`, nothing; or a number, rows above so many medians of the residual stream's norm."""
-
-    sample_tokens: int = 16384
-    """Tokens of a first sample, on which attention sinks are found and the dtype is chosen."""
-
-    batch_tokens: int = 16384
-    """Tokens per forward pass."""
-
-    shuffle_rows: int = SHUFFLE_ROWS
-    """Rows are shuffled among at least so many others before they are written."""
-
-    memory: str = "auto"
-    """Memory for rows that wait to be shuffled, such as 8GB; by default a quarter of what this job may take."""
-
-    scratch: str = ""
-    """Folder of a fast local disk for rows that wait beyond that memory; beside the store if not given."""
-
-    block_rows: int = BLOCK_ROWS
-    """Rows that lie together on disk and are read together in every epoch."""
-
-    shard_rows: int = 0
-    """Rows per file; 0 chooses about 128 MiB of each site."""
-
-    seed: int = 0
-    """Seed of the shuffle."""
-
-    def __post_init__(self):
-        check_choice("store.mode", self.mode, ["disk", "streaming"])
-        check_choice("store.dtype", self.dtype, ["auto", *DTYPES])
-        for site in self.sites:
-            check_choice("store.sites", site, SITES)
-        if self.layers == []:
-            raise SettingsError("store.layers is empty; leave it out to keep all layers")
-        if not self.sites:
-            raise SettingsError("store.sites is empty; it takes some of resid, mlp_in, mlp_out")
-        check_range("store.tokens", parse_count(self.tokens), low=1)
-        parse_bytes(self.budget)
-        check_range("store.fraction", self.fraction, low=1e-6, high=1.0)
-        check_sinks(self.sinks)
-        for name in ("sample_tokens", "batch_tokens", "shuffle_rows", "block_rows"):
-            check_range(f"store.{name}", getattr(self, name), low=1)
-        if self.shard_rows % self.block_rows:
-            raise SettingsError(
-                f"store.shard_rows={self.shard_rows} is no multiple of store.block_rows={self.block_rows}"
-            )
-
-    @property
-    def train_rows(self) -> int:
-        return parse_count(self.tokens)
-
-    @property
-    def held_out_rows(self) -> int:
-        if self.held_out == "auto":
-            return min(self.train_rows // 20, 1 << 18)
-        return parse_count(self.held_out, "store.held_out")
-
-    def memory_bytes(self, processes: int = 1) -> int:
-        return (host_memory() // 4 if self.memory == "auto" else parse_bytes(self.memory, "store.memory")) // processes
-
-
-def make_layout(lm: LanguageModel, settings: HarvestSettings) -> StoreLayout:
-    """The layout of a model's store."""
-    layers = range(lm.n_layers) if settings.layers is None else settings.layers
-    for layer in layers:
-        if not -lm.n_layers <= layer < lm.n_layers:
-            raise SettingsError(
-                f"store.layers={settings.layers} names layer {layer} of a model of {lm.n_layers} layers"
-            )
-    dtype = settings.dtype
-    if dtype == "auto":  # until the sample has told; bfloat16 takes as much room
-        dtype = "bfloat16" if lm.dtype == torch.bfloat16 else "float16"
-    return StoreLayout(
-        tuple(dict.fromkeys(settings.sites)),
-        tuple(sorted({layer % lm.n_layers for layer in layers})),
-        lm.d_model,
-        dtype,
-        settings.block_rows,
-        settings.shard_rows,
-    )
-
-
-def weigh(lm: LanguageModel, settings: HarvestSettings) -> tuple[int, int | None]:
-    """Bytes that the store will take at most, and bytes that are free (None where nobody can tell)."""
-    layout = make_layout(lm, settings)
-    size = layout.total_bytes(settings.train_rows) + layout.total_bytes(settings.held_out_rows)
-    return size, Place(settings.path).free()
 
 
 class Harvester:
@@ -170,7 +45,7 @@ class Harvester:
 
     def __init__(self, lm: LanguageModel, corpus: Text, settings: HarvestSettings):
         self.lm, self.corpus, self.settings = lm, corpus, settings
-        self.layout = make_layout(lm, settings)
+        self.layout = make_layout(settings, lm.n_layers, lm.d_model, lm.dtype)
         self.rule = SinkRule(lm.bos, settings.sinks)
         self.sampling = Sampling(self.rule, settings.fraction, settings.seed)
         self.margin = 0.0
@@ -267,9 +142,9 @@ class Harvester:
     # -- windows -------------------------------------------------------------------------------------------------
 
     def windows(self, split: str, sizes: list[list[int]]) -> Iterator[PlannedWindow]:
-        """The windows of a split, in order."""
+        """The windows of a split, in order, each tokenized and planned while the one before is harvested."""
         if any(sizes):
-            yield from plan_windows(self.corpus.sequences(split), self.sampling, sizes, self.margin)
+            yield from ahead(plan_windows(self.corpus.sequences(split), self.sampling, sizes, self.margin))
 
     def fill(self, planned: PlannedWindow, window: Window, progress: Callable[[int], None] = lambda rows: None) -> None:
         """Run the model over a window's sequences."""
@@ -368,12 +243,14 @@ def harvest(
     if not settings.path:
         raise SettingsError("store.path is not set; it takes the folder that the store is to be in")
     if settings.mode != "disk":
-        raise SettingsError("store.mode=streaming has nothing to cache beforehand: train with it directly")
+        raise SettingsError(
+            "store.mode=streaming has nothing to cache beforehand: train with it, or keep all with store.mode=disk"
+        )
     harvester = Harvester(lm, corpus, settings)
     with open_writer(harvester, settings.path, process_index, process_count) as writer:
         if writer.complete:
             return True
-        _refuse_if_too_large(lm, settings, process_count, progress)
+        _refuse_if_too_large(weigh(harvester.layout, settings, process_count), settings, progress)
         harvester.take_sample(writer)
         windows = {}
         for split in (HELD_OUT, "train"):
@@ -425,22 +302,17 @@ def cache_split(harvester: Harvester, writer: StoreWriter, split: str, into: str
     return count
 
 
-def _refuse_if_too_large(lm: LanguageModel, settings: HarvestSettings, processes: int, progress: Progress) -> None:
+def _refuse_if_too_large(weight: Weight, settings: HarvestSettings, progress: Progress) -> None:
     """Say what the store will weigh; refuse what the disk cannot hold, rows that wait to be shuffled included."""
-    size, free = weigh(lm, settings)
-    layout = make_layout(lm, settings)
-    window = min(settings.train_rows, 2 * settings.shuffle_rows) * layout.row_bytes
-    spill = 2 * window if 2 * window > settings.memory_bytes(processes) and not settings.scratch else 0
-    there = sum(Place(settings.path).sizes("").values()) if free is not None else 0
-    note = f"the store will weigh {format_bytes(size)}"
-    if free is not None:
-        note += f", {format_bytes(free)} are free"
-        if size + spill > free + there:
-            raise UserError(
-                f"the store would weigh {format_bytes(size)}, with {format_bytes(spill)} of rows that wait to be "
-                f"shuffled, and {settings.path} has room for {format_bytes(free + there)}: lower store.tokens, choose "
-                "store.layers, store.dtype=int8 or store.mode=streaming"
-            )
+    note = f"the store will weigh {format_bytes(weight.store)}"
+    if weight.free is not None:
+        note += f", {format_bytes(weight.free)} are free"
+    if not weight.fits:
+        raise UserError(
+            f"the store would weigh {format_bytes(weight.store)}, with {format_bytes(weight.spill)} of rows that wait "
+            f"to be shuffled, and {settings.path} has room for {format_bytes(weight.free or 0)}: lower store.tokens, "
+            "choose store.layers, store.dtype=int8 or store.mode=streaming"
+        )
     progress("caching activations", 0, settings.train_rows, note)
 
 

@@ -10,7 +10,6 @@ Each process harvests the windows that fall to it; all read all windows, from on
 process may still read it.
 """
 
-import copy
 import json
 import threading
 from collections import Counter
@@ -22,7 +21,6 @@ import numpy as np
 import torch
 
 from ..errors import Progress, SettingsError, UserError, silent
-from ..models import LanguageModel
 from ..store import (
     HELD_OUT,
     ActivationStore,
@@ -55,7 +53,7 @@ def open_streaming(
 ) -> tuple[ActivationStore, ActivationStore | None]:
     """The training rows as a ring in the folder `store.path`, and the held-out rows as an ordinary store beside it."""
     settings = harvester.settings
-    harvester.lm = twin(harvester.lm)
+    harvester.lm = harvester.lm.twin()
     if not settings.path or "://" in settings.path:
         raise SettingsError(f"store.path={settings.path!r} is no local folder, which store.mode=streaming needs")
     held_out_path = str(Path(settings.path, HELD_OUT))
@@ -290,8 +288,6 @@ class RingSource:
             self._present.discard(window)
             if window % self.process_count == self.process_index:
                 self._remove(window)
-            else:
-                self.place.forget(self._keys(window))
             self._shards.forget(self._shards_of(window))
         return done
 
@@ -364,10 +360,3 @@ class RingSource:
 
 def _record_name(window: int) -> str:
     return f"window-{window}.npz"
-
-
-def twin(lm: LanguageModel) -> LanguageModel:
-    """The same weights in modules of their own, so that hooks of a training's evaluations and of the harvest, which
-    run at the same time, never meet."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*lm.model.parameters(), *lm.model.buffers()]}
-    return LanguageModel(copy.deepcopy(lm.model, shared), lm.tokenizer, lm.name, lm.revision)

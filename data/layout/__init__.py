@@ -15,6 +15,7 @@ from .layout import ArraySpec as ArraySpec
 from .layout import StoreLayout as StoreLayout
 from .lock import StoreLock as StoreLock
 from .place import Place as Place
+from .place import Read as Read
 from .place import read_fully as read_fully
 from .place import read_json as read_json
 from .place import room as room

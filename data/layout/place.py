@@ -4,12 +4,11 @@ import json
 import os
 import shutil
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from os import cpu_count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -22,9 +21,15 @@ from zarr.storage import FsspecStore, LocalStore
 
 from ..errors import UserError, out_of_room
 
-_OPEN_FILES = 256
-_MAX_PARTS = 512  # pieces of one vectored read; systems take 1,024
 _FULL = ("os error 28", "os error 122", "os error 27")  # ENOSPC, EDQUOT, EFBIG as zarrs words them
+
+
+class Read(NamedTuple):
+    """A run of bytes of a file into uint8 buffers, one after another; an offset below zero counts from the end."""
+
+    name: str
+    offset: int
+    buffers: list[np.ndarray]
 
 
 class FolderStore(LocalStore):
@@ -43,8 +48,6 @@ class Place:
         self.local = "://" not in path or path.startswith("file://")
         self.root = path.removeprefix("file://") if self.local else path.rstrip("/")
         self.folder = Path(self.root)
-        self._descriptors: OrderedDict[str, int] = OrderedDict()
-        self._lock = threading.Lock()
         if not self.local:
             self._remote = self._reach()
 
@@ -117,42 +120,31 @@ class Place:
             self.remove(aside)
         return True
 
-    def read_into(self, name: str, offset: int, buffers: list[np.ndarray]) -> None:
-        """Fill uint8 buffers, one after another, from one run of bytes of a local file."""
-        with self._descriptor(name) as descriptor:
-            while buffers:
-                part, buffers = buffers[:_MAX_PARTS], buffers[_MAX_PARTS:]
-                read_fully(descriptor, name, offset, part)
-                offset += sum(buffer.nbytes for buffer in part)
-
-    def ranges(self, wanted: list[tuple[str, int, int]]) -> list[np.ndarray]:
-        """(name, offset, length) -> bytes, all asked for at once; an offset below zero counts from the end."""
-        requests = [
-            (name, SuffixByteRequest(-at) if at < 0 else RangeByteRequest(at, at + size)) for name, at, size in wanted
+    def fill(self, reads: list[Read]) -> None:
+        """Carry out reads; at a URL all of them are asked for at once."""
+        if self.local:
+            for name, offset, buffers in reads:
+                descriptor = os.open(self.folder / name, os.O_RDONLY)
+                try:
+                    begin = 0 if offset >= 0 else os.fstat(descriptor).st_size
+                    read_fully(descriptor, name, max(0, begin + offset), buffers)
+                finally:
+                    os.close(descriptor)
+            return
+        sizes = [sum(buffer.nbytes for buffer in read.buffers) for read in reads]
+        requests: list[Any] = [
+            (name, SuffixByteRequest(size) if at < 0 else RangeByteRequest(at, at + size))
+            for (name, at, _), size in zip(reads, sizes)
         ]
         found = sync(self._remote.get_partial_values(default_buffer_prototype(), requests))
-        for (name, _, size), got in zip(wanted, found):
+        for read, size, got in zip(reads, sizes, found):
             if got is None:
-                raise FileNotFoundError(2, "No such file", name)
-            if len(got) < size:
-                raise EOFError(f"{name} ends too early")
-        return [np.frombuffer(got.to_bytes(), np.uint8) for got in found if got is not None]
-
-    @contextmanager
-    def _descriptor(self, name: str) -> Iterator[int]:
-        """An open file, duplicated for the time of one read so that another thread may drop it from the cache."""
-        with self._lock:
-            held = self._descriptors.get(name)
-            if held is None:
-                held = self._descriptors[name] = os.open(self.folder / name, os.O_RDONLY)
-                if len(self._descriptors) > _OPEN_FILES:
-                    os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors.move_to_end(name)
-            own = os.dup(held)
-        try:
-            yield own
-        finally:
-            os.close(own)
+                raise FileNotFoundError(2, "No such file", read.name)
+            data = np.frombuffer(got.to_bytes(), np.uint8)
+            if len(data) < size:
+                raise EOFError(read.name)
+            for buffer in read.buffers:
+                buffer[:], data = data[: buffer.nbytes], data[buffer.nbytes :]
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Every file below a folder, by name relative to the root, with its size."""
@@ -174,7 +166,6 @@ class Place:
             for key in self.sizes(name):
                 sync(self._remote.delete(key))
             return
-        self.forget([name])  # the room of an open file is not free
         target = self.folder / name
         if target.is_dir():
             while target.exists():
@@ -182,13 +173,6 @@ class Place:
                     shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
-
-    def forget(self, names: list[str]) -> None:
-        """Let go of files that were read, and of those in a folder."""
-        with self._lock:
-            for held in list(self._descriptors):
-                if any(held == name or held.startswith(f"{name}/") for name in names):
-                    os.close(self._descriptors.pop(held))
 
     def flush(self, name: str) -> None:
         """Wait until a local file is on the disk."""
@@ -205,10 +189,6 @@ class Place:
             return None
         standing = next(p for p in [self.folder.absolute(), *self.folder.absolute().parents] if p.exists())
         return shutil.disk_usage(standing).free
-
-    def __del__(self, close=os.close):  # when Python ends, `os` may be gone before this is
-        for descriptor in self.__dict__.get("_descriptors", {}).values():
-            close(descriptor)
 
 
 def read_json(place: Place, name: str) -> Any | None:
@@ -250,5 +230,5 @@ def read_fully(descriptor: int, name: str, offset: int, buffers: list[np.ndarray
             skip = max(0, skip - buffer.nbytes)
         more = os.preadv(descriptor, rest, offset + got)  # type: ignore[arg-type]
         if not more:
-            raise EOFError(f"{name} ends at byte {offset + got}")
+            raise EOFError(name)
         got += more

@@ -130,6 +130,13 @@ class LanguageModel:
         wide.fingerprint = self.fingerprint
         return wide
 
+    def twin(self) -> "LanguageModel":
+        """The same weights in modules of their own, so that hooks of two users at the same time never meet."""
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in [*self.model.parameters(), *self.model.buffers()]}
+        other = LanguageModel(deepcopy(self.model, shared), self.tokenizer, self.name, self.revision)
+        other.fingerprint = self.fingerprint
+        return other
+
     # -- text and tokens -----------------------------------------------------------------------------------------
 
     @property

@@ -59,22 +59,19 @@ class DiskSource(ShardedRows):
             return
         held = self.place.sizes(self.prefix)
         counts = np.unique(self.blocks.ids // self.layout.blocks_per_shard, return_counts=True)
-        for array in self.arrays.values():
-            if array.foreign is not None:
-                continue
+        for array in (array for array in self.arrays.values() if array.foreign is None):
+            index, chunk = self.layout.index_bytes(array.spec), self.layout.chunk_bytes(array.spec)
             for shard, blocks in zip(*(part.tolist() for part in counts)):
-                key = self.prefix + array.spec.shard_key(shard)
-                index = self.layout.index_bytes(array.spec)
-                whole = blocks * array.spec.layers * self.layout.chunk_bytes(array.spec) + index
-                size = held.get(key)
-                if size == whole or (size is not None and size > index and array.is_whole(shard, size)):
-                    continue
-                state = "is missing" if size is None else f"has {size} bytes instead of {whole}"
-                start = shard * self.layout.shard_rows
-                raise UserError(
-                    f"{self.place.root} is damaged: shard {key} (rows {start} to {start + self.layout.shard_rows - 1}) "
-                    f"{state}; copy it again or cache the store anew"
-                )
+                size, whole = held.get(array.name(shard)), blocks * array.spec.layers * chunk + index
+                if size is not None and index < size < whole:  # what is zero throughout is not written
+                    self.learn([array], [shard])
+                    whole = array.written_bytes(shard)
+                if size != whole:
+                    state = "is missing" if size is None else f"has {size} bytes instead of {whole}"
+                    raise UserError(
+                        f"{self.place.root} is damaged: shard {array.name(shard)} ({array.rows_of(shard)}) {state}; "
+                        "copy it again or cache the store anew"
+                    )
 
     def order(self, epoch: int) -> Order:
         held = self._order

@@ -6,6 +6,7 @@ asked for at once. An array that another program has compressed or cut anew is r
 """
 
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -15,154 +16,117 @@ import torch
 import zarr
 
 from ..errors import Progress, UserError
-from ..layout import CODECS, CRC_BYTES, ArraySpec, Blocks, Int8Rows, Order, Place, Span, StoreLayout
+from ..layout import CODECS, CRC_BYTES, ArraySpec, Blocks, Int8Rows, Order, Place, Read, Span, StoreLayout
 from .batch import Batch, Statistics
 
 _AT_ONCE = 32  # blocks that Zarr reads side by side
 _KEPT = 16
 
 
-class Run(NamedTuple):
-    """Neighbouring bytes of a shard and where they go."""
+class Part(NamedTuple):
+    """A block of an array on its way into a batch."""
 
-    shard: int
-    offset: int
-    buffers: list[np.ndarray]
+    array: "ArrayReader"
+    span: Span
+    target: np.ndarray
+    """[layers, bytes] memory for the rows of the span."""
+    whole: np.ndarray
+    """[layers, bytes] memory for the block, which comes whole so that it can be checked."""
+    sums: np.ndarray
+    """[layers, 4] its checksums."""
 
 
 class ArrayReader:
-    """One array of a store: blocks of rows into given memory, checked against their crc32c on first touch."""
+    """One array of a store: where its blocks lie, and which of them were checked."""
 
     def __init__(self, place: Place, prefix: str, layout: StoreLayout, spec: ArraySpec, foreign: zarr.Array | None):
         self.place, self.prefix, self.layout, self.spec = place, prefix, layout, spec
         self.foreign = foreign
         """The array as Zarr reads it, where its bytes do not lie as `layout` has them."""
         self._chunk = layout.chunk_bytes(spec)
-        self._offsets: dict[int, np.ndarray] = {}
+        self.offsets: dict[int, np.ndarray] = {}
+        """Shard -> [blocks, layers]; -1 where nothing was written."""
         self._checked: dict[int, np.ndarray] = {}
 
-    def read(self, spans: list[Span], places: list[int], into: np.ndarray) -> None:
-        """Rows of some blocks, for each wanted layer, into uint8 memory [layers, bytes]."""
-        if self.foreign is not None:
-            self._read_foreign(self.foreign, spans, places, into)
-            return
-        run, per_shard = self.spec.run_bytes, self.layout.blocks_per_shard
-        begins = np.cumsum([0, *(len(span) * run for span in spans)]).tolist()
-        self._learn(sorted({span.block // per_shard for span in spans}))
-        sums = np.empty((len(spans), len(places), CRC_BYTES), np.uint8)
-        targets, runs = [], []
-        for i, span in enumerate(spans):
-            target = into[:, begins[i] : begins[i + 1]]
-            if len(span) < self.layout.block_rows:  # a chunk comes whole, so that it can be checked
-                target = np.empty((len(places), self.layout.block_rows * run), np.uint8)
-            targets.append(target)
-            runs += self._runs(span.block, places, target, sums[i])
-        self._fetch(runs)
-        for i, span in enumerate(spans):
-            self._check(span.block, places, targets[i], sums[i])
-            if len(span) < self.layout.block_rows:
-                into[:, begins[i] : begins[i + 1]] = targets[i][:, span.start * run : span.stop * run]
+    def index_read(self, shard: int) -> Read:
+        size = self.layout.index_bytes(self.spec)
+        return Read(self.name(shard), -size, [np.empty(size, np.uint8)])
 
-    def _runs(self, block: int, places: list[int], target: np.ndarray, sums: np.ndarray) -> list[Run]:
-        """The reads of one block; chunks that were never written are what Zarr's fill value says."""
-        shard, within = divmod(block, self.layout.blocks_per_shard)
-        offsets = self._offsets[shard][within]
-        found: list[Run] = []
+    def learn(self, shard: int, index: np.ndarray) -> None:
+        """Take over a shard's index, if it is what was written."""
+        entries = index[:-CRC_BYTES].view("<u8").reshape(-1, self.spec.layers, 2).astype(np.int64)  # absent: -1
+        written = entries[..., 0] >= 0
+        whole = google_crc32c.value(index[:-CRC_BYTES]) == int(index[-CRC_BYTES:].view("<u4")[0])
+        if not whole or not (entries[written, 1] == self._chunk).all():
+            raise self._damaged(f"the index of shard {self.name(shard)} ({self.rows_of(shard)}) is not")
+        self._checked[shard] = ~written
+        self.offsets[shard] = entries[..., 0]  # last: by it another thread sees that this shard is known
+
+    def written_bytes(self, shard: int) -> int:
+        """What the shard's file weighs, by its index: chunks of zeros are left out of it."""
+        return int((self.offsets[shard] >= 0).sum()) * self._chunk + self.layout.index_bytes(self.spec)
+
+    def parts(self, spans: list[Span], into: np.ndarray) -> Iterator[Part]:
+        """The blocks that fill memory [layers, bytes] with the rows of the spans."""
+        begin, run = 0, self.spec.run_bytes
+        for span in spans:
+            target = into[:, begin : begin + len(span) * run]
+            full = len(span) == self.layout.block_rows
+            whole = target if full else np.empty((len(into), self.layout.block_rows * run), np.uint8)
+            yield Part(self, span, target, whole, np.empty((len(into), CRC_BYTES), np.uint8))
+            begin += len(span) * run
+
+    def reads(self, part: Part, places: list[int]) -> list[Read]:
+        """Neighbouring layers are one read; chunks that were never written are what Zarr's fill value says."""
+        shard, within = divmod(part.span.block, self.layout.blocks_per_shard)
+        found: list[Read] = []
         end = -1
-        for i, place in enumerate(places):
-            offset = int(offsets[place])
+        for i, offset in enumerate(self.offsets[shard][within][places].tolist()):
             if offset < 0:
-                target[i].view(self.spec.dtype)[:] = self.spec.fill
-                continue
-            if offset == end:
-                found[-1].buffers.extend((target[i], sums[i]))
+                part.whole[i].view(self.spec.dtype)[:] = self.spec.fill
+            elif offset == end:
+                found[-1].buffers.extend((part.whole[i], part.sums[i]))
             else:
-                found.append(Run(shard, offset, [target[i], sums[i]]))
+                found.append(Read(self.name(shard), offset, [part.whole[i], part.sums[i]]))
             end = offset + self._chunk
         return found
 
-    def _fetch(self, runs: list[Run]) -> None:
-        try:
-            if self.place.local:
-                for run in runs:
-                    self.place.read_into(self._name(run.shard), run.offset, run.buffers)
-                return
-            wanted = [(self._name(run.shard), run.offset, sum(b.nbytes for b in run.buffers)) for run in runs]
-            for run, got in zip(runs, self.place.ranges(wanted)):
-                for buffer in run.buffers:
-                    buffer[:], got = got[: buffer.nbytes], got[buffer.nbytes :]
-        except (FileNotFoundError, EOFError) as cause:
-            raise self._cut_short(cause) from cause
-
-    def _learn(self, shards: list[int]) -> None:
-        """Read and check the indices of shards, where that has not been done."""
-        new = [shard for shard in shards if shard not in self._offsets]
-        size = self.layout.index_bytes(self.spec)
-        try:
-            if self.place.local:
-                found = [np.empty(size, np.uint8) for _ in new]
-                for shard, index in zip(new, found):
-                    self.place.read_into(self._name(shard), self._weight(shard) - size, [index])
-            else:
-                found = self.place.ranges([(self._name(shard), -size, size) for shard in new])
-        except (OSError, EOFError) as cause:
-            raise self._cut_short(cause) from cause
-        for shard, index in zip(new, found):
-            entries = index[:-CRC_BYTES].view("<u8").reshape(-1, self.spec.layers, 2).astype(np.int64)  # absent: -1
-            written = entries[..., 0] >= 0
-            whole = google_crc32c.value(index[:-CRC_BYTES]) == int(index[-CRC_BYTES:].view("<u4")[0])
-            if not whole or not (entries[written, 1] == self._chunk).all():
-                raise self._damaged(f"the index of shard {self._name(shard)} ({self._rows_of(shard)}) is not")
-            self._checked[shard] = ~written
-            self._offsets[shard] = entries[..., 0]  # last: by it another thread sees that this shard is known
-
-    def is_whole(self, shard: int, size: int) -> bool:
-        """Whether a file of this size has all that its index speaks of: chunks of zeros are left out of it."""
-        self._learn([shard])
-        written = int((self._offsets[shard] >= 0).sum())
-        return size == written * self._chunk + self.layout.index_bytes(self.spec)
-
-    def _weight(self, shard: int) -> int:
-        return (self.place.folder / self._name(shard)).stat().st_size
-
-    def _check(self, block: int, places: list[int], target: np.ndarray, sums: np.ndarray) -> None:
-        shard, within = divmod(block, self.layout.blocks_per_shard)
-        checked, expected = self._checked[shard][within], sums.view("<u4")[:, 0]
+    def finish(self, part: Part, places: list[int]) -> None:
+        """Check what was not checked before, and leave the rows of the span in the batch."""
+        shard, within = divmod(part.span.block, self.layout.blocks_per_shard)
+        checked = self._checked[shard][within]
         for i, place in enumerate(places):
             if checked[place]:
                 continue
-            if google_crc32c.value(target[i]) != expected[i]:
-                start = block * self.layout.block_rows
+            if google_crc32c.value(part.whole[i]) != part.sums[i].view("<u4")[0]:
+                start = part.span.block * self.layout.block_rows
                 layer = "" if self.spec.flat else f" of layer {self.layout.layers[place]}"
                 rows = f"rows {start} to {start + self.layout.block_rows - 1}{layer}"
-                raise self._damaged(f"in shard {self._name(shard)}, {rows} are not")
+                raise self._damaged(f"in shard {self.name(shard)}, {rows} are not")
             checked[place] = True
+        if part.whole is not part.target:
+            run = self.spec.run_bytes
+            part.target[:] = part.whole[:, part.span.start * run : part.span.stop * run]
 
-    def _read_foreign(self, array: zarr.Array, spans: list[Span], places: list[int], into: np.ndarray) -> None:
+    def read_foreign(self, array: zarr.Array, spans: list[Span], places: list[int], into: np.ndarray) -> None:
         def read(span: Span) -> np.ndarray:
             start = span.block * self.layout.block_rows
-            rows = slice(start + span.start, start + span.stop)
-            return np.asarray(array[rows])[None] if self.spec.flat else np.asarray(array[rows]).swapaxes(0, 1)[places]
+            rows = np.asarray(array[start + span.start : start + span.stop])
+            return rows[None] if self.spec.flat else rows.swapaxes(0, 1)[places]
 
-        shaped = into.view(self.spec.dtype).reshape(len(places), -1, self.spec.width)
-        begin = 0
         try:
             with ThreadPoolExecutor(_AT_ONCE) as pool:
-                for part in pool.map(read, spans):
-                    shaped[:, begin : begin + part.shape[1]] = part.reshape(len(places), -1, self.spec.width)
-                    begin += part.shape[1]
+                rows = np.concatenate(list(pool.map(read, spans)), 1)
         except (ValueError, RuntimeError) as cause:
             raise UserError(f"{self.place.root} is damaged: {self.prefix}{self.spec.name}: {cause}") from cause
+        into.view(self.spec.dtype).reshape(len(places), -1, self.spec.width)[:] = rows.reshape(
+            len(places), -1, self.spec.width
+        )
 
-    def forget(self, shards: range) -> None:
-        """These shards are no longer the files that were checked."""
-        for shard in shards:
-            self._offsets.pop(shard, None)
-
-    def _name(self, shard: int) -> str:
+    def name(self, shard: int) -> str:
         return self.prefix + self.spec.shard_key(shard)
 
-    def _rows_of(self, shard: int) -> str:
+    def rows_of(self, shard: int) -> str:
         start = shard * self.layout.shard_rows
         return f"rows {start} to {start + self.layout.shard_rows - 1}"
 
@@ -170,13 +134,6 @@ class ArrayReader:
         return UserError(
             f"{self.place.root} is damaged: {what} what was written (checksum); copy the shard again or cache the "
             "store anew"
-        )
-
-    def _cut_short(self, cause: Exception) -> UserError:
-        name = getattr(cause, "filename", None) or str(cause).split(" ends")[0]
-        name = str(name).removeprefix(f"{self.place.folder}/")
-        return UserError(
-            f"{self.place.root} is damaged: shard {name} is missing or cut short; copy it again or cache the store anew"
         )
 
 
@@ -204,39 +161,68 @@ class ShardedRows:
         }
 
     def forget(self, shards: range) -> None:
-        """Check these shards again when they are next read."""
+        """These shards are no longer the files that were checked."""
         for array in self.arrays.values():
-            array.forget(shards)
+            for shard in shards:
+                array.offsets.pop(shard, None)
 
     def stored_order(self) -> Order:
         return self.blocks.in_order()
 
     def read(self, spans: list[Span], sites: tuple[str, ...], places: list[int], pin: bool = False) -> Batch:
-        found: dict[str, Any] = {}
-        for site in sites:
-            values = self._gather(site, spans, places, pin)
-            if self.layout.dtype == "int8":
-                scale = self._gather(f"{site}_scale", spans, places, pin)
-                found[site] = Int8Rows(values, scale, self.channel_scale[site][places])
-            else:
-                found[site] = values
-        return Batch(found, lambda name: self._gather(name, spans, [0])[:, 0, 0])
+        int8 = self.layout.dtype == "int8"
+        found: dict[str, Any] = self._gather([*sites, *(f"{site}_scale" for site in sites if int8)], spans, places, pin)
+        if int8:
+            found = {s: Int8Rows(found[s], found[f"{s}_scale"], self.channel_scale[s][places]) for s in sites}
+        return Batch(found, lambda name: self._gather([name], spans, [0])[name][:, 0, 0])
 
-    def _gather(self, name: str, spans: list[Span], places: list[int], pin: bool = False) -> torch.Tensor:
-        """[rows, layers, width] of one array; in memory layer by layer."""
-        array = self.arrays[name]
-        run, count = array.spec.run_bytes, sum(map(len, spans))
-        raw = _memory(len(places) * count * run, pin)
-        array.read(spans, places, raw.reshape(len(places), count * run))
-        shaped = raw.view(array.spec.dtype).reshape(len(places), count, array.spec.width)
-        return (self.codec.to_torch(shaped) if name in self.sites else torch.from_numpy(shaped)).transpose(0, 1)
+    def _gather(
+        self, names: list[str], spans: list[Span], places: list[int], pin: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """[rows, layers, width] of some arrays; in memory layer by layer."""
+        count, found = sum(map(len, spans)), {}
+        arrays = [self.arrays[name] for name in names]
+        self.learn(arrays, sorted({span.block // self.layout.blocks_per_shard for span in spans}))
+        parts: list[Part] = []
+        for name, array in zip(names, arrays):
+            raw = _memory(len(places) * count * array.spec.run_bytes, pin)
+            into = raw.reshape(len(places), -1)
+            if array.foreign is not None:
+                array.read_foreign(array.foreign, spans, places, into)
+            else:
+                parts += array.parts(spans, into)
+            shaped = raw.view(array.spec.dtype).reshape(len(places), count, array.spec.width)
+            values = self.codec.to_torch(shaped) if name in self.sites else torch.from_numpy(shaped)
+            found[name] = values.transpose(0, 1)
+        self._fill([read for part in parts for read in part.array.reads(part, places)])
+        for part in parts:
+            part.array.finish(part, places)
+        return found
+
+    def learn(self, arrays: list[ArrayReader], shards: list[int]) -> None:
+        """Read and check the indices of shards, where that has not been done."""
+        new = [(a, shard) for a in arrays if a.foreign is None for shard in shards if shard not in a.offsets]
+        reads = [array.index_read(shard) for array, shard in new]
+        self._fill(reads)
+        for (array, shard), read in zip(new, reads):
+            array.learn(shard, read.buffers[0])
+
+    def _fill(self, reads: list[Read]) -> None:
+        try:
+            self.place.fill(reads)
+        except (OSError, EOFError) as cause:
+            name = str(getattr(cause, "filename", None) or cause).removeprefix(f"{self.place.folder}/")
+            raise UserError(
+                f"{self.place.root} is damaged: shard {name} is missing or cut short; copy it again or cache the store "
+                "anew"
+            ) from cause
 
     def verify(self, progress: Progress) -> None:
         """Check every block of every array against its checksum, used before or not."""
         self.forget(range(1 + int(self.blocks.ids.max(initial=0)) // self.layout.blocks_per_shard))
         for number, (block, length) in enumerate(zip(self.blocks.ids.tolist(), self.blocks.lengths.tolist())):
             for name, array in self.arrays.items():
-                self._gather(name, [Span(block, 0, length)], list(range(array.spec.layers)))
+                self._gather([name], [Span(block, 0, length)], list(range(array.spec.layers)))
             progress("checking the store", number + 1, len(self.blocks.ids))
 
 
@@ -244,8 +230,8 @@ _spare: dict[int, list[torch.Tensor]] = {}  # without a lock: the operations of 
 
 
 def _memory(size: int, pin: bool) -> np.ndarray:
-    """Memory for a batch. PyTorch keeps pinned memory for the next one; pages of other memory that the system has just
-    given cost more than what is copied into them, so that comes back here when nobody holds it any more."""
+    """Memory for a batch. PyTorch keeps pinned memory for the next one; fresh pages of other memory cost more than what
+    is copied into them, so that comes back here when nobody holds it any more."""
     if pin:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
     waiting = _spare.setdefault(size, [])

@@ -68,7 +68,7 @@ class StoreWriter:
         self._before: dict[str, tuple[dict[str, Any], Moments]] = {}
         self._shards: dict[str, ShardWriter] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="crosslace-writer")
-        self._writing: list[Future[None]] = []
+        self._writing: Future[None] | None = None
         self._lock = StoreLock(self.place, f"{PROGRESS}/lock-{process_index}")
 
     def __enter__(self) -> "StoreWriter":
@@ -85,28 +85,31 @@ class StoreWriter:
         return self
 
     def _open(self) -> None:
-        held = (read_json(self.place, "zarr.json") or {}).get("attributes")
-        if held is not None and not self._goes_on_with(held):
+        held = self._said()
+        if held and not self._goes_on_with(held):
             for name in self.place.sizes(""):
                 own = name.startswith(("train/", f"{HELD_OUT}/", f"{PROGRESS}/")) or name == "zarr.json"
                 if own and not name.startswith(f"{PROGRESS}/lock-"):
                     self.place.remove(name)
-            held = None
+            held = {}
         self.stages = {split: [rows] for split, rows in self.asked.items()}
-        if held is not None:
+        if held:
             self._grow(held)
         if self.complete:
             self._tidy()
             return
-        attributes = {"format": FORMAT, "version": VERSION} | self.facts | (held or {}) | {"identity": self.identity}
-        self._write_beginning(attributes | {"tokens": self.stages, "complete": False})
+        whole = {"identity": self.identity, "tokens": self.stages, "complete": False} | self.layout.to_attributes()
+        self._say({"format": FORMAT, "version": VERSION} | self.facts | held | whole)
         for split, stages in self.stages.items():
             found = self.place.read(self._before_name(split)) if len(stages) > 1 else None
             if found is not None:
                 self._before[split] = read_record(self.layout, found)
 
-    def _write_beginning(self, attributes: dict[str, Any]) -> None:
-        attributes |= self.layout.to_attributes()
+    def _said(self) -> dict[str, Any]:
+        """The attributes of the store, empty where there is none."""
+        return (read_json(self.place, "zarr.json") or {}).get("attributes", {})
+
+    def _say(self, attributes: dict[str, Any]) -> None:
         write_json(self.place, "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
     def settle(self, layout: StoreLayout) -> None:
@@ -114,7 +117,7 @@ class StoreWriter:
         if layout.dtype != self.layout.dtype:
             self.layout = layout
             with room(self.place):
-                self._write_beginning((read_json(self.place, "zarr.json") or {})["attributes"])
+                self._say(self._said() | layout.to_attributes())
 
     def _goes_on_with(self, attributes: dict[str, Any]) -> bool:
         """Refuse to go on with another store; False for one that has no finished window yet."""
@@ -126,7 +129,7 @@ class StoreWriter:
         different = sorted(key for key in had.keys() | wanted.keys() if had.get(key) != wanted.get(key))
         if not different:
             return True
-        if not attributes["complete"] and not any(map(_RECORD, self.place.sizes(PROGRESS))):
+        if not attributes["complete"] and not self._begun():
             return False
         key = different[0]
         raise UserError(
@@ -141,10 +144,10 @@ class StoreWriter:
         more = {split: rows - sum(self.stages.get(split, [])) for split, rows in self.asked.items()}
         grows = {split: rows for split, rows in more.items() if rows > 0}
         if not self.complete:
-            begun = any(map(_RECORD, self.place.sizes(PROGRESS)))
-            if (grows or more.get("train", 0) < 0) and not begun:
+            other = bool(grows) or more.get("train", 0) < 0
+            if other and not self._begun():
                 self.stages = {split: [rows] for split, rows in self.asked.items()}
-            elif grows or more.get("train", 0) < 0:
+            elif other:
                 asked = sum(self.stages["train"])
                 raise UserError(
                     f"{self.place.root} is not whole yet: finish it with store.tokens={asked} and store.held_out="
@@ -165,6 +168,10 @@ class StoreWriter:
             if len(self.stages[split]) > 1:
                 self.place.create(self._before_name(split), self._record_of_all(split))
 
+    def _begun(self) -> bool:
+        """A window has been finished."""
+        return any(map(_RECORD, self.place.sizes(PROGRESS)))
+
     def _record_of_all(self, split: str) -> bytes:
         """All windows of a split that is whole, as one record."""
         group: Any = self.place.group(split)
@@ -179,8 +186,6 @@ class StoreWriter:
         return f"{PROGRESS}/before-{split}-{len(self.stages[split])}.npz"
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        for future in self._writing:
-            future.cancel()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._lock.release()
         if self._temporary is not None:
@@ -198,10 +203,9 @@ class StoreWriter:
         """What the first process to come here found, now and after any restart."""
         name = f"{PROGRESS}/{name}.json"
         if self.place.read(name) is None:
-            value = find()
+            value = json.dumps(find(), indent=1, sort_keys=True).encode()
             with room(self.place):
-                write_json(self.place, f"{name}.{self.process_index}", value)
-                self.place.create(name, self.place.read(f"{name}.{self.process_index}") or b"")
+                self.place.create(name, value)
         return read_json(self.place, name)
 
     def sizes(self, split: str) -> list[list[int]]:
@@ -242,7 +246,7 @@ class StoreWriter:
     def write(self, split: str, window: int, content: Window) -> None:
         """Write a window's shards, beside whatever the caller does next; one window at a time."""
         self.wait()
-        self._writing = [self._pool.submit(self._write, split, window, content)]
+        self._writing = self._pool.submit(self._write, split, window, content)
 
     def _write(self, split: str, window: int, content: Window) -> None:
         content.close()
@@ -257,9 +261,8 @@ class StoreWriter:
 
     def wait(self) -> None:
         """Wait for the shards that are being written."""
-        for future in self._writing:
-            future.result()
-        self._writing = []
+        if self._writing is not None:
+            self._writing.result()
 
     def finish(self, windows: dict[str, int], attributes: dict[str, Any]) -> bool:
         """Close the store if the windows of every split are all in place; False while other processes still write."""
@@ -270,9 +273,11 @@ class StoreWriter:
         except UserError:
             return False  # another process is closing it
         try:
-            return self._finish(windows, attributes)
+            with room(self.place):
+                self.complete = self._finish(windows, attributes)
         finally:
             closing.release()
+        return self.complete
 
     def _finish(self, windows: dict[str, int], attributes: dict[str, Any]) -> bool:
         records = {}
@@ -282,16 +287,11 @@ class StoreWriter:
             records[split] = [read_record(self.layout, data) for data in found if data is not None]
             if len(records[split]) < len(found):
                 # another process may have closed the store and removed the records since
-                held = read_json(self.place, "zarr.json")
-                self.complete = bool(held and held["attributes"]["complete"])
-                return self.complete
-        with room(self.place):
-            for split, found in records.items():
-                self._close(split, found)
-            held = (read_json(self.place, "zarr.json") or {})["attributes"] | attributes | {"complete": True}
-            write_json(self.place, "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": held})
-            self._tidy()
-        self.complete = True
+                return bool(self._said().get("complete"))
+        for split, found in records.items():
+            self._close(split, found)
+        self._say(self._said() | attributes | {"complete": True})
+        self._tidy()
         return True
 
     def _close(self, split: str, records: list[tuple[dict[str, Any], Moments]]) -> None:

@@ -4,7 +4,7 @@
 
     corpus = load_corpus(DatasetSettings(name="stdlib"), tokenizer)
     for sequence in corpus.sequences("train", limit_tokens=1_000_000):
-        sequence.tokens, sequence.document, sequence.position
+        sequence.tokens, sequence.document
 
 The sequences are a function of the documents, the settings and the tokenizer; `fingerprint` changes when one of them
 does. Each sequence starts with BOS where the tokenizer has one, and so does each document; a tokenizer without BOS
@@ -15,21 +15,20 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..cache import cache_root
 from ..errors import UserError, check_choice
-from .dataset import DatasetSettings, Document, TextSource
-
-AT_ONCE = 64
-"""Documents tokenized together."""
-LONGEST_TEXT = 1_000_000
-"""Characters tokenized together: a longer document is tokenized in parts, cut at a line or word."""
+from ..models import LanguageModel
+from .dataset import DatasetSettings, TextSource
+from .sampled import open_sampled
+from .tokens import chunks
 
 
 class TokenSequence(NamedTuple):
@@ -39,15 +38,21 @@ class TokenSequence(NamedTuple):
     """[T] int64"""
     document: Tensor
     """[T] int64: index of the document that each token belongs to"""
-    position: Tensor
-    """[T] int64: position in the document's part of this sequence; 0 is its BOS, where there is one"""
 
 
 class Corpus:
-    def __init__(self, source: TextSource, settings: DatasetSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        source: TextSource,
+        settings: DatasetSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        keep: Path | None = None,
+    ) -> None:
+        """`keep`: a folder where tokens are kept for other processes and for the next time."""
         self.source = source
         self.settings = settings
         self.tokenizer = tokenizer
+        self.keep = keep
         self.packed = settings.packing == "packed" or (settings.packing == "auto" and not source.short)
         kept = {key: value for key, value in asdict(settings).items() if key not in ("name", "revision", "streaming")}
         parts = [source.identity, json.dumps(kept, sort_keys=True), tokenizer_fingerprint(tokenizer)]
@@ -57,12 +62,6 @@ class Corpus:
     def name(self) -> str:
         """The dataset's, a local one's without its folder."""
         return Path(self.settings.name).name if Path(self.settings.name).exists() else self.settings.name
-
-    def documents(self, split: str) -> Iterator[Document]:
-        check_choice("split", split, ("train", "held_out"))
-        for document in self.source.documents():
-            if document.held_out == (split == "held_out"):
-                yield document
 
     def sequences(self, split: str = "train", limit_tokens: int | None = None) -> Iterator[TokenSequence]:
         """The split's sequences in their fixed order, until it ends or would pass `limit_tokens` tokens.
@@ -93,63 +92,45 @@ class Corpus:
         length = self.settings.sequence_length
         first = [] if bos is None else [bos]
         last = [eos] if bos is None and eos is not None and self.packed else []
-        tokens: list[int] = []
-        documents: list[int] = []
-        positions: list[int] = []
+        held: list[np.ndarray] = []
+        documents: list[tuple[int, int]] = []  # and how many tokens each has here
+        filled = 0
 
         def flush() -> Iterator[TokenSequence]:
-            if len(tokens) > 1:  # a lone token predicts nothing
-                yield TokenSequence(torch.tensor(tokens), torch.tensor(documents), torch.tensor(positions))
-            tokens.clear()
+            nonlocal filled
+            if filled > 1:  # a lone token predicts nothing
+                numbers, counts = np.array(documents).T
+                tokens = np.concatenate(held).astype(np.int64)
+                yield TokenSequence(torch.from_numpy(tokens), torch.from_numpy(np.repeat(numbers, counts)))
+            held.clear()
             documents.clear()
-            positions.clear()
+            filled = 0
 
         for index, ids in self._tokenized(split):
-            ids = [*ids, *last]
-            if not self.packed or length - len(tokens) < len(first) + 2:
+            ids = np.concatenate([ids, last]) if last else ids
+            if not self.packed or length - filled < len(first) + 2:
                 yield from flush()
             start = 0
             while start < len(ids):
-                room = length - len(tokens) - len(first)
-                part = [*first, *ids[start : start + room]]
-                tokens += part
-                documents += [index] * len(part)
-                positions += range(len(part))
-                start += room
-                if len(tokens) == length:
+                part = ids[start : start + length - filled - len(first)]
+                held += [np.array(first, np.int32), part]
+                documents.append((index, len(first) + len(part)))
+                filled += len(first) + len(part)
+                start += len(part)
+                if filled == length:
                     yield from flush()
         yield from flush()
 
-    def _tokenized(self, split: str) -> Iterator[tuple[int, list[int]]]:
+    def _tokenized(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
         """Documents that have tokens, without special ones."""
-        stream = self.documents(split)
-        while group := list(islice(stream, AT_ONCE)):
-            parts = [(d.index, text) for d in group if isinstance(d.content, str) for text in cut(d.content)]
-            ids: dict[int, list[int]] = {d.index: list(d.content) for d in group if not isinstance(d.content, str)}
-            if parts:
-                encoded = self.tokenizer([text for _, text in parts], add_special_tokens=False, verbose=False)[
-                    "input_ids"
-                ]
-                for (index, _), part in zip(parts, encoded):
-                    ids.setdefault(index, []).extend(part)
-            for document in group:
+        check_choice("split", split, ("train", "held_out"))
+        folder = self.keep and self.keep / f"{self.fingerprint}-{split}"
+        for chunk in chunks(self.source.documents, split == "held_out", self.tokenizer, folder or None):
+            for index, ids in chunk.each():
                 # a chat template, or a column of tokens, may have begun with the BOS that every document gets
-                own = ids.get(document.index, [])
-                if own and own[0] == self.tokenizer.bos_token_id:
-                    own = own[1:]
-                if own:
-                    yield document.index, own
-
-
-def cut(text: str, longest: int = LONGEST_TEXT) -> list[str]:
-    """A text in parts of at most `longest` characters, cut after a line or a word where there is one."""
-    parts = []
-    while len(text) > longest:
-        head = text[:longest]
-        end = max(head.rfind("\n"), head.rfind(" ")) + 1 or longest
-        parts.append(text[:end])
-        text = text[end:]
-    return [*parts, text] if text else parts
+                own = ids[1:] if len(ids) and ids[0] == self.tokenizer.bos_token_id else ids
+                if len(own):
+                    yield index, own
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -161,8 +142,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
     return hashlib.sha256(repr((whole, tokenizer.bos_token, tokenizer.eos_token)).encode()).hexdigest()[:16]
 
 
-def load_corpus(settings: DatasetSettings, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """Open a dataset; a wrong name, column or split is refused here, before any work starts."""
-    from .sources import open_source  # it takes pandas and pyarrow, which commands that read no text do without
+def load_corpus(
+    settings: DatasetSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel | None = None,
+    keep: bool = False,
+) -> Corpus:
+    """Open a dataset; a wrong name, column or split is refused here, before any work starts. `lm` writes the text of
+    `dataset=sampled`; with `keep` the tokens stay in the cache."""
+    if settings.name == "sampled":
+        source = open_sampled(settings, lm)
+    else:
+        from .sources import open_source  # it takes pandas and pyarrow, which commands that read no text do without
 
-    return Corpus(open_source(settings, tokenizer), settings, tokenizer)
+        source = open_source(settings, tokenizer)
+    return Corpus(source, settings, tokenizer, cache_root() / "tokens" if keep else None)

@@ -12,8 +12,8 @@ Content = str | list[int]
 @dataclass(frozen=True)
 class DatasetSettings:
     name: str = "world"
-    """`world`, `stdlib`, `general` (English, code, French and Spanish), a dataset of the Hugging Face hub, or a local
-    file or folder (parquet, jsonl, text, arrow)."""
+    """`world`, `stdlib`, `general` (English, code, French and Spanish), `sampled` (written by the model itself), a
+    dataset of the Hugging Face hub, or a local file or folder (parquet, jsonl, text, arrow)."""
     config: str | None = None
     """Configuration of a hub dataset, such as `en`."""
     split: str = "train"

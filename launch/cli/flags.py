@@ -1,7 +1,7 @@
 """The command line's flags, as Hydra has them, apart from its settings.
 
 `--help`, `--cfg job` (print the composed settings and stop), `--config-dir DIR` (presets of one's own, beside ./conf),
-`-m` / `--multirun` (every combination of settings with several values), and `--plan` of `crosslace train`.
+`-m` / `--multirun` (every combination of settings with several values), and `--plan` of `crosslace train` and `cache`.
 """
 
 from collections.abc import Sequence

@@ -66,17 +66,21 @@ class WorldVerbSettings(Common):
 class CacheSettings(Common):
     """Caching activations."""
 
+    plan: bool = False
+    """Say what the store would weigh and how long it would take, on disk and streamed, and do nothing; `--plan` is
+    short for it."""
+
 
 @dataclass(frozen=True)
 class StoreVerbSettings(Common):
     """A store, looked at."""
 
     path: str = ""
-    """The store's folder or URL."""
+    """The store's folder or URL, or a folder whose stores are listed; `crosslace store PATH` is short for it."""
     verify: bool = False
     """Read all of it and name the shard and the rows that are not what was written."""
     remove: bool = False
-    """Remove a store that is incomplete."""
+    """Remove a store that is incomplete, or every such one in a folder of stores."""
 
     def __post_init__(self) -> None:
         require("path", self.path, "the folder or URL of a store")

@@ -1,27 +1,40 @@
-"""`crosslace train --plan`: what a run would take and whether it fits, before anything is allocated."""
+"""`crosslace train --plan` and `crosslace cache --plan`: what it would take and whether it fits, before anything is
+allocated."""
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...data.errors import UserError
 from ...data.units import format_bytes, parse_bytes
-from ..terminal import Closing, table
+from ..terminal import Closing, duration, table
 from ..workspace import Job
 
 if TYPE_CHECKING:
     from ...train.parallel import ParallelSettings
     from ...train.planning import MachineSettings, Plan, Shape
 
+
+class ModelShape(NamedTuple):
+    """What a plan has to know of a language model."""
+
+    layers: int
+    width: int
+    parameters: float
+    """Without embeddings."""
+
+
 SHAPES = {
-    "openai-community/gpt2": (12, 768),
-    "gpt2": (12, 768),
-    "meta-llama/Llama-3.2-1B": (16, 2048),
-    "google/gemma-2-2b": (26, 2304),
-    "meta-llama/Llama-3.1-8B": (32, 4096),
-    "Qwen/Qwen3-8B": (36, 4096),
+    "openai-community/gpt2": ModelShape(12, 768, 85e6),
+    "gpt2": ModelShape(12, 768, 85e6),
+    "HuggingFaceTB/SmolLM2-135M": ModelShape(30, 576, 106e6),
+    "smollm2": ModelShape(30, 576, 106e6),
+    "meta-llama/Llama-3.2-1B": ModelShape(16, 2048, 973e6),
+    "google/gemma-2-2b": ModelShape(26, 2304, 2.02e9),
+    "meta-llama/Llama-3.1-8B": ModelShape(32, 4096, 6.98e9),
+    "Qwen/Qwen3-8B": ModelShape(36, 4096, 6.95e9),
 }
-"""Layers and width of models that need no look at the hub."""
+"""Models that need no look at the hub."""
 
 
 def run(job: Job) -> Closing:
@@ -61,29 +74,89 @@ def shape_of(job: Job) -> "Shape":
         opened = ActivationStore.open(path)
         n_layers = len(chosen or opened.layers)
         return Shape(n_layers, opened.d_model, len(opened), opened.dtype.itemsize)
-    layers, width = model_shape(job)
+    model = model_shape(job)
     dtype = "float16" if store.dtype == "auto" else store.dtype
     if dtype not in DTYPES:
         raise UserError(f"store.dtype={dtype} is not known; it takes {', '.join(DTYPES)}")
     itemsize = {"float32": 4, "int8": 1}.get(dtype, 2)
-    return Shape(len(chosen or range(layers)), width, store.train_rows, itemsize)
+    return Shape(len(chosen or range(model.layers)), model.width, store.train_rows, itemsize)
 
 
-def model_shape(job: Job) -> tuple[int, int]:
-    """Layers and width of a model, from its configuration alone."""
+def run_cache(job: Job) -> Closing:
+    """What a harvest would weigh and how long it would take, on disk and streamed, and which of the two fits."""
+    import torch
+
+    from ...data.harvest import make_layout, weigh
+
+    settings, machine, model = job.section("store"), job.section("machine"), model_shape(job)
+    layout = make_layout(settings, model.layers, model.width, torch.float32)
+    weight, budget, rows = weigh(layout, settings), parse_bytes(settings.budget), settings.train_rows
+    runs, moves = machine.tflops * 1e12 / (2 * model.parameters), parse_bytes(machine.store) / layout.row_bytes
+    ring = budget // layout.total_bytes(min(rows, settings.shuffle_rows))
+    cached = min(runs, moves)
+    spilled = f"memory for {format_bytes(2 * weight.window)}"
+    if weight.spill:
+        spilled = f"{format_bytes(weight.spill)} beside the store, or in store.scratch: store.memory has no room"
+    tables = [
+        table(
+            "on disk",
+            ("", "estimate"),
+            [
+                ("store", f"{format_bytes(weight.store)} ({format_bytes(layout.row_bytes)} a token, {layout.dtype})"),
+                ("two windows that wait to be shuffled", spilled),
+                ("the model", f"{count(runs)} tokens/s at {machine.tflops:g} tflops"),
+                ("the disk", f"{count(moves)} tokens/s at machine.store={machine.store}"),
+                ("a harvest", f"{duration(rows / cached)} at {count(cached)} tokens/s"),
+                ("reading it once", f"{duration(rows / moves)}"),
+            ],
+        ),
+        table(
+            f"streamed, store.budget={settings.budget}",
+            ("", "estimate"),
+            [
+                ("ring", f"{ring} windows of {settings.shuffle_rows} rows, {2 + bool(weight.spill)} needed"),
+                ("held-out rows beside it", format_bytes(layout.total_bytes(settings.held_out_rows))),
+                ("training reads", f"{count(cached)} tokens/s at most, beside the model on the same device fewer"),
+                ("each epoch runs the model for", duration(rows / runs)),
+            ],
+        ),
+    ]
+    room = "nobody can tell how much is free" if weight.free is None else f"{format_bytes(weight.free)} are free"
+    notes = [f"{count(rows)} tokens; {room}" + (f" at {settings.path}" if settings.path else "")]
+    streams, free = ring >= 2 + bool(weight.spill), weight.free
+    if settings.mode == "disk" and weight.fits:
+        return Closing("the plan fits", tables=tables, notes=notes, next=["the same command without --plan"])
+    if settings.mode == "streaming" and streams and (free is None or budget <= free):
+        return Closing("the plan fits", tables=tables, notes=notes, next=["crosslace train with the same settings"])
+    notes.append(
+        "store.mode=streaming would fit"
+        if settings.mode == "disk" and streams and budget <= (free or 0)
+        else "raise store.budget, or lower store.tokens, store.shuffle_rows or store.layers, or take store.dtype=int8"
+    )
+    return Closing("the plan does not fit", tables=tables, notes=notes, code=2)
+
+
+def model_shape(job: Job) -> ModelShape:
+    """Layers, width and parameters of a model, from its configuration alone."""
     name = job.config.values["model"]["name"]
     if name in SHAPES:
         return SHAPES[name]
     if name in ("world", "stdlib"):
         path = job.config.values["store"]["path"]
         raise UserError(f"{name} has no store{f' at store={path}' if path else ''} to plan for; cache it first")
-    from transformers import AutoConfig
+    import torch
+    from transformers import AutoConfig, AutoModel
 
     try:
         config = AutoConfig.from_pretrained(name, revision=job.config.values["model"]["revision"]).get_text_config()
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
     except (OSError, ValueError) as error:
         raise UserError(f"the configuration of {name} cannot be read, so its shape is not known ({error})") from error
-    return config.num_hidden_layers, config.hidden_size
+    embedded = model.get_input_embeddings().weight.numel()
+    return ModelShape(
+        config.num_hidden_layers, config.hidden_size, sum(p.numel() for p in model.parameters()) - embedded
+    )
 
 
 def summary(plan: "Plan") -> str:

@@ -77,12 +77,14 @@ def start(verb: str, words: Sequence[str]) -> Job:
         # Read by Hugging Face's libraries when they are imported: no bars in a log file.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    if verb in ("report", "runs", "seeds"):
+    if verb in ("report", "runs", "seeds", "store"):
         plain = [word for word in words if "=" not in word]
         words = [word for word in words if "=" in word]
         listed = ",".join(f"'{name}'" for name in plain)
-        if verb == "runs" and len(plain) == 1:
-            words = [*words, f"run='{plain[0]}'"]
+        if verb in ("runs", "store") and len(plain) == 1:
+            words = [*words, f"{'run' if verb == 'runs' else 'path'}='{plain[0]}'"]
+        elif plain and verb == "store":
+            raise UserError(f"crosslace store takes one path, and not {', '.join(plain)}")
         elif plain:
             words = [*words, f"{'compare' if verb == 'runs' else 'runs'}=[{listed}]"]
     if verb == "demo" and not any(word.startswith("experiment=") for word in words):

@@ -52,11 +52,11 @@ def open_model(job: Job) -> "LanguageModel":
     return load_model(settings)
 
 
-def open_corpus(job: Job, model: "LanguageModel") -> "Corpus":
-    """The text, in the model's tokens."""
+def open_corpus(job: Job, model: "LanguageModel", keep: bool = False) -> "Corpus":
+    """The text, in the model's tokens, which stay in the cache when asked to."""
     from ...data.text import load_corpus
 
-    return load_corpus(job.section("dataset"), model.tokenizer)
+    return load_corpus(job.section("dataset"), model.tokenizer, model, keep)
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def open_stores(job: Job) -> "Iterator[tuple[ActivationStore, ActivationStore]]"
     from ...data.harvest import Harvester, open_streaming
 
     model = open_model(job)
-    harvester = Harvester(model, open_corpus(job, model), settings)
+    harvester = Harvester(model, open_corpus(job, model, keep=True), settings)
     store, held_out = open_streaming(harvester, job.progress, job.process.rank, job.process.count)
     try:
         if held_out is None:

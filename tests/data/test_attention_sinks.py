@@ -1,14 +1,18 @@
 """Sinks are a second mode: told on made-up norms, and on a model with a sink planted in its weights."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import zarr
 from crosslace.data.errors import SettingsError
 from crosslace.data.harvest import HarvestSettings, harvest
 from crosslace.data.models.attention_sinks import GAP, SinkRule, check_sinks, described, find_limit
 from crosslace.data.models.language_model import LanguageModel
 from crosslace.data.store import ActivationStore
+from crosslace.data.text import TokenSequence
 
 from ..planted import SINK, RandomText, sandwich_model, with_sinks
 
@@ -135,3 +139,39 @@ def test_nothing_masked(tmp_path):
     store = ActivationStore.open(tmp_path / "s")
     rows = [(batch.position == 0, batch.token == SINK) for batch in store.rows_in_order(4096)]
     assert all(any(bool(mask.any()) for mask in masks) for masks in zip(*rows))
+
+
+class TenTimes(RandomText):
+    """Four tokens in a thousand are sinks, and from the middle on forty."""
+
+    def sequences(self, split: str = "train", limit_tokens: int | None = None) -> Iterator[TokenSequence]:
+        for tokens, document in super().sequences(split, limit_tokens):
+            number = int(document[0])
+            drawn = torch.rand(len(tokens), generator=torch.Generator().manual_seed(number))
+            share = 0.004 if number < self.documents // 2 else 0.04
+            yield TokenSequence(torch.where(drawn < share, SINK, tokens), document)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_ten_times_the_sinks_in_the_second_half(tmp_path, dtype):
+    """Windows come shorter than was foreseen; every row is handed out once, with what the model computes."""
+    lm, text = with_sinks(sandwich_model("gemma2"), times=6.0), TenTimes(share=0.0)
+    settings = replace(SETTINGS, path=str(tmp_path / "s"), tokens="17000", dtype=dtype, held_out="0")
+    assert harvest(lm, text, settings)
+    store = ActivationStore.open(tmp_path / "s")
+    group: Any = zarr.open_group(str(tmp_path / "s"), mode="r")
+    lengths = group["train/windows"][:, 1].tolist()
+    assert lengths[0] == 2048 and any(rows < 2048 for rows in lengths[:-1]), lengths
+    assert len(store) == sum(lengths) < 17000 and store.attributes["masked"]["rows"]["sink"] > 250
+    batches = [store.batch(0, step, 1000) for step in range(len(store) // 1000 + 1)]
+    seen = [pair for batch in batches for pair in zip(batch.document.tolist(), batch.position.tolist())]
+    assert len(seen) == len(set(seen)) == len(store)
+    assert not any((batch.token == SINK).any() for batch in batches)
+    sequences = {int(s.document[0]): s.tokens for s in text.sequences()}
+    for row in range(0, 1000, 50):
+        document, place = int(batches[-2].document[row]), int(batches[-2].position[row])
+        with lm.capture() as captured:
+            lm(sequences[document][None])
+        expected = torch.stack([captured.resid[layer][0, place] for layer in range(lm.n_layers)])
+        allowed = 1e-4 if dtype == "float32" else 2e-2
+        torch.testing.assert_close(batches[-2].resid[row], expected, atol=allowed * expected.abs().max(), rtol=allowed)

@@ -11,7 +11,8 @@ import torch
 import zstandard
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.text import general
-from crosslace.data.text.corpus import DatasetSettings, cut, load_corpus
+from crosslace.data.text.corpus import DatasetSettings, load_corpus
+from crosslace.data.text.tokens import cut
 from crosslace.data.worlds.bundled import is_held_out
 from crosslace.data.worlds.stdlib import make_tokenizer
 from crosslace.data.worlds.world import WorldSettings, build_world
@@ -68,10 +69,9 @@ def test_sequences_are_full_and_marked(jsonl, tokenizer):
     sequences = list(corpus.sequences())
     assert all(len(s.tokens) <= 32 for s in sequences) and sum(len(s.tokens) >= 30 for s in sequences) > 10
     for s in sequences:
-        assert s.tokens.dtype == s.document.dtype == s.position.dtype == torch.int64
-        assert torch.equal(s.position == 0, s.tokens == tokenizer.bos_token_id) and s.position[0] == 0
-        new = s.document[1:] != s.document[:-1]
-        assert torch.equal(s.position[1:] == torch.where(new, 0, s.position[:-1] + 1), torch.ones_like(new))
+        assert s.tokens.dtype == s.document.dtype == torch.int64
+        new = torch.cat([torch.ones(1, dtype=torch.bool), s.document[1:] != s.document[:-1]])
+        assert torch.equal(new, s.tokens == tokenizer.bos_token_id)
     ends = [int(s.document[-1]) for s in sequences]
     assert all(a <= b for a, b in pairwise(ends))
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from crosslace.circuit.model import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.data.harvest.harvest import HarvestSettings, harvest, weigh
+from crosslace.data.harvest import Harvester, HarvestSettings, harvest, weigh
 from crosslace.data.models.attention_sinks import SinkRule
 from crosslace.data.models.language_model import LanguageModel
 from crosslace.data.store import shards, window
@@ -41,7 +41,7 @@ class RandomText:
         for document in range(self.documents if split == "train" else 100):
             length = int(torch.randint(5, 40, (1,), generator=generator))
             tokens = torch.randint(1, 200, (length,), generator=generator)
-            yield TokenSequence(tokens, torch.full((length,), document), torch.arange(length))
+            yield TokenSequence(tokens, torch.full((length,), document))
             given += length
             if limit_tokens and given >= limit_tokens:
                 return
@@ -203,7 +203,7 @@ class Late:
         for sequence in self.text.sequences(split, limit_tokens):
             if int(sequence.document[0]) < self.document:
                 tokens = torch.where(sequence.tokens == self.token, 3, sequence.tokens)
-                sequence = TokenSequence(tokens, sequence.document, sequence.position)
+                sequence = TokenSequence(tokens, sequence.document)
             yield sequence
 
 
@@ -267,7 +267,7 @@ def test_says_what_it_will_weigh(lm, tmp_path, monkeypatch):
     notes = []
     harvest(lm, RandomText(), to(tmp_path / "s"), lambda label, done, total=None, note="": notes.append(note))
     assert re.match(r"the store will weigh 7\.\d+ MB, .* are free", notes[0])
-    size, _ = weigh(lm, to(tmp_path / "s"))
+    size = weigh(Harvester(lm, RandomText(), to(tmp_path / "s")).layout, to(tmp_path / "s")).store
     there = sum(file.stat().st_size for file in (tmp_path / "s").rglob("c/**/*") if file.is_file())
     assert size <= there < 1.01 * size  # statistics lie there, too
     monkeypatch.setattr("crosslace.data.layout.place.Place.free", lambda self: 1_000_000)

@@ -42,7 +42,7 @@ def test_the_model_has_learnt(folder):
 def test_the_corpus_holds_out_what_the_model_never_saw(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     corpus = load_corpus(DatasetSettings(name="stdlib"), tokenizer)
-    first = next(corpus.documents("held_out")).index
+    first = int(next(corpus.sequences("held_out")).document[0])
     assert first == next(i for i in range(10_000) if is_held_out(i, seed=0, share=stdlib.HELD_OUT_SHARE))
     sequence = next(corpus.sequences("train"))
     assert len(sequence.tokens) == 256 and sequence.tokens[0] == tokenizer.bos_token_id

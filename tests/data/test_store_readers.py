@@ -1,7 +1,6 @@
-"""A store that others read: every dtype by Zarr's readers and xarray, a copy that another program has cut anew, a URL
-behind a slow line; and what a store does as it ages: growing, joining, moving, damage, disks without locks."""
+"""A store that others read: every dtype by Zarr's readers and xarray, a copy that another program has cut anew; and
+what a store does as it ages: growing, joining, moving, damage, disks without locks."""
 
-import asyncio
 import errno
 import json
 import os
@@ -9,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 import torch
@@ -18,12 +16,9 @@ from crosslace.data import memory
 from crosslace.data.errors import UserError
 from crosslace.data.layout import lock as locks
 from crosslace.data.layout.layout import StoreLayout
-from crosslace.data.layout.place import Place
 from crosslace.data.store.store import ActivationStore
 from crosslace.data.store.window import Window
 from crosslace.data.store.writer import StoreWriter, write_store
-from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
-from fsspec.implementations.memory import MemoryFileSystem
 from zarr.codecs import ZstdCodec
 
 N, L, D = 900, 2, 40
@@ -113,47 +108,6 @@ def test_a_copy_that_was_compressed_gives_the_same_batches(tmp_path, dtype):
         again = opened.batch(1, step, 200)
         assert torch.equal(again.resid, batch.resid) and torch.equal(again.mlp_out, batch.mlp_out)
         assert torch.equal(again.token, batch.token)
-
-
-class SlowLine(AsyncFileSystemWrapper):
-    """Memory behind a line of 50 ms; every request is counted."""
-
-    protocol = "slow"
-    cachable = False
-    requests = 0
-
-    def __init__(self, **options: Any):
-        options.pop("asynchronous", None)
-        super().__init__(MemoryFileSystem(), asynchronous=True, **options)
-
-    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        SlowLine.requests += 1
-        await asyncio.sleep(0.05)
-        return self.sync_fs.cat_file(path, start, end)
-
-
-def test_a_batch_from_a_url_is_few_round_trips(monkeypatch):
-    """All requests of a batch go out at once: the indices of its shards, then its blocks; columns only when asked."""
-    fsspec.register_implementation("slow", SlowLine, clobber=True)
-    content = rows(4096 + 600)
-    make("memory://far", "float16", content, held_out=0)
-    store = ActivationStore.open("slow://far")
-    rounds = [0]
-    ranges = Place.ranges
-
-    def counted(self: Place, wanted: Any) -> Any:
-        rounds[0] += 1
-        return ranges(self, wanted)
-
-    monkeypatch.setattr(Place, "ranges", counted)
-    SlowLine.requests = 0
-    batch = store.batch(0, 0, 4096)
-    assert rounds[0] == 4  # an index and the blocks, for each of two sites
-    blocks, shards = 4096 // 32 + 1, 37
-    assert SlowLine.requests <= 2 * (blocks + shards)
-    assert torch.equal(batch.resid, content["resid"].half()[batch.token.long()])
-    assert rounds[0] == 6
-    fsspec.filesystem("memory").rm("/far", recursive=True)
 
 
 def fill(writer: StoreWriter, content: dict[str, torch.Tensor], wanted: int | None = None) -> dict[str, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from crosslace.data.errors import SettingsError, UserError
-from crosslace.data.harvest.harvest import Harvester, HarvestSettings, harvest
+from crosslace.data.harvest import Harvester, HarvestSettings, harvest
 from crosslace.data.harvest.streaming import RingSource, open_streaming
 from crosslace.data.layout.place import Place
 from crosslace.data.models.language_model import LanguageModel
@@ -34,7 +34,7 @@ class RandomText:
         generator = torch.Generator().manual_seed(1 if split == "train" else 2)
         for document in range(1000 if split == "train" else 60):
             tokens = torch.randint(1, 200, (32,), generator=generator)
-            yield TokenSequence(tokens, torch.full((32,), document), torch.arange(32))
+            yield TokenSequence(tokens, torch.full((32,), document))
             if limit_tokens and 32 * (document + 1) >= limit_tokens:
                 return
 

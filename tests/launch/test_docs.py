@@ -34,13 +34,13 @@ EVAL = [
 QUICK = {
     "demo": ["experiment=demo_quick", "wandb.mode=disabled"],
     "cache": [*WORLD, "tokens=3K", "store.held_out=300", "store.dtype=float16"],
-    "train": [*WORLD, *TRAIN, "parallel.data=1", "parallel.features=1"],
+    "train": [*WORLD, *TRAIN, "store.mode=disk", "parallel.data=1", "parallel.features=1"],
     "eval": [*EVAL, "overwrite=true"],
     "features": [
         *("features.tokens=1000", "features.top=2"),
         *("labels.tokens=1000", "labels.held_out=1000", "labels.features=4", "overwrite=true"),
     ],
-    "sweep": [*WORLD, *TRAIN, *EVAL],
+    "sweep": [*WORLD, *TRAIN, "store.mode=disk", *EVAL],
     "import": WORLD,
 }
 NEW = ("demo", "train", "sweep", "import")
@@ -158,11 +158,13 @@ def test_presets_take_what_the_sizing_page_says() -> None:
     real = [name for name in presets("experiment") if not name.startswith(("demo", "smollm2"))]
     assert sorted(rows) == sorted(real)
     for name, row in rows.items():
-        processes, parameters, store, peak = (cell.strip() for cell in row.split("|"))
+        processes, parameters, store, ring, peak = (cell.strip() for cell in row.split("|"))
         job = start("train", ["run=r", f"experiment={name}", f"parallel.features={processes}"])
         shape = shape_of(job)
         plan = make_plan(shape, *(job.section(part) for part in ("transcoder", "trainer", "parallel", "machine")))
         scale = {"M": 1e6, "B": 1e9}[parameters[-1]]
         assert plan.parameters == pytest.approx(float(parameters[:-1]) * scale, rel=0.02), name
+        settings = job.section("store")
+        assert settings.mode == "streaming" and parse_bytes(settings.budget) == parse_bytes(ring.replace(" ", "")), name
         assert plan.store == pytest.approx(parse_bytes(store.replace(" ", "")), rel=0.1), name
         assert plan.device_peak == pytest.approx(parse_bytes(peak.replace(" ", "")), rel=0.1), name

@@ -38,7 +38,7 @@ MOST_RANKS = 4096
 
 @dataclass(frozen=True)
 class MachineSettings:
-    """The machine that `crosslace train --plan` reckons with, a rank: an H100 by default."""
+    """The machine that `--plan` of train and cache reckons with, a rank: an H100 by default."""
 
     device: str = "cuda"
     """cuda, or cpu."""
@@ -59,7 +59,7 @@ class MachineSettings:
     """Bytes a second between two processes: 200GB and more by NVLink, 1GB to 10GB by Ethernet."""
 
     store: str = "2GB"
-    """Bytes a second that one process reads from the store."""
+    """Bytes a second that one process reads from the store, or a harvest writes to it."""
 
     def __post_init__(self) -> None:
         check_choice("machine.device", self.device, ("cpu", "cuda"))
