@@ -43,6 +43,9 @@ SECTIONS = {
     "neuronpedia": Section("circuit/formats/neuronpedia.py", "NeuronpediaSettings", "graphs for Neuronpedia"),
     "view": Section("circuit/viewer/server.py", "ViewSettings", "the local page"),
     "wandb": Section("launch/workspace/tracking.py", "WandbSettings", "Weights & Biases"),
+    "tensorboard": Section(
+        "launch/workspace/tracking.py", "TensorBoardSettings", "TensorBoard's event files", shorthand="on"
+    ),
     "demo": Section("launch/settings/verb_settings.py", "DemoSettings", "how much the demonstration does"),
     "then": Section("launch/settings/verb_settings.py", "ThenSettings", "what follows a training", shorthand="do"),
     "launcher": Section(
@@ -84,7 +87,7 @@ VERBS = {
         "everything, on the bundled world or on SmolLM2, on a CPU",
         "launch.verbs.demo",
         "DemoVerbSettings",
-        ("demo", "model", "world", "store", "transcoder", "trainer", "trace", "features", "wandb"),
+        ("demo", "model", "world", "store", "transcoder", "trainer", "trace", "features", "wandb", "tensorboard"),
         (
             "crosslace demo run=runs/demo",
             "crosslace demo experiment=demo_quick run=runs/quick",
@@ -122,7 +125,7 @@ VERBS = {
         "train a transcoder on a store, or on activations as they stream",
         "launch.after.trained",
         "TrainSettings",
-        ("store", "transcoder", "trainer", "parallel", "machine", *SOURCES, "wandb", "then"),
+        ("store", "transcoder", "trainer", "parallel", "machine", *SOURCES, "wandb", "tensorboard", "then"),
         (
             "crosslace train store=stores/gpt2 transcoder=clt run=runs/clt transcoder.features=24576",
             "crosslace train store=stores/gpt2 run=runs/clt then=[eval,features,trace] eval.prompts=10",
@@ -211,7 +214,7 @@ VERBS = {
         "train and measure every combination of settings",
         "launch.sweeps.sweep",
         "SweepSettings",
-        ("launcher", "store", "transcoder", "trainer", "parallel", "eval", *SOURCES, "wandb", "then"),
+        ("launcher", "store", "transcoder", "trainer", "parallel", "eval", *SOURCES, "wandb", "tensorboard", "then"),
         ("crosslace sweep run=runs/sweep transcoder=clt,plt trainer.target_l0=8,16,32",),
     ),
     "seeds": Verb(

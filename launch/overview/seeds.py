@@ -24,7 +24,8 @@ def over_seeds(measured: Sequence[Measured]) -> list[OverSeeds]:
     groups: dict[str, list[Measured]] = {}
     for m in measured:
         settings = runs.flat(runs.saved_settings(Path(m.name)))
-        settings = {name: v for name, v in settings.items() if not name.startswith("wandb.") and name[-4:] != "seed"}
+        free = ("wandb.", "tensorboard.")
+        settings = {name: v for name, v in settings.items() if not name.startswith(free) and name[-4:] != "seed"}
         if settings:
             groups.setdefault(json.dumps(settings, sort_keys=True, default=str) + m.data, []).append(m)
     return [

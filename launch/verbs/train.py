@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 75
 """The exit code of a run that was asked to stop and saved: not finished, to be gone on with (EX_TEMPFAIL)."""
-SAVED = ("init", "model", "dataset", "world", "stdlib", "store", "transcoder", "trainer", "parallel", "wandb")
+TRACKERS = ("wandb", "tensorboard")
+SAVED = ("init", "model", "dataset", "world", "stdlib", "store", "transcoder", "trainer", "parallel", *TRACKERS)
 
 
 def run(job: Job) -> Closing:
@@ -167,7 +168,7 @@ def prepared(
                     folder,
                     comm=comm,
                     device=job.process.device,
-                    trackers=tracking.trackers(job.section("wandb"), folder, settings) if comm.is_main else [],
+                    trackers=trackers_of(job, folder, settings) if comm.is_main else [],
                     progress=job.progress,
                     token_name=names(job),
                     behaviour=behaviour(job) if comm.is_main else None,
@@ -178,6 +179,11 @@ def prepared(
             if fresh:
                 runs.release(folder)
             raise
+
+
+def trackers_of(job: Job, folder: Path, settings: dict[str, Any]) -> list[Any]:
+    """What listens to the training, by the settings."""
+    return tracking.trackers(*map(job.section, TRACKERS), folder, settings)
 
 
 def trained_steps(folder: Path) -> int:

@@ -18,7 +18,8 @@ from ...data.errors import UserError
 from ..settings import Config, compose_config, single_values, tidy
 from ..terminal import Unseen, Watched
 from . import runs
-from .processes import LONG, Process, this_process
+from .processes import LONG, Process, agree, this_process
+from .provenance import versions
 
 
 @dataclass
@@ -48,7 +49,9 @@ class Job:
         sections, values = VERBS[self.verb].sections, self.config.values
         timeout = self.section("parallel").timeout if "parallel" in sections else LONG
         name = "trainer" if "trainer" in sections else "model"
-        return this_process(values.get(name, {}).get("device", "auto"), f"{name}.device", timeout)
+        process = this_process(values.get(name, {}).get("device", "auto"), f"{name}.device", timeout)
+        agree(runs.flat(values) | versions())
+        return process
 
     @property
     def is_main(self) -> bool:

@@ -28,11 +28,10 @@ SCHEDULING = (
 
 def provenance(words: Sequence[str]) -> dict[str, Any]:
     """Versions, command, machine, time."""
-    found = {"crosslace": __version__, "python": platform.python_version(), **{p: _version(p) for p in PACKAGES}}
     return {
         "command": shlex.join(["crosslace", *words]),
         "started": _now(),
-        "versions": found,
+        "versions": versions(),
         "commit": _commit(),
         "host": platform.node(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
@@ -40,6 +39,11 @@ def provenance(words: Sequence[str]) -> dict[str, Any]:
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         **({"scheduling": facts} if (facts := _scheduling()) else {}),
     }
+
+
+def versions() -> dict[str, Any]:
+    """Of what decides results."""
+    return {"crosslace": __version__, "python": platform.python_version(), **{p: _version(p) for p in PACKAGES}}
 
 
 @contextmanager

@@ -13,11 +13,11 @@ import yaml
 
 from ...data.errors import UserError
 
-FREE = ("wandb", "parallel", "store.path")
+FREE = ("wandb", "tensorboard", "parallel", "store.path")
 """Sections and settings in which a resumed run may differ from the first call; those of the trainer say it themselves
 (`train.settings.free`). A store that was moved is the same one: the trainer looks at what it holds."""
 LOCK = ".lock"
-BESIDE = ("wandb", "error.log", "sweep.log", ".queued", LOCK)
+BESIDE = ("wandb", "tensorboard", "error.log", "sweep.log", ".queued", LOCK)
 """What may stand in a folder before a run is there."""
 
 
@@ -137,7 +137,7 @@ def below(folder: Path) -> list[Path]:
     for path, folders, files in os.walk(folder):
         if "config.yaml" in files and "zarr.json" not in files:
             found.append(Path(path))
-        skipped = ("checkpoints", "features", "graphs", "plots", "transcoder", "wandb", "launcher")
+        skipped = ("checkpoints", "features", "graphs", "plots", "transcoder", "wandb", "tensorboard", "launcher")
         folders[:] = [] if "zarr.json" in files else sorted(name for name in folders if name not in skipped)
     return found
 

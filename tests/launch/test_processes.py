@@ -1,6 +1,7 @@
 """Verbs on two and three real processes with unequal work, and which device each process takes."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,10 @@ from crosslace.data.errors import UserError
 from crosslace.data.worlds.world import world as bundled
 from crosslace.launch.cli.main import main
 
-from .test_clusters import EVAL, TORCHRUN, TRAIN, different, files, finished, same_transcoder
+from .test_clusters import EVAL, TRAIN, different, files, finished, met, of_workers, same_transcoder, torchrun
 
-WORKER = Path(__file__).with_name("processes_worker.py")
 CACHE = ["cache", "world=tiny", "store.held_out=500", "store.shuffle_rows=1000", "store.shard_rows=1024",
          "store.block_rows=64"]  # fmt: skip
-
-
-def on(count: int, notes: Path, *words: object) -> None:
-    """The command on so many processes: all end with 0, and all met."""
-    notes.mkdir()
-    finished([*TORCHRUN, "--standalone", f"--nproc-per-node={count}", WORKER, notes, *words])
-    found = [json.loads(path.read_text()) for path in notes.iterdir()]
-    assert found == [{"started": count, "met": count, "code": 0}] * count
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -30,7 +22,7 @@ def test_a_store_has_the_same_bytes_however_many_processes_fill_it(count: int, t
     """Four windows and one of held-out rows: on two and on three processes some have more to do than others."""
     words = [*CACHE, "tokens=4K"]
     assert main([*words, f"store={tmp_path / 'alone'}"]) == 0
-    on(count, tmp_path / "notes", *words, f"store={tmp_path / 'together'}")
+    torchrun(count, tmp_path / "notes", *words, f"store={tmp_path / 'together'}")
     alone, together = files(tmp_path / "alone"), files(tmp_path / "together")
     assert alone.keys() == together.keys() and [name for name in alone if alone[name] != together[name]] == []
 
@@ -47,7 +39,7 @@ def a_run(demo: Path, folder: Path) -> Path:
 def test_evaluation_and_features_are_the_same_on_several_processes(count: int, demo: Path, tmp_path: Path) -> None:
     runs = [a_run(demo, tmp_path / name) for name in ("alone", "together")]
     assert main(["eval", f"run={runs[0]}", *EVAL]) == 0
-    on(count, tmp_path / "eval", "eval", f"run={runs[1]}", *EVAL)
+    torchrun(count, tmp_path / "eval", "eval", f"run={runs[1]}", *EVAL)
     one, several = (json.loads((run / "eval.json").read_text()) | {"made_with": None} for run in runs)
     # What frozen attention misses is measured on one process alone, as docs/evaluation.md says.
     assert one["faithfulness"].pop("attention") and "attention" not in several["faithfulness"]
@@ -58,18 +50,55 @@ def test_evaluation_and_features_are_the_same_on_several_processes(count: int, d
     assert different(several, one) == []
     words = ["features.tokens=2000", "features.top=3"]
     assert main(["features", f"run={runs[0]}", *words]) == 0
-    on(count, tmp_path / "features", "features", f"run={runs[1]}", *words)
+    torchrun(count, tmp_path / "features", "features", f"run={runs[1]}", *words)
     one, several = (files(run / "features") for run in runs)
     assert one == several and one
 
 
 @pytest.mark.slow
-def test_a_streaming_training_is_the_same_on_several_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_streaming_training_is_the_same_on_several_processes(count: int, tmp_path: Path) -> None:
     words = ["train", "world=tiny", "store.mode=streaming", "store.held_out=500", "store.shuffle_rows=1000",
              "store.shard_rows=1024", "store.block_rows=64", "tokens=4K", *TRAIN]  # fmt: skip
     assert main([*words, f"store={tmp_path / 's'}", f"run={tmp_path / 'alone'}"]) == 0
-    on(2, tmp_path / "notes", *words, f"store={tmp_path / 't'}", f"run={tmp_path / 'together'}", "parallel.data=2")
+    mesh = f"parallel.data={count}"
+    torchrun(count, tmp_path / "notes", *words, f"store={tmp_path / 't'}", f"run={tmp_path / 'together'}", mesh)
     same_transcoder(tmp_path / "together", tmp_path / "alone")
+
+
+def test_accelerate_launch_starts_processes_by_its_configuration(demo: Path, tmp_path: Path) -> None:
+    """Two processes, and the precision that the configuration asks for."""
+    config = tmp_path / "accelerate.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: bf16\n"
+        "num_machines: 1\nnum_processes: 2\nmachine_rank: 0\nmain_process_port: 0\nuse_cpu: false\n"
+    )
+    words = ["train", f"store={demo / 'store'}", f"run={tmp_path / 'run'}", "parallel.data=2", *TRAIN]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    finished([*launcher, *of_workers(tmp_path / "notes", *words)])
+    assert met(tmp_path / "notes") == [2, 2]
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-40" / "state.json").read_text())
+    assert state["trainer"]["precision"] == "bf16"
+
+
+def test_accelerate_launch_on_the_cpu_keeps_off_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `accelerate launch --cpu` sets for its process, on a machine with GPUs that are not there."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    asked = [
+        "--cpu",
+        "--num_processes=1",
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        "train.py",
+    ]
+    arguments = launch_command_parser().parse_args(asked)
+    arguments.use_cpu, arguments.num_cpu_threads_per_process = True, 1
+    _, environment = prepare_simple_launcher_cmd_env(arguments)
+    with_gpus(monkeypatch, 8, ACCELERATE_USE_CPU=environment["ACCELERATE_USE_CPU"])
+    assert find_device("auto") == torch.device("cpu")
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int, **environment: str) -> None:
@@ -96,7 +125,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
         find_device("auto")
 
 
-@pytest.mark.parametrize("verb", ["cache", "eval", "features", "train"])
+@pytest.mark.parametrize("verb", ["cache", "eval", "features", "train", "train from a stream"])
 def test_verbs_take_the_device_before_anything_lies_on_it(
     verb: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +139,11 @@ def test_verbs_take_the_device_before_anything_lies_on_it(
 
     with_gpus(monkeypatch, 8, LOCAL_RANK="5")
     monkeypatch.setattr(torch.cuda, "set_device", take)
-    words = {"cache": CACHE[1:], "train": [f"store={demo / 'store'}", *TRAIN]}.get(verb, [])
+    verb, _, streaming = verb.partition(" ")
+    stream = ["store.mode=streaming", f"store={tmp_path / 'ring'}"]
+    words = {"cache": CACHE[1:], "train": [*(stream if streaming else [f"store={demo / 'store'}"]), *TRAIN]}.get(
+        verb, []
+    )
     place = f"store={tmp_path / 'new'}" if verb == "cache" else f"run={tmp_path / 'run'}"
     if verb in ("eval", "features"):
         a_run(demo, tmp_path / "run")

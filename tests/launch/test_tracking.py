@@ -1,7 +1,8 @@
-"""The Weights & Biases run that lies in a run's folder, read back from its file."""
+"""Weights & Biases' and TensorBoard's files in a run's folder, read back."""
 
 import json
 import struct
+import sys
 import time
 from importlib import import_module
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from crosslace.data.errors import SettingsError
-from crosslace.launch.workspace.tracking import WandbSettings, WandbTracker, trackers
+from crosslace.data.errors import SettingsError, UserError
+from crosslace.launch.workspace.tracking import TensorBoardSettings, WandbSettings, trackers
 
 BLOCK, HEADER = (
     32768,
@@ -61,9 +62,10 @@ def values(items: Any) -> dict[str, Any]:
     return found
 
 
-def follow(folder: Path, state: dict[str, Any], steps: range) -> dict[str, Any]:
+def follow(folder: Path, state: dict[str, Any], steps: range, tensorboard: bool = False) -> dict[str, Any]:
     """One process's share of a run: opened, logged to, closed."""
-    tracker = WandbTracker(WandbSettings(), folder, CONFIG)
+    mode = "disabled" if tensorboard else "offline"
+    (tracker,) = trackers(WandbSettings(mode), TensorBoardSettings(tensorboard), folder, CONFIG)
     tracker.resume(state)
     for step in steps:
         drawn = {"density/0": torch.rand(100), "theta/0": torch.rand(100)}
@@ -106,7 +108,31 @@ def test_an_offline_run_is_read_back_and_goes_on_as_itself(tmp_path: Path, monke
         assert drawn["_type"] == "histogram" and sum(drawn["values"]) == 100 and name not in history[4]
 
 
+def test_tensorboard_goes_on_where_the_checkpoint_stood(tmp_path: Path) -> None:
+    """Steps 3 and 4 were logged after the checkpoint of step 2, and a killed process left them: they come once."""
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    follow(tmp_path, {}, range(1, 5), tensorboard=True)
+    assert follow(tmp_path, {"step": 2}, range(3, 7), tensorboard=True) == {"step": 6}
+    held = reading.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={})
+    held.Reload()
+    assert [(event.step, event.value) for event in held.Scalars("nmse")] == [
+        (step, pytest.approx(1 / step)) for step in range(1, 7)
+    ]
+    assert [event.step for event in held.Histograms("density/0")] == [1, 3, 5]
+    assert held.Histograms("theta/0")[0].histogram_value.num == 100
+    assert held.Scalars("last/held_out/nmse")[-1].value == 0.25
+    assert b'"steps": 20' in held.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_tensorboard_that_is_missing_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        follow(tmp_path, {}, range(1), tensorboard=True)
+
+
 def test_disabled_there_is_nothing_to_listen_and_other_modes_are_refused(tmp_path: Path) -> None:
-    assert trackers(WandbSettings(mode="disabled"), tmp_path, {}) == []
+    assert trackers(WandbSettings(mode="disabled"), TensorBoardSettings(), tmp_path, {}) == []
     with pytest.raises(SettingsError, match=r"wandb\.mode=off"):
         WandbSettings(mode="off")
