@@ -1,4 +1,4 @@
-"""What users of Hydra expect: presets of their own, --config-dir, --cfg, -m, completion."""
+"""What users of Hydra expect: presets of their own, --config-dir, --cfg, -m."""
 
 import subprocess
 import sys
@@ -8,7 +8,6 @@ import pytest
 import yaml
 from crosslace.conf import VERBS
 from crosslace.conf.describe import known_settings
-from crosslace.launch.cli.completion import candidates
 from crosslace.launch.settings.compose import compose_config
 from crosslace.launch.verbs import train
 
@@ -93,21 +92,3 @@ def test_defaults_are_shown_as_numbers() -> None:
     for verb in VERBS:
         for name, setting in known_settings(verb).items():
             assert not any(sign in setting.default for sign in ("<<", "**", " * ")), name
-
-
-def test_completion_knows_verbs_settings_and_presets(project: Path) -> None:
-    assert candidates("crosslace tr") == ["train", "trace"]
-    assert "trainer.lr_warmup=" in candidates("crosslace train run=r trainer.lr")
-    assert candidates("crosslace train experiment=m") == ["experiment=mine"]
-    assert candidates("crosslace train init=") == [] and candidates("crosslace nonsense ") == []
-    assert candidates("crosslace help ev") == ["eval"]
-    assert candidates("crosslace train plan=") == ["plan=true", "plan=false"]
-
-
-def test_bash_completes_after_an_equals_sign(project: Path) -> None:
-    program = (
-        f'crosslace() {{ "{sys.executable}" -m crosslace.launch "$@"; }}; eval "$(crosslace completion bash)";'
-        'COMP_LINE="crosslace train experiment=gpt2_"; COMP_POINT=${#COMP_LINE}; _crosslace; echo "${COMPREPLY[@]}"'
-    )
-    ended = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
-    assert ended.stdout.split() == ["gpt2_clt", "gpt2_plt"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from crosslace.data.errors import SettingsError, UserError
+from crosslace.launch.workspace.processes import this_process
 from crosslace.launch.workspace.tracking import TensorBoardSettings, WandbSettings, trackers
 
 BLOCK, HEADER = (
@@ -64,6 +65,7 @@ def values(items: Any) -> dict[str, Any]:
 
 def follow(folder: Path, state: dict[str, Any], steps: range, tensorboard: bool = False) -> dict[str, Any]:
     """One process's share of a run: opened, logged to, closed."""
+    this_process("cpu")  # Accelerate's trackers ask its state
     mode = "disabled" if tensorboard else "offline"
     (tracker,) = trackers(WandbSettings(mode), TensorBoardSettings(tensorboard), folder, CONFIG)
     tracker.resume(state)
