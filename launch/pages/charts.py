@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,20 +87,22 @@ class Chart:
         out = io.StringIO()
         # Names inside the picture are hashed with the title, so that the pictures of one page do not share them.
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": self.title}):
-            self.draw().savefig(out, format="svg", transparent=True, metadata={"Date": None})
+            self.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
         caption = f"<figcaption>{escape(self.caption)}</figcaption>" if self.caption else ""
         return f"<figure>{self._as_part_of_a_page(out.getvalue())}{caption}</figure>"
 
     def save_png(self, path: Path) -> None:
         """The same chart for a paper."""
-        self.draw().savefig(path, dpi=160)
+        self.figure.savefig(path, dpi=160)
 
-    def draw(self) -> "Figure":
-        """The figure."""
+    @cached_property
+    def figure(self) -> "Figure":
+        """The figure, drawn once for both. Its margins are fixed: to have them found takes as long as all the rest."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        figure = Figure(figsize=(5.2, 3.4))
+        figure.subplots_adjust(left=0.15, right=0.97, bottom=0.16, top=0.9)
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         visible = self.visible()
@@ -128,12 +131,12 @@ class Chart:
             axes.set_yscale("log")
         if self.y_range:
             axes.set_ylim(*self.y_range)
-        if self.ticks:
-            axes.set_xticks(list(self.ticks), list(self.ticks.values()))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_tick_params(which="both", colors=SOFT, labelsize=9)
             if axis.get_scale() == "log":
                 _plain_numbers(axis)
+        if self.ticks:
+            axes.set_xticks(list(self.ticks), list(self.ticks.values()), size=9 if len(self.ticks) < 6 else 7)
         axes.grid(color=LINE, which="major")
         axes.set_axisbelow(True)
         for spine in axes.spines.values():
