@@ -1,9 +1,12 @@
-"""Compiles the C++ kernels with the package, where a compiler is at hand. Everything else stands in pyproject.toml.
+"""Compiles the C++ kernels with the package, where a compiler is at hand, and makes the readme that an index shows.
+Everything else stands in pyproject.toml.
 
 On another processor, or where there was no compiler, they are compiled on first use (`data/compiler.py`).
 """
 
 import importlib.util
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -45,4 +48,19 @@ class WithMachineCode(Distribution):
         return True
 
 
-setup(cmdclass={"build_py": WithKernels}, distclass=WithMachineCode)
+def readme(home: str) -> str:
+    """README.md with links and pictures at the address where the repository is published; without it, no pictures."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    if not home:
+        text = re.sub(r"^!\[.*\n\n?", "", text, flags=re.MULTILINE)
+    return re.sub(r"\]\((?!https?://|#)([^)]*)\)", rf"]({home}/\1)" if home else r"]", text)
+
+
+HOME = os.environ.get("CROSSLACE_HOME", "").rstrip("/")
+setup(
+    cmdclass={"build_py": WithKernels},
+    distclass=WithMachineCode,
+    long_description=readme(HOME),
+    long_description_content_type="text/markdown",
+    project_urls={"Repository": HOME, "Changelog": f"{HOME}/CHANGELOG.md"} if HOME else {},
+)

@@ -1,6 +1,7 @@
 """The house's own rules, each for the whole tree: who may import whom, how large it gets, what it must never hold."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -254,7 +255,7 @@ def tracked_files() -> list[str]:
     return subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
 
 
-def built_wheel(tmp_path: Path) -> Path:
+def built_wheel(tmp_path: Path, home: str = "") -> Path:
     """A wheel of what git knows."""
     tree = tmp_path / "tree"
     for name in tracked_files():
@@ -264,14 +265,21 @@ def built_wheel(tmp_path: Path) -> Path:
     build = "import setuptools.build_meta as b, sys; print(b.build_wheel(sys.argv[1]))"
     out = tmp_path / "wheel"
     out.mkdir()
-    subprocess.run([sys.executable, "-c", build, str(out)], cwd=tree, check=True, capture_output=True)
+    environment = os.environ | {"CROSSLACE_HOME": home}
+    subprocess.run([sys.executable, "-c", build, str(out)], cwd=tree, check=True, capture_output=True, env=environment)
     return next(out.glob("*.whl"))
 
 
 @pytest.mark.slow
 def test_the_wheel_holds_code_presets_and_the_viewers_files(tmp_path: Path) -> None:
     tracked = tracked_files()
-    names = set(zipfile.ZipFile(built_wheel(tmp_path)).namelist())
+    wheel = zipfile.ZipFile(built_wheel(tmp_path, home="https://example.org/crosslace"))
+    names = set(wheel.namelist())
+    about = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    assert "Project-URL: Repository, https://example.org/crosslace\n" in about
+    links = re.findall(r"\]\(([^)#]+)", about)
+    assert "https://example.org/crosslace/docs/images/dallas.svg" in links
+    assert [link for link in links if not link.startswith("https://")] == []
     here = {
         f"crosslace/{name_of(path)}"
         for path in [*MODULES, *(ROOT / "conf").rglob("*.yaml")]
