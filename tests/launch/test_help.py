@@ -43,11 +43,6 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-def test_defaults_that_are_constants_are_shown_by_value() -> None:
-    shown = {setting.name: setting.default for setting in section_settings("store")}
-    assert shown["store.shuffle_rows"] == str(1 << 20)
-
-
 def test_presets_are_the_files_of_the_group() -> None:
     assert {"demo", "gpt2_clt", "gpt2_plt", "llama32_1b_clt", "gemma2_2b_plt"} <= set(presets("experiment"))
 
