@@ -142,6 +142,10 @@ def test_two_machines_find_each_other_and_start_again_together(store: Path, one:
     same_transcoder(folder, one)
 
 
+def slow(name: str, *values: object):
+    return pytest.param(*values, marks=pytest.mark.slow, id=name)
+
+
 def said(done: subprocess.CompletedProcess[str]) -> str:
     """The one sentence about what was wrong."""
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("crosslace:")]
@@ -151,16 +155,16 @@ def said(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     ("words", "plan", "sentence"),
     [
-        (["parallel.features=2", "transcoder.features=33"], {}, "does not divide into parallel.features=2 equal parts"),
-        (["parallel.data=3"], {}, "makes 3 processes, and 2 were started"),
-        (
+        slow("mesh", ["parallel.features=2", "transcoder.features=33"], {}, "does not divide into parallel.features=2"),
+        slow("count", ["parallel.data=3"], {}, "makes 3 processes, and 2 were started"),
+        pytest.param(
             ["parallel.data=2"],
             {"1": {"words": ["trainer.lr=2e-3"]}},
             "process 1 has trainer.lr=0.002 and process 0 0.001",
+            id="settings",
         ),
-        (["parallel.data=2"], {"1": {"full": "checkpoints/"}}, "No space left on device); make room"),
+        slow("disk", ["parallel.data=2"], {"1": {"full": "checkpoints/"}}, "No space left on device); make room"),
     ],
-    ids=["mesh", "count", "settings", "disk"],
 )
 def test_a_mistake_is_one_sentence(words: list[str], plan: dict, sentence: str, store: Path, tmp_path: Path) -> None:
     command = ("train", f"store={store}", f"run={tmp_path / 'r'}", *TRAIN, *words)
@@ -181,6 +185,7 @@ def test_processes_of_different_versions_are_refused(monkeypatch: pytest.MonkeyP
         agree({"torch": "2.13.0", "trainer.device": "cuda:0"})
 
 
+@pytest.mark.slow
 def test_a_sigterm_to_one_process_while_it_saves(store: Path, one: Path, tmp_path: Path) -> None:
     """The checkpoint that is being written is finished, all stop with 75, and the same command goes on from it."""
     folder = tmp_path / "stopped"
