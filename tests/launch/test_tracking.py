@@ -130,8 +130,9 @@ def test_tensorboard_that_is_missing_is_a_sentence(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.delattr(torch.utils, "tensorboard", raising=False)
     with pytest.raises(UserError, match="pip install tensorboard"):
-        follow(tmp_path, {}, range(1), tensorboard=True)
+        follow(tmp_path, {}, range(1, 2), tensorboard=True)
 
 
 def test_disabled_there_is_nothing_to_listen_and_other_modes_are_refused(tmp_path: Path) -> None:
