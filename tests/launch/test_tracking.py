@@ -115,7 +115,9 @@ def test_tensorboard_goes_on_where_the_checkpoint_stood(tmp_path: Path) -> None:
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     follow(tmp_path, {}, range(1, 5), tensorboard=True)
     assert follow(tmp_path, {"step": 2}, range(3, 7), tensorboard=True) == {"step": 6}
-    held = reading.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={})
+    held = reading.EventAccumulator(
+        str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0, "tensors": 0}
+    )
     held.Reload()
     assert [(event.step, event.value) for event in held.Scalars("nmse")] == [
         (step, pytest.approx(1 / step)) for step in range(1, 7)
