@@ -31,8 +31,9 @@ def test_a_command_is_quick(most: float, words: list[str], demo: Path, tmp_path:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "transcoder").symlink_to(demo / "clt" / "transcoder")
     (tmp_path / "run" / "config.yaml").write_text((demo / "clt" / "config.yaml").read_text())
-    # Once more where the first was slow: files may not have been read yet, other work takes caches away.
     command = [word.format(demo=demo, new=tmp_path) for word in words]
     again = [*command, "overwrite=true"] if words[0] == "trace" else command
     taken = cpu_seconds(*command)
-    assert min(taken, cpu_seconds(*again) if taken > most else taken) < most
+    for _ in range(2):  # where it was slow: files may not have been read yet, and other work takes caches away
+        taken = taken if taken < most else cpu_seconds(*again)
+    assert taken < most
