@@ -147,8 +147,8 @@ def slow(name: str, *values: object):
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:
-    """The one sentence about what was wrong."""
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("crosslace:")]
+    """The one sentence about what was wrong (from several processes, where the launcher was slow to end the others)."""
+    (line,) = {line for line in done.stderr.splitlines() if line.startswith("crosslace:")}
     return line
 
 
