@@ -25,7 +25,6 @@ def agent_sweep(job: Job) -> dict[str, Any]:
     words = [word for word in fixed if not word.startswith(("wandb.mode=", "wandb.name="))]
     folder = f'run={shlex.quote(job.top.run)}/"$WANDB_RUN_ID"'
     script = f'exec crosslace train {shlex.join(words)} wandb.mode=online {folder} "$@"'
-    values = lambda texts: [text if text == "null" else yaml.safe_load(text) for text in texts]
     return {
         "name": Path(job.top.run).name,
         "project": job.section("wandb").project,
@@ -33,5 +32,13 @@ def agent_sweep(job: Job) -> dict[str, Any]:
         "method": "grid",
         "metric": {"name": f"held_out/{figure}", "goal": GOALS[goal]},
         "command": ["sh", "-c", script, "crosslace", "${args_no_hyphens}"],
-        "parameters": {key: {"values": values(texts)} for key, texts in varied.items()},
+        "parameters": {key: {"values": [typed(text) for text in texts]} for key, texts in varied.items()},
     }
+
+
+def typed(text: str) -> Any:
+    """A value as the agent gives it back: numbers as numbers (YAML takes 1e-3 for a word), null as the word."""
+    try:
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError:
+        return text if text == "null" else yaml.safe_load(text)

@@ -202,6 +202,7 @@ def test_a_sweep_for_wandb_agent_is_printed_and_its_commands_run(demo, crosslace
     sweep = yaml.safe_load(ended.out)
     assert sweep["metric"] == {"name": "held_out/fvu", "goal": "minimize"} and sweep["name"] == "a sweep"
     assert sweep["parameters"]["transcoder"] == {"values": ["clt", "plt"]}
+    assert sweep["parameters"]["trainer.lr"] == {"values": [0.001, "null"]}
     args = create_sweep_command_args({"args": {"transcoder": {"value": "clt"}, "trainer.lr": {"value": 0.001}}})
     filled = {"${args_no_hyphens}": args["args_no_hyphens"]}
     command = [word for part in create_sweep_command(sweep["command"]) for word in filled.get(part, [part])]
