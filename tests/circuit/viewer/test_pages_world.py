@@ -13,38 +13,25 @@ from crosslace.launch.cli.main import main
 from .conftest import watched
 from .test_pages import wait_until
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1200)]
 PROMPT = "the capital of the state containing {} is"
-WORLD = ["model=world", "dataset=world", "world=small"]
-TRAIN = [
-    *(
-        "trainer.batch=512",
-        "trainer.lr_scale=24",
-        "trainer.lr_decay=0.4",
-        "trainer.dead_after=30000",
-        "trainer.log_every=50",
-    ),
-    *("trainer.eval_every=0", "trainer.calibrate_tokens=8192", "transcoder.features=512", "transcoder.k=10"),
-    "wandb.mode=disabled",
-]
+PRESET = ["experiment=demo", "wandb.mode=disabled", "trainer.checkpoint_every=250", "trainer.keep_checkpoints=9"]
 
 
 @pytest.fixture(scope="module")
 def world_runs(tmp_path_factory) -> Path:
-    """A cross-layer run with two checkpoints, and a per-layer run; features are named by the world's ground truth."""
+    """The demonstration's cross-layer run with its checkpoints, and a shorter per-layer one; features are named by the
+    world's ground truth."""
     root = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CROSSLACE_CACHE", str(root / "cache"))
-        store = f"store={root / 'store'}"
-        run("cache", *WORLD, store, "tokens=200K", "store.held_out=16K")
-        for kind, steps in (("clt", 400), ("plt", 200)):
-            folder = f"run={root / 'runs' / kind}"
-            more = [f"trainer.steps={steps}", f"trainer.checkpoint_every={steps // 2}"]
-            run("train", *WORLD, store, folder, f"transcoder={kind}", *TRAIN, *more)
-            run("features", folder, "features.tokens=5000", "features.top=2", "features.quantiles=1")
-            run("trace", folder, f"prompt={PROMPT.format('Dallas')}", "slug=dallas")
-        run("trace", f"run={root / 'runs' / 'clt'}", f"prompt={PROMPT.format('Oakland')}", "slug=oakland")
-        yield root / "runs"
+    store, runs = f"store={root / 'store'}", root / "runs"
+    run("cache", "experiment=demo", store)
+    for kind, steps in (("clt", 750), ("plt", 150)):
+        folder = f"run={runs / kind}"
+        run("train", *PRESET, store, folder, f"transcoder={kind}", f"trainer.steps={steps}")
+        run("features", folder, "features.tokens=5000", "features.top=2", "features.quantiles=1")
+        run("trace", folder, f"prompt={PROMPT.format('Dallas')}", "slug=dallas")
+    run("trace", f"run={runs / 'clt'}", f"prompt={PROMPT.format('Oakland')}", "slug=oakland")
+    return runs
 
 
 def run(*words: str) -> None:
@@ -113,14 +100,14 @@ def test_two_prompts_side_by_side(page, world_runs):
 
 
 def test_two_checkpoints_side_by_side(page, world_runs):
-    """The slider traces the prompt at step 200; its graph stands beside the finished one, by the features' numbers."""
+    """The slider traces the prompt at step 250; its graph stands beside the finished one, by the features' numbers."""
     page.goto("/#/graph?run=clt&slug=dallas")
     slider = page.get_by_role("slider", name="checkpoint of the run")
     slider.fill("0")
-    wait_until(lambda: "step=200" in page.evaluate("location.hash"), seconds=120)
+    wait_until(lambda: "step=250" in page.evaluate("location.hash"), seconds=120)
     folder = world_runs / "clt" / "graphs" / "dallas"
-    early, late = places(folder / "steps" / "step-200"), places(folder)
-    assert compared(page, "run=clt&slug=dallas&step=200&with=dallas") == (
+    early, late = places(folder / "steps" / "step-250"), places(folder)
+    assert compared(page, "run=clt&slug=dallas&step=250&with=dallas") == (
         len(early & late), len(early - late), len(late - early),
     )  # fmt: skip
     assert early & late and early != late
