@@ -8,7 +8,7 @@ from ...data.memory import host_memory
 
 CPU_TARGETS = 128  # products are wide enough for a few cores; more would only take memory
 CPU_BYTES = 2 * 2**30  # at most
-CPU_SHARE = 0.1  # of the memory that a CPU's process has
+SMALL_SHARE = 0.1  # of memory: what one of several large things may take
 SHARE = 0.5  # of an accelerator's free memory: rows found later and the library's own buffers take the rest
 HOST_SHARE = 0.25  # of the machine's memory for rows: the model and the transcoder need theirs
 LEAST = 8
@@ -30,6 +30,12 @@ def row_bytes(memory: float | None, device: torch.device) -> float:
     return free * SHARE if free is not None else available_memory() * HOST_SHARE
 
 
+def small_share(device: torch.device) -> float:
+    """Bytes that one of several large things may take."""
+    free = free_memory(device)
+    return SMALL_SHARE * (available_memory() if free is None else free)
+
+
 def available_memory() -> int:
     """Bytes that this process may still take of the machine's memory, within what a scheduler or container allows."""
     try:
@@ -48,7 +54,7 @@ def fitting_batch(per_target: int, free: int | None, targets: int) -> int:
     """As many targets as fit, at most all: on an accelerator in half of what is free, in whole multiples of 32 where
     there are so many; on a CPU (`free` is None) 128, or as many as take a tenth of the memory, at most 2 GiB."""
     if free is None:
-        fit = min(CPU_TARGETS, int(min(CPU_BYTES, CPU_SHARE * available_memory())) // per_target)
+        fit = min(CPU_TARGETS, int(min(CPU_BYTES, SMALL_SHARE * available_memory())) // per_target)
     else:
         fit = int(SHARE * free) // per_target
     fit = min(fit, max(1, targets))

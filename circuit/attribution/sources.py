@@ -18,9 +18,10 @@ from ...data.models import LanguageModel
 from ...train.transcoder import Transcoder
 from ..graph import Nodes
 from ..precision import refuse_overflow
+from .batching import small_share
 from .linear import Recording, fold_reading
 
-GATHERED = 2**30  # bytes of decoder rows, one for each firing feature, that are held; beyond, each feature's row once
+GATHERED = 2**30  # at most so many bytes of decoder rows, one for each firing feature, are held; beyond, each row once
 
 
 class Span(NamedTuple):
@@ -170,7 +171,7 @@ def _written(transcoder: Transcoder, features: ActiveFeatures, rank: Tensor, dty
     counts = (features.layer[:, None] == covered).sum(0).tolist()
     starts = [0, *itertools.accumulate(counts)]  # features are sorted by layer
     spread = sum(count * transcoder.reach_at(l) for l, count in enumerate(counts))
-    shared = spread * D * dtype.itemsize > GATHERED
+    shared = spread * D * dtype.itemsize > min(GATHERED, small_share(rank.device))
     index = [features.index[starts[l] : starts[l + 1]] for l in range(L)]
     used = [one.unique(return_inverse=True) if shared else (one, torch.arange(len(one)).to(one)) for one in index]
     first = [max(0, target - transcoder.reach + 1) for target in range(L)]
