@@ -94,10 +94,13 @@ def free_name(taken: dict[str, list[int]], name: str) -> str:
 
 
 def group_name(graph: Graph, group: list[int]) -> str:
-    """The label that most members have, or the layers and positions that they span."""
-    labels = [graph.nodes.labels[id] for id in group if id in graph.nodes.labels]
-    if labels:
-        return max(sorted(set(labels)), key=labels.count)
+    """The label whose members have most influence, or the layers and positions that they span."""
+    influence: dict[str, float] = {}
+    for id in group:
+        if (label := graph.nodes.labels.get(id)) is not None:
+            influence[label] = influence.get(label, 0.0) + float(graph.influence()[id])
+    if influence:
+        return max(sorted(influence), key=influence.__getitem__)
     layers, positions = graph.nodes.layer[group], graph.nodes.position[group]
     spans = [f"{int(c.min())}" if c.min() == c.max() else f"{int(c.min())}-{int(c.max())}" for c in (layers, positions)]
     return f"layer {spans[0]} at {spans[1]}"
