@@ -123,20 +123,20 @@ def test_stacking_takes_one_process(demo, crosslace, tmp_path) -> None:
 def test_streaming_runs_the_language_model_once(demo, crosslace, tmp_path, monkeypatch) -> None:
     from crosslace.data.harvest.harvest import Harvester
 
-    passes = []
-    rows = Harvester.rows if hasattr(Harvester, "rows") else None
-    assert rows is not None
-    monkeypatch.setattr(Harvester, "rows", lambda self, *args: passes.append(1) or rows(self, *args))
-    words = [*SMALL, "model=world", "world=tiny", "store.mode=streaming", "tokens=8K", "store.held_out=1K"]
-    assert crosslace("sweep", f"run={tmp_path / 'a'}", f"store={tmp_path / 'x'}", *words, "transcoder.k=2,3").code == 0
-    twice = len(passes)
+    passes, forward = [], Harvester._forward
+    monkeypatch.setattr(Harvester, "_forward", lambda self, *args: passes.append(1) or forward(self, *args))
+    trained = [word for word in SMALL if not word.startswith("eval.")]
+    source = ["model=world", "world=tiny", "store.mode=streaming", "tokens=8K", "store.held_out=1K"]
+    for k in (2, 3):  # each with a ring of its own, so that neither finds what the other harvested
+        words = [f"run={tmp_path / f'k-{k}'}", f"store={tmp_path / f'ring-{k}'}", *trained, *source]
+        assert crosslace("train", *words, f"transcoder.k={k}").code == 0
+    alone = len(passes)
     passes.clear()
-    ended = crosslace(
-        "sweep", f"run={tmp_path / 'b'}", f"store={tmp_path / 'y'}", *words, "transcoder.k=2,3", "stack=true"
-    )
-    assert ended.code == 0 and len(passes) < 0.75 * twice
+    words = [f"run={tmp_path / 's'}", f"store={tmp_path / 'ring'}", *SMALL, *source, "transcoder.k=2,3", "stack=true"]
+    assert crosslace("sweep", *words).code == 0
+    assert 0 < len(passes) < 0.75 * alone
     for name in ("k-2", "k-3"):
-        assert weights(tmp_path / "a" / name) == weights(tmp_path / "b" / name)
+        assert weights(tmp_path / "s" / name) == weights(tmp_path / name)
 
 
 @pytest.mark.slow
