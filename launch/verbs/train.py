@@ -183,7 +183,7 @@ def prepared(
 
 def trackers_of(job: Job, folder: Path, settings: dict[str, Any]) -> list[Any]:
     """What listens to the training, by the settings."""
-    return tracking.trackers(*map(job.section, TRACKERS), folder, settings)
+    return tracking.trackers(job.section("wandb"), job.section("tensorboard"), folder, settings)
 
 
 def trained_steps(folder: Path) -> int:
