@@ -142,9 +142,9 @@ class Live:
     def heads(self, ask: Ask) -> Response:
         """The heads that an edge of a graph goes through, the strongest first."""
         run, graph, step = self._asked(ask)
-        edge = tuple(key_ids(graph, [ask.text("target"), ask.text("source")]))
+        target, source = key_ids(graph, [ask.text("target"), ask.text("source")])
         with self._at_work(run, step) as model:
-            return JSONResponse(edge_record(graph, model.heads(graph, [edge])[0]))
+            return JSONResponse(edge_record(graph, model.heads(graph, [(target, source)])[0]))
 
     def attention(self, ask: Ask) -> Response:
         """Why a head looked where it did: from a query, or from where most of an edge went through it."""
@@ -153,8 +153,8 @@ class Live:
         with self._at_work(run, step) as model:
             if not ask.text("target"):
                 return JSONResponse(attention_record(model.attention(graph.tokens, layer, head, ask.whole("query"))))
-            edge = tuple(key_ids(graph, [ask.text("target"), ask.text("source")]))
-            found = model.heads(graph, [edge])[0]
+            target, source = key_ids(graph, [ask.text("target"), ask.text("source")])
+            found = model.heads(graph, [(target, source)])[0]
             if layer not in found.between or head >= found.heads.shape[1]:
                 raise UserError(f"no attention of layer {layer}, head {head} lies between the two")
             return JSONResponse(explain_head(model, graph, found, layer, head))

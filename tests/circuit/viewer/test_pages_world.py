@@ -77,7 +77,7 @@ def test_texas_is_steered_to_california_and_sacramento_is_read(page, world_runs)
     assert any("% of before" in text for text in page.locator(".box").all_text_contents())
 
 
-def compared(page, address: str) -> tuple[int, int, int]:
+def compared(page, address: str) -> tuple[int, ...]:
     page.goto("/#/")
     page.goto(f"/#/compare?{address}")
     page.wait_for_selector(".sides canvas", timeout=60_000)
