@@ -87,7 +87,7 @@ def sandwich() -> tuple[LanguageModel, Corpus]:
         print(f"sandwich: loss {float(loss.detach()):.2f}", flush=True)
         counts = torch.bincount(torch.cat([next(sequences) for _ in range(200)]), minlength=len(tokenizer))
         sink = int((counts - 25).abs().argmin())  # about one in a thousand
-        weight = model.get_input_embeddings().weight.data
+        weight = model.model.embed_tokens.weight.data
         weight[sink] = torch.nn.functional.normalize(torch.randn(128), dim=0) * weight.norm(dim=1).median() * SINK_TIMES
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -123,7 +123,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         neurons = model_neurons(lm, stores[0], None, read)
         meta = {"masked": stores[0].attributes["masked"]}
-        result = train(settings, shape, *stores, folder, neurons=neurons, meta=meta)
+        result = train(settings, shape, *stores, run_dir=folder, neurons=neurons, meta=meta)
         transcoder = Transcoder.load(Path(folder) / "transcoder")
     held = result.evaluation["overall"]
     model = ReplacementModel(lm, transcoder)

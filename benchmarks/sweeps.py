@@ -13,6 +13,7 @@ import random
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -24,7 +25,7 @@ from crosslace.circuit.graph import GraphPath
 from crosslace.circuit.judge.graph_scores import path_length
 from crosslace.circuit.judge.perturbation import steps_skipped
 from crosslace.circuit.model import ReplacementModel
-from crosslace.data.store import ActivationStore
+from crosslace.data.store import ActivationStore, Batch
 from crosslace.launch.known_world import label_features
 from crosslace.launch.known_world.circuits import question_path
 from crosslace.launch.settings import grid
@@ -40,8 +41,11 @@ def evicted_after_each_batch(store: Path) -> None:
     files = [path for path in store.rglob("*") if path.is_file()]
     read = ActivationStore._batch
 
-    def cold(self: ActivationStore, *args):
-        batch = read(self, *args)
+    def cold(
+        self: ActivationStore, epoch: int, step: int, size: int, layers: Sequence[int] | None, rank: int, world: int,
+        pin: bool,
+    ) -> Batch:  # fmt: skip
+        batch = read(self, epoch, step, size, layers, rank, world, pin)
         for path in files:
             descriptor = os.open(path, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -32,7 +32,7 @@ def transcoder_at(run: Path, step: int, rows: ActivationStore | None = None) -> 
     L, D = finished.n_layers, finished.d_model
     transcoder = Transcoder(settings, D, finished.layers, seed=None, meta=finished.meta).requires_grad_(False)
     scales = Normalisation(torch.ones(L), torch.ones(L), torch.zeros(L, D))
-    tensors = {f"weights/{name}": weight for name, weight in transcoder.named_parameters()}
+    tensors: dict[str, torch.Tensor] = {f"weights/{name}": weight for name, weight in transcoder.named_parameters()}
     checkpoints.load(path, tensors | {f"normalisation/{name}": scale for name, scale in scales._asdict().items()})
     target = trained.per_layer("target_l0", L)
     if target is None and settings.activation in TOPK:

@@ -53,7 +53,9 @@ def held(graph: Graph, others: Sequence[tuple[Graph, Mapping[Key, Match]]], path
     for other, matches in others:
         there = _places(other)
         present = set(there.values())
-        theirs = {(there[s], there[t]): weight for s, t, weight in _edges(other) if s in there and t in there}
+        theirs: dict[tuple[Place | None, Place | None], float] = {  # asked also for nodes without a counterpart
+            (there[s], there[t]): weight for s, t, weight in _edges(other) if s in there and t in there
+        }
         counterpart = {place: _counterpart(place, matches) for place in own.values()}
         for place in features:
             features[place] += counterpart[place] in present

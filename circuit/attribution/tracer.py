@@ -12,9 +12,9 @@
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, overload
+from typing import Any, TypeGuard, cast, overload
 
 import torch
 from torch import Tensor
@@ -117,10 +117,10 @@ def trace(
     settings = TraceSettings(**(asdict(settings) | named))
     if is_several(prompt):
         return [Tracer(replacement, one, wanted, settings, sample).run(progress) for one in prompt]
-    return Tracer(replacement, prompt, wanted, settings, sample).run(progress)
+    return Tracer(replacement, cast(Prompt, prompt), wanted, settings, sample).run(progress)
 
 
-def is_several(prompt: Any) -> bool:
+def is_several(prompt: Any) -> TypeGuard[Iterable[Prompt]]:
     """Whether this is a list of prompts: of texts, or of lists of token ids; or a tensor with one a row."""
     if isinstance(prompt, Tensor):
         return prompt.dim() > 1

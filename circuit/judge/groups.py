@@ -75,4 +75,4 @@ def judge_groups(
         GroupEffect(names[g], len(members[g]), strength[g], share[4 + 2 * at], share[5 + 2 * at])
         for at, g in enumerate(best)
     ]
-    return GroupScores(found.carried, found.scores, graph.scores(), *share[:4], effects)
+    return GroupScores(found.carried, found.scores, graph.scores(), *share[:4], effects=effects)

@@ -66,12 +66,13 @@ def look(job: Job) -> Closing:
     from ...data.store import Place, read_json
 
     top = job.top
-    if read_json(Place(top.path), "zarr.json") is None:
+    content = read_json(Place(top.path), "zarr.json")
+    if content is None:
         found = sorted({path.parent for path in Path(top.path).rglob("zarr.json") if is_store(path)})
         if not found:
             raise UserError(f"there is no store at {top.path}; make one with `crosslace cache store={top.path}/NAME`")
         return list_stores(found, top.path, top.remove)
-    facts = read_json(Place(top.path), "zarr.json")["attributes"]
+    facts = content["attributes"]
     if facts.get("complete"):
         return describe(job, facts)
     done, files = finished(Place(top.path))

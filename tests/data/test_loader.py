@@ -83,7 +83,7 @@ def test_int8_travels_as_it_is_and_becomes_numbers_there(notes):
     ) as loader:
         (batch,) = loader
     assert [note[1] for note in notes if note[0] == "copy"] == ["torch.int8", "torch.float16", "torch.float32"]
-    assert torch.equal(torch.Tensor(batch.resid), Int8Rows(*stored, channel).to("cpu"))
+    assert torch.equal(torch.Tensor(batch.resid), Int8Rows(*stored, channel_scale=channel).to("cpu"))
 
 
 def test_rows_for_a_gpu_are_read_into_pinned_memory(notes, monkeypatch):

@@ -67,11 +67,13 @@ class Plain(AsyncFileSystem):
     cachable = False
 
     async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        host, _, name = self._strip_protocol(path).partition("/")
+        host, _, name = str(self._strip_protocol(path)).partition("/")
         reader, writer = await asyncio.open_connection(*host.split(":"))
-        ranged = (
-            "" if start is None else f"Range: bytes={'' if start < 0 else start}-{-start if start < 0 else end - 1}"
-        )
+        ranged = ""
+        if start is not None and start < 0:
+            ranged = f"Range: bytes={start}"
+        elif start is not None:
+            ranged = f"Range: bytes={start}-{'' if end is None else end - 1}"
         writer.write(f"GET /{name} HTTP/1.0\r\n{ranged}\r\n\r\n".encode())
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()

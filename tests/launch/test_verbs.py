@@ -75,7 +75,7 @@ def test_a_second_call_does_nothing_again(demo: Path, crosslace, tmp_path: Path)
 
 
 def test_a_demo_that_is_stopped_goes_on(crosslace, tmp_path: Path, demo: Path, monkeypatch) -> None:
-    from crosslace.launch.verbs.demo import Demo
+    from crosslace.launch.verbs.demo import WorldDemo
 
     folder = shutil.copytree(demo, tmp_path / "demo")
     for name in ("summary.json", "stages/swap.json", "stages/trace.json", "swap.json"):
@@ -85,7 +85,7 @@ def test_a_demo_that_is_stopped_goes_on(crosslace, tmp_path: Path, demo: Path, m
         def interrupted(self) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(Demo, "swap", interrupted)
+        patch.setattr(WorldDemo, "swap", interrupted)
         ended = crosslace("demo", "experiment=demo_quick", f"run={folder}")
         assert ended.code == 130 and "goes on from there" in ended.err
         assert (folder / "stages" / "trace.json").is_file() and not (folder / "summary.json").exists()

@@ -46,7 +46,8 @@ def test_a_transcoder_reads_after_the_norm_from_a_store_of_resid(family, tmp_pat
         rows = [ActivationStore.open(path, split=split) for split in ("train", "held_out")]
         trainer = TrainerSettings(steps=40, batch=256, eval_every=0, checkpoint_every=0, resample_every=0)
         shape = TranscoderSettings(features=32, k=4, reach="1", read="mlp_in")
-        found[name] = train(trainer, shape, *rows, tmp_path / f"run-{name}").evaluation["overall"]["nmse"]
+        result = train(trainer, shape, *rows, run_dir=tmp_path / f"run-{name}")
+        found[name] = result.evaluation["overall"]["nmse"]
     assert found["formed"] == pytest.approx(found["stored"], rel=0.03)
     assert ActivationStore.open(tmp_path / "formed").sites == ("resid", "mlp_out")
     transcoder = Transcoder.load(tmp_path / "run-formed" / "transcoder")

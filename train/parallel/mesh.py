@@ -214,6 +214,14 @@ class _SumForward(torch.autograd.Function):
         return grads[0], None
 
 
+def _everyone() -> dist.ProcessGroup:
+    """All processes, by way of their hosts. Files of hundreds of gigabytes take longer than any step: nobody gives up
+    while they are written."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+    assert isinstance(group, dist.ProcessGroup)  # anything else is for those whom a group leaves out
+    return group
+
+
 class MeshCollectives:
     """`Collectives` over a DeviceMesh (data, features). Counts the bytes that this process hands in, by method."""
 
@@ -223,8 +231,7 @@ class MeshCollectives:
         self._data, self._features = mesh.get_group("data"), mesh.get_group("features")
         self.data_ranks, self.feature_ranks = mesh.shape
         self.data_rank, self.feature_rank = dist.get_rank(self._data), dist.get_rank(self._features)
-        # Files of hundreds of gigabytes take longer than any step: nobody gives up while they are written.
-        self.files, self._host = (dist.new_group(backend="gloo", timeout=timedelta(hours=6)) for _ in range(2))
+        self.files, self._host = _everyone(), _everyone()
         on_host = mesh.device_type == "cpu"
         self._host_mesh = mesh if on_host else init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=_AXES)
         self.sent: dict[str, int] = {}
