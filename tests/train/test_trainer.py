@@ -89,6 +89,7 @@ def test_asked_for_an_l0_it_ends_there_on_held_out_rows(planted, tmp_path, activ
         "lr_scale": 6.0,
         "lr_decay": 0.4,
         "dead_after": 10_000,
+        "resample_until": 0.5,  # a feature that starts again fires more at first: steering has the other half for it
         "eval_every": 0,
         "checkpoint_every": 0,
     }
