@@ -1,4 +1,7 @@
-"""The replacement model as a user meets it: graphs, interventions and text of one language model and transcoder."""
+"""The replacement model as a user meets it: graphs, interventions and text of one language model and transcoder.
+
+prompt --trace--> graph (`attribution`, `graph`); prompt + changes --intervene, generate--> logits, text (`replacement`)
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

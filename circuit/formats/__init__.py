@@ -1,9 +1,7 @@
-"""Foreign files: transcoders of circuit-tracer, Gemma Scope, sparsify and SAELens, graphs of Neuronpedia."""
+"""Foreign files: transcoders of circuit-tracer, Gemma Scope, Llamascopium, SAELens, sparsify; graphs of Neuronpedia."""
 
 from .circuit_tracer import export_circuit_tracer as export_circuit_tracer
 from .circuit_tracer import import_circuit_tracer as import_circuit_tracer
-from .explanations import read_explanations as read_explanations
-from .explanations import write_explanations as write_explanations
 from .importing import PROGRAMS as PROGRAMS
 from .importing import SAMPLE as SAMPLE
 from .importing import cached as cached

@@ -88,6 +88,15 @@ class WeightsFile:
         """The tensor, of that shape, finite, as it is stored."""
         return self.rows(key, *shape).whole()
 
+    def number(self, key: str) -> float:
+        """A tensor that is one positive number."""
+        self.shape(key, 0)
+        self.dtype(key)
+        value = float(self.file.get_tensor(key))
+        if not 0 < value < float("inf"):
+            raise UserError(f"{self.path}: {key} is {value}; it should be positive")
+        return value
+
     def rows(self, key: str, *shape: int, first: int = 0) -> "RowsInFile":
         """The same, to be read a few rows at a time; `first` leaves out what stands before it in the second place."""
         if self.shape(key, len(shape)) != shape:

@@ -18,11 +18,13 @@ from .circuit_tracer import CONFIG, open_circuit_tracer
 from .folders import Foreign, stream
 from .gemma_scope import is_gemma_scope, open_gemma_scope
 from .hub import local_folder
+from .llamascopium import is_llamascopium, open_llamascopium
 from .saelens import open_saelens
 from .sparsify import open_sparsify
 
 PROGRAMS = {
     "circuit-tracer": open_circuit_tracer,
+    "llamascopium": open_llamascopium,
     "saelens": open_saelens,
     "sparsify": open_sparsify,
     "gemma-scope": open_gemma_scope,
@@ -52,6 +54,8 @@ def _told(folder: Path) -> str:
         return "circuit-tracer"
     if is_gemma_scope(folder):
         return "gemma-scope"
+    if is_llamascopium(folder):
+        return "llamascopium"
     if any(folder.glob("*/sae.safetensors")):
         return "sparsify"
     if (folder / "cfg.json").is_file() or any(folder.glob("*/cfg.json")):

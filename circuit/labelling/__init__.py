@@ -2,6 +2,8 @@
 
 from .evidence import View as View
 from .explain import load_prompts as load_prompts
+from .explanations import read_explanations as read_explanations
+from .explanations import write_explanations as write_explanations
 from .judges import AnswerFile as AnswerFile
 from .judges import Budget as Budget
 from .judges import EndpointJudge as EndpointJudge

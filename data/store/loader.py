@@ -1,4 +1,7 @@
-"""Batches fetched ahead of their use, in threads, with the time that the user of them had to wait."""
+"""Batches fetched ahead of their use, in threads, with the time that the user of them had to wait.
+
+step n -> (epoch, place) -> rows [B, L, D] from the source, in a thread -> on the device, by a copy stream -> the caller
+"""
 
 import time
 from collections import deque

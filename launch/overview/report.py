@@ -1,4 +1,7 @@
-"""`crosslace report`: one page about one evaluated run, or about many side by side."""
+"""`crosslace report`: one page about one evaluated run, or about many side by side.
+
+eval.json of each run below a folder -> means over seeds (`seeds.py`), the choice (`pick.py`) -> a page (`launch/pages`)
+"""
 
 from pathlib import Path
 

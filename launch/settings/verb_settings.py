@@ -14,7 +14,7 @@ FORMATS = ("circuit-tracer", "saelens", "neuronpedia")
 FOLLOWING = ("eval", "features", "trace", "checkpoints")
 TRAINED_FIGURES = ("nmse", "fvu", "cosine", "l0", "dead")
 """Held-out figures that every training logs."""
-SOURCES = ("auto", "circuit-tracer", "gemma-scope", "saelens", "sparsify", "neuronpedia")
+SOURCES = ("auto", "circuit-tracer", "gemma-scope", "llamascopium", "saelens", "sparsify", "neuronpedia")
 
 
 @dataclass(frozen=True)
@@ -318,8 +318,9 @@ class ImportSettings(Common):
     path: str = ""
     """The folder (or file) to read; not needed where `from` names a place."""
     format: str = "auto"
-    """Its format: auto (told by what is there), circuit-tracer, gemma-scope, saelens, sparsify, or neuronpedia (one
-    graph); or the place itself, `hub:OWNER/NAME[@revision][:subfolder]`, or a folder. `from=` is short for it."""
+    """Its format: auto (told by what is there), circuit-tracer, gemma-scope, llamascopium, saelens, sparsify, or
+    neuronpedia (one graph); or the place itself, `hub:OWNER/NAME[@revision][:subfolder]`, or a folder. `from=` is
+    short for it."""
     run: str = ""
     """The run to make of it."""
     l0: int | None = None

@@ -1,4 +1,7 @@
-"""Progress: bars with rate and time left on a terminal, plain lines in a log file."""
+"""Progress: bars with rate and time left on a terminal, plain lines in a log file.
+
+work calls progress(what, done, total, note) -> one bar for each `what`, its rate over the last stretch -> a line drawn
+"""
 
 import sys
 import time

@@ -240,6 +240,66 @@ def test_sparsify_takes_the_k_largest(tmp_path, skip):
         torch.testing.assert_close(transcoder(x)[:, l], y, rtol=1e-5, atol=1e-5)
 
 
+def llamascopium_folder(folder: Path, clt: bool, **changed) -> Path:
+    """One transcoder a layer, or a cross-layer one, as its training saves them, with norms of each place."""
+    reads, writes = ([f"blocks.{l}.{name}" for l in range(L)] for name in ("mlp.hook_in", "hook_mlp_out"))
+    config = {"d_model": D, "expansion_factor": F / D, "act_fn": "topk", "top_k": 4, "norm_activation": "dataset-wise"}
+    norms = {
+        f"dataset_average_activation_norm.{place}": torch.tensor(2.0 + i) for i, place in enumerate(reads + writes)
+    }
+    W_E, b_E = drawn(1, L, D, F), drawn(2, L, F)
+    W_D, b_D = [drawn(10 + to, to + 1, F, D) for to in range(L)], [drawn(20 + l, D) for l in range(L)]
+    for l in [0] if clt else range(L):
+        path = folder / ("clt" if clt else f"layer_{l}")
+        path.mkdir(parents=True)
+        if clt:
+            weights = {"W_E": W_E, "b_E": b_E}
+            weights |= {
+                f"{name}.{l}": part for name, parts in (("W_D", W_D), ("b_D", b_D)) for l, part in enumerate(parts)
+            }
+            kind = {"sae_type": "clt", "hook_points_in": reads, "hook_points_out": writes}
+        else:
+            weights = {"W_E": W_E[l], "b_E": b_E[l], "W_D": W_D[l][l], "b_D": b_D[l]}
+            kind = {"sae_type": "sae", "hook_point_in": reads[l], "hook_point_out": writes[l]}
+        save_file(
+            {name: part.contiguous() for name, part in (weights | norms).items()}, path / "sae_weights.safetensors"
+        )
+        (path / "config.json").write_text(json.dumps(config | kind | changed))
+    return folder
+
+
+@pytest.mark.parametrize("clt", [False, True])
+def test_llamascopium_chooses_by_activation_times_decoder_norm(tmp_path, clt):
+    """Its own computation by hand: scale, encode, choose by h n, decode, scale back."""
+    transcoder, x = loaded(llamascopium_folder(tmp_path / "ll", clt), tmp_path / "run"), drawn(50, 6, L, D)
+    assert (transcoder.kind, transcoder.settings.read) == ("clt" if clt else "plt", "mlp_in")
+    W_E, b_E, W_D = drawn(1, L, D, F), drawn(2, L, F), [drawn(10 + to, to + 1, F, D) for to in range(L)]
+    acts = []
+    for l in range(L):
+        h = x[:, l] * (D**0.5 / (2 + l)) @ W_E[l] + b_E[l]
+        targets = range(l, L) if clt else [l]
+        n = torch.stack([W_D[to][l] for to in targets]).square().sum((0, 2)).sqrt()
+        values, indices = (h * n).relu().topk(4, dim=-1)
+        acts.append(torch.zeros(6, F).scatter(1, indices, values) / n)
+    for to in range(L):
+        y = sum(acts[l] @ W_D[to][l] for l in (range(to + 1) if clt else [to])) + drawn(20 + to, D)
+        torch.testing.assert_close(transcoder(x)[:, to], y / (D**0.5 / (2 + L + to)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"act_fn": "batchtopk"}, "topk and relu have a form here"),
+        ({"norm_activation": "token-wise"}, "scaled token by token"),
+        ({"hook_point_in": "blocks.0.hook_attn_out"}, "of another kind than an MLP's"),
+        ({"sae_type": "lorsa"}, "transcoders of a layer or one clt"),
+    ],
+)
+def test_llamascopium_that_has_no_form_here_is_refused(tmp_path, changed, sentence):
+    with pytest.raises(UserError, match=sentence):
+        open_foreign(llamascopium_folder(tmp_path / "ll", False, **changed))
+
+
 def test_circuit_tracers_topk_stays_topk(tmp_path):
     folder = circuit_tracer_folder(tmp_path / "ct", activation_function="topk", k=3)
     transcoder = loaded(folder, tmp_path / "run")

@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from crosslace.circuit.features import Label, Labels
-from crosslace.circuit.formats import read_explanations, write_explanations
 from crosslace.circuit.labelling import (
     AnswerFile,
     Budget,
@@ -21,7 +20,9 @@ from crosslace.circuit.labelling import (
     explain_by_judge,
     explain_by_tokens,
     load_prompts,
+    read_explanations,
     study,
+    write_explanations,
 )
 from crosslace.circuit.labelling.controls import shuffled
 from crosslace.circuit.labelling.evidence import Evidence, EvidenceSettings, Window, collect

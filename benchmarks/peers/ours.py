@@ -1,0 +1,43 @@
+"""One training by Crosslace: `python ours.py JOB.json`."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from cost import finish
+from crosslace.data.models import load_model
+from crosslace.data.store import ActivationStore
+from crosslace.launch.settings import compose_config, preset
+from crosslace.train.settings import TranscoderSettings
+from crosslace.train.start import model_neurons
+from crosslace.train.trainer import train
+
+
+def main(path: str) -> None:
+    job = json.loads(Path(path).read_text())
+    torch.set_num_threads(job["threads"])
+    recipe = dict(job["recipe"])
+    kind, start = recipe.pop("kind"), recipe.pop("start")
+    shape = preset("transcoder", kind)[1] | {"features": job["features"], "read": recipe.pop("read", "resid")}
+    given = {
+        "trainer.steps": job["steps"], "trainer.batch": job["batch"], "trainer.seed": job["seed"],
+        "trainer.target_l0": job["k"], "trainer.eval_every": 0, "trainer.checkpoint_every": 0, **recipe,
+    }  # fmt: skip
+    settings = compose_config("train", [f"{name}={value}" for name, value in given.items()]).section("trainer")
+    store, held_out = (ActivationStore.open(job["store"], split=split) for split in ("train", "held_out"))
+    wanted = TranscoderSettings(**shape)
+    begun = time.perf_counter()
+    begin = {}
+    if start == "mlp":
+        lm = load_model(job["model"])
+        begun = time.perf_counter()  # the language model is not part of any program's training
+        begin = {"neurons": model_neurons(lm, store, None, wanted.read)}
+    train(settings, wanted, store, held_out, Path(job["out"]) / "run", **begin)
+    seconds = time.perf_counter() - begun
+    finish(job["out"], seconds)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

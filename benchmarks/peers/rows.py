@@ -1,0 +1,74 @@
+"""The rows that every program trains on: inputs and outputs of each MLP, from one store, as files that numpy maps."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from crosslace.data.harvest import HarvestSettings, harvest
+from crosslace.data.models import LanguageModel, load_model
+from crosslace.data.store import ActivationStore
+from crosslace.data.text import Corpus, DatasetSettings, load_corpus
+from crosslace.data.worlds import StdlibSettings, WorldSettings, build_stdlib, build_world
+from safetensors.torch import save_file
+
+SITES = ["resid", "mlp_in", "mlp_out"]
+
+
+class Bench(NamedTuple):
+    """A model, its text, and its activations."""
+
+    lm: LanguageModel
+    corpus: Corpus
+    train: ActivationStore
+    held_out: ActivationStore
+
+
+def prepare(model: str, dataset: str, rows: str, path: Path) -> Bench:
+    """The model by name, or one of the bundled ones; its store at `path`, harvested where it is not there yet."""
+    if model == "world":
+        name = dataset = str(build_world(WorldSettings(size="small")))
+    elif model == "stdlib":
+        name, dataset = str(build_stdlib(StdlibSettings(size="small"))), "stdlib"
+    else:
+        name = model
+    lm = load_model(name)
+    corpus = load_corpus(DatasetSettings(name=dataset), lm.tokenizer)
+    wanted = HarvestSettings(path=str(path), tokens=rows, held_out="16K", dtype="float16", sites=SITES)
+    harvest(lm, corpus, wanted)
+    train, held_out = (ActivationStore.open(path, split=split) for split in ("train", "held_out"))
+    return Bench(lm, corpus, train, held_out)
+
+
+def write_rows(bench: Bench, folder: Path, batch: int, steps: int) -> None:
+    """What `steps` steps of our training read, as x.npy and y.npy [L, N, D] float16; and the MLPs' weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store, shape = bench.train, (bench.train.n_layers, steps * batch, bench.train.d_model)
+    if (folder / "rows.json").is_file() and json.loads((folder / "rows.json").read_text()) == list(shape):
+        return
+    x, y = (np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape) for name in "xy")
+    with store.loader(batch, 0, steps) as loader:
+        for step, rows in enumerate(loader):
+            part = slice(step * batch, (step + 1) * batch)
+            x[:, part] = rows.mlp_in.transpose(0, 1).half().numpy()
+            y[:, part] = rows.mlp_out.transpose(0, 1).half().numpy()
+    weights: dict[str, torch.Tensor] = {}
+    for l, layer in enumerate(store.layers):
+        parts = bench.lm.layers[layer].mlp_weights
+        for name in ("gate", "up", "down") if parts is not None else ():
+            affine = getattr(parts, name)
+            if affine is not None:
+                weights[f"{l}.{name}"] = affine.weight.detach().float().contiguous()
+    save_file(weights, folder / "mlps.safetensors")
+    (folder / "rows.json").write_text(json.dumps(list(shape)))
+
+
+def batches(bench: Bench, tokens: int, at_once: int = 16):
+    """Held-out sequences side by side, and which of their positions are real."""
+    sequences = (sequence.tokens for sequence in bench.corpus.sequences("held_out", limit_tokens=tokens))
+    while group := list(itertools.islice(sequences, at_once)):
+        real = [torch.ones(len(tokens), dtype=torch.bool) for tokens in group]
+        padded = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (group, real))
+        yield tuple(padded)
