@@ -223,7 +223,15 @@ def foreign_folder(folder: Path, loader: str, skip: int) -> None:
             save_file(weights | ({"W_skip": W_skip} if skip else {}), folder / name / "sae_weights.safetensors")
             hooks = {"hook_name": f"blocks.{i}.mlp.hook_in", "hook_name_out": f"blocks.{i}.hook_mlp_out"}
             kind = "jumprelu_skip_transcoder" if skip else "jumprelu_transcoder"
-            config = {"architecture": kind, "d_in": D, "d_sae": F, "d_out": D, "dtype": "float32", "device": "cpu"}
+            config = {
+                "architecture": kind,
+                "d_in": D,
+                "d_sae": F,
+                "d_out": D,
+                "dtype": "float32",
+                "device": "cpu",
+                "apply_b_dec_to_input": False,
+            }
             (folder / name / "cfg.json").write_text(json.dumps(config | {"metadata": {"model_name": "x", **hooks}}))
         elif loader == "sparsify":
             (folder / name).mkdir()

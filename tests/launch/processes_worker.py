@@ -35,10 +35,10 @@ def join(device="cpu", timeout=600):
     return new
 
 
-def full(name, *rest):
+def full(event, given):
     """Opening a file of such a name finds no room."""
-    if name == "open" and rest[2] & (os.O_WRONLY | os.O_RDWR) and mishap["full"] in str(rest[0]):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(rest[0]))
+    if event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR) and mishap["full"] in str(given[0]):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(given[0]))
 
 
 def stop(path):

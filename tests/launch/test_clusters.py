@@ -50,7 +50,7 @@ def torchrun(count: int, notes: Path, *words: object, code: int = 0, **mishaps) 
     done = finished(
         [*TORCHRUN, "--standalone", f"--nproc-per-node={count}", *of_workers(notes, *words, **mishaps)], code
     )
-    assert met(notes) == [count] * count
+    assert met(notes) == [count] * count, done.stdout + done.stderr[-3000:]
     return done
 
 

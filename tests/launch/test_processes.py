@@ -43,6 +43,7 @@ def test_evaluation_and_features_are_the_same_on_several_processes(count: int, d
     one, several = (json.loads((run / "eval.json").read_text()) | {"made_with": None} for run in runs)
     # What frozen attention misses is measured on one process alone, as docs/evaluation.md says.
     assert one["faithfulness"].pop("attention") and "attention" not in several["faithfulness"]
+    assert one.pop("steps") and "steps" not in several  # and so is how many steps a path takes
     # An untrained feature's threshold lies exactly on a row of the sample, so that rounding decides whether it fires.
     for name in ("untrained", "random"):
         drawn = [result["controls"].pop(name) for result in (one, several)]
@@ -59,7 +60,7 @@ def test_evaluation_and_features_are_the_same_on_several_processes(count: int, d
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_streaming_training_is_the_same_on_several_processes(count: int, tmp_path: Path) -> None:
     words = ["train", "world=tiny", "store.mode=streaming", "store.held_out=500", "store.shuffle_rows=1000",
-             "store.shard_rows=1024", "store.block_rows=64", "tokens=4K", *TRAIN]  # fmt: skip
+             "store.shard_rows=1024", "store.block_rows=64", "tokens=4K", *TRAIN, "trainer.batch=48"]  # fmt: skip
     assert main([*words, f"store={tmp_path / 's'}", f"run={tmp_path / 'alone'}"]) == 0
     mesh = f"parallel.data={count}"
     torchrun(count, tmp_path / "notes", *words, f"store={tmp_path / 't'}", f"run={tmp_path / 'together'}", mesh)
