@@ -95,10 +95,10 @@ def behaviour(bench: Bench, transcoder: Transcoder, tokens: int) -> dict[str, fl
     return {"top1": agree / count, "kl": divergence / count}
 
 
-def batches(bench: Bench, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(bench: Bench, tokens: int, at_once: int = SEQUENCES_AT_ONCE) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Held-out sequences side by side, and which of their positions are real."""
     sequences = (sequence.tokens for sequence in bench.corpus.sequences("held_out", limit_tokens=tokens))
-    while group := list(itertools.islice(sequences, SEQUENCES_AT_ONCE)):
+    while group := list(itertools.islice(sequences, at_once)):
         real = [torch.ones(len(tokens), dtype=torch.bool) for tokens in group]
         yield (
             torch.nn.utils.rnn.pad_sequence(group, batch_first=True),

@@ -4,14 +4,13 @@
 """
 
 import functools
-import json
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from cost import finish
+from job import begin, finish
 from llamascopium.initializer import Initializer, InitializerConfig
 from llamascopium.models.clt import CLTConfig
 from llamascopium.models.sae import SAEConfig
@@ -44,11 +43,8 @@ def stream(x, y, places, names, batch, steps):
 
 
 def main(path):
-    job = json.loads(Path(path).read_text())
+    job, x, y = begin(path)
     recipe = job["recipe"]
-    torch.set_num_threads(job["threads"])
-    torch.manual_seed(job["seed"])
-    x, y = (np.load(f"{job['rows']}/{name}.npy", mmap_mode="r") for name in "xy")
     L, _, D = x.shape
     k, batch, steps, clt = job["k"], job["batch"], job["steps"], recipe["kind"] == "clt"
     names = [(f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out") for layer in job["layers"]]

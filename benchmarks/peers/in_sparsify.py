@@ -4,14 +4,13 @@ Its trainer reads a language model; this loop gives its coders the rows of the f
 its trainer does: biases from the first batch, the loss FVU, no step on decoders' norms (transcoders), the optimizer.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from cost import finish
+from job import begin, finish
 from schedulefree import ScheduleFreeWrapper
 from sparsify import SparseCoder, SparseCoderConfig
 from sparsify.muon import Muon
@@ -38,11 +37,8 @@ def optimizers_of(coders, name, scale, features, steps, warmup):
 
 
 def main(path):
-    job = json.loads(Path(path).read_text())
+    job, x, y = begin(path)
     recipe = job["recipe"]
-    torch.set_num_threads(job["threads"])
-    torch.manual_seed(job["seed"])
-    x, y = (np.load(f"{job['rows']}/{name}.npy", mmap_mode="r") for name in "xy")
     config = SparseCoderConfig(num_latents=job["features"], k=job["k"], transcode=True)
     begun = time.perf_counter()
     coders = [SparseCoder(x.shape[-1], config, dtype=torch.float32) for _ in range(len(x))]

@@ -5,15 +5,23 @@ from typing import Any
 
 import torch
 from crosslace.circuit.formats import import_transcoder, open_foreign
-from crosslace.circuit.judge.behaviour import Condition, MeanSubstitute, TextBatch, ce_recovered, measure_behaviour
+from crosslace.circuit.judge.behaviour import (
+    Condition,
+    MeanSubstitute,
+    TextBatch,
+    ce_recovered,
+    measure_behaviour,
+    splice_condition,
+)
 from crosslace.circuit.model import ReplacementModel
 from crosslace.circuit.replacement import TranscoderOutput
 from crosslace.train.run import ReconstructionMetrics
 from crosslace.train.transcoder import Transcoder
 
-from .rows import Bench, batches
+from ..quality import Bench, batches
 
 ROWS = 4096
+SEQUENCES = 16
 
 
 def load(program: str, out: Path, bench: Bench) -> Transcoder:
@@ -33,23 +41,16 @@ def figures(transcoder: Transcoder, bench: Bench, tokens: int) -> dict[str, Any]
         metrics.update(y, transcoder.decode(acts, x), acts)
     found = metrics.compute()
     lm, text, first = bench.lm, [], 0
-    for tokens_BT, real_BT in batches(bench, tokens):
+    for tokens_BT, real_BT in batches(bench, tokens, SEQUENCES):
         counted_BT = torch.zeros_like(real_BT)
         counted_BT[:, :-1] = real_BT[:, 1:]
         text.append(TextBatch(tokens_BT, real_BT, counted_BT, first))
         first += len(tokens_BT)
-    means = bench.train.statistics.mean["mlp_out"]
-
-    def replaced(masked_BT: torch.Tensor):
-        return lm.overwrite(TranscoderOutput(transcoder, masked_BT))
-
-    def at_the_mean(masked_BT: torch.Tensor):
-        substitute = MeanSubstitute(means)
-        return lm.overwrite(
-            lambda layer, sites: torch.where(masked_BT[..., None], sites["mlp_out"], substitute(layer, sites))
-        )
-
-    conditions = [Condition("mean", at_the_mean), Condition("replaced", replaced)]
+    means, layers = MeanSubstitute(bench.train.statistics.mean["mlp_out"]), transcoder.layers
+    conditions = [
+        splice_condition("mean", lm, means, layers),
+        Condition("replaced", lambda masked_BT: lm.overwrite(TranscoderOutput(transcoder, masked_BT))),
+    ]
     sums = measure_behaviour(lm, text, conditions, ReplacementModel(lm, transcoder).masked_positions, first)
     clean, mean, ours = sums
     overall = found["overall"]

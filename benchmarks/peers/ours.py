@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 import torch
-from cost import finish
 from crosslace.data.models import load_model
 from crosslace.data.store import ActivationStore
 from crosslace.launch.settings import compose_config, preset
 from crosslace.train.settings import TranscoderSettings
 from crosslace.train.start import model_neurons
 from crosslace.train.trainer import train
+from job import finish
 
 
 def main(path: str) -> None:

@@ -1,29 +1,20 @@
 """The rows that every program trains on: inputs and outputs of each MLP, from one store, as files that numpy maps."""
 
-import itertools
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from crosslace.data.harvest import HarvestSettings, harvest
-from crosslace.data.models import LanguageModel, load_model
+from crosslace.data.models import load_model
 from crosslace.data.store import ActivationStore
-from crosslace.data.text import Corpus, DatasetSettings, load_corpus
+from crosslace.data.text import DatasetSettings, load_corpus
 from crosslace.data.worlds import StdlibSettings, WorldSettings, build_stdlib, build_world
 from safetensors.torch import save_file
 
+from ..quality import Bench
+
 SITES = ["resid", "mlp_in", "mlp_out"]
-
-
-class Bench(NamedTuple):
-    """A model, its text, and its activations."""
-
-    lm: LanguageModel
-    corpus: Corpus
-    train: ActivationStore
-    held_out: ActivationStore
 
 
 def prepare(model: str, dataset: str, rows: str, path: Path) -> Bench:
@@ -39,7 +30,7 @@ def prepare(model: str, dataset: str, rows: str, path: Path) -> Bench:
     wanted = HarvestSettings(path=str(path), tokens=rows, held_out="16K", dtype="float16", sites=SITES)
     harvest(lm, corpus, wanted)
     train, held_out = (ActivationStore.open(path, split=split) for split in ("train", "held_out"))
-    return Bench(lm, corpus, train, held_out)
+    return Bench(model, lm, corpus, train, held_out)
 
 
 def write_rows(bench: Bench, folder: Path, batch: int, steps: int) -> None:
@@ -63,12 +54,3 @@ def write_rows(bench: Bench, folder: Path, batch: int, steps: int) -> None:
                 weights[f"{l}.{name}"] = affine.weight.detach().float().contiguous()
     save_file(weights, folder / "mlps.safetensors")
     (folder / "rows.json").write_text(json.dumps(list(shape)))
-
-
-def batches(bench: Bench, tokens: int, at_once: int = 16):
-    """Held-out sequences side by side, and which of their positions are real."""
-    sequences = (sequence.tokens for sequence in bench.corpus.sequences("held_out", limit_tokens=tokens))
-    while group := list(itertools.islice(sequences, at_once)):
-        real = [torch.ones(len(tokens), dtype=torch.bool) for tokens in group]
-        padded = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (group, real))
-        yield tuple(padded)

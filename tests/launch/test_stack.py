@@ -15,24 +15,11 @@ from crosslace.launch.verbs import train
 from crosslace.launch.workspace import Job, device_hours, start
 from crosslace.train.trainer import Trainer
 
+from .test_sweep import QUICK
+
 SMALL = [
-    "transcoder.features=24",
-    "trainer.steps=12",
-    "trainer.batch=128",
-    "trainer.eval_tokens=128",
-    "trainer.calibrate_tokens=256",
-    "trainer.log_every=3",
-    "trainer.eval_every=4",
-    "trainer.checkpoint_every=5",
-    "trainer.resample_every=5",
-    "trainer.dead_after=256",
-    "wandb.mode=disabled",
-    "eval.tokens=1200",
-    "eval.calibration_tokens=1000",
-    "eval.prompts=0",
-    "eval.pairs=0",
-    "eval.layers=false",
-    "eval.controls=false",
+    *("transcoder.features=24", "trainer.steps=12", "trainer.log_every=3", "trainer.eval_every=4"),
+    *("trainer.checkpoint_every=5", "trainer.resample_every=5", "trainer.dead_after=256", *QUICK),
 ]
 VARIED = ["transcoder=clt,plt", "seed=0,1,2"]
 OF_TIME = ("tokens_per_second", "loader_stall", "first_step_seconds", "seconds", "memory")

@@ -13,20 +13,12 @@ from crosslace.data.errors import SettingsError
 from crosslace.launch.settings import grid, single_values, tidy
 from crosslace.launch.verbs import train
 
-SMALL = [
-    "transcoder.features=16",
-    "trainer.steps=10",
-    "trainer.batch=128",
-    "trainer.eval_tokens=128",
-    "trainer.calibrate_tokens=256",
-    "wandb.mode=disabled",
-    "eval.tokens=1200",
-    "eval.calibration_tokens=1000",
-    "eval.prompts=0",
-    "eval.pairs=0",
-    "eval.layers=false",
-    "eval.controls=false",
+QUICK = [
+    *("trainer.batch=128", "trainer.eval_tokens=128", "trainer.calibrate_tokens=256", "wandb.mode=disabled"),
+    *("eval.tokens=1200", "eval.calibration_tokens=1000", "eval.prompts=0", "eval.pairs=0"),
+    *("eval.layers=false", "eval.controls=false"),
 ]
+SMALL = ["transcoder.features=16", "trainer.steps=10", *QUICK]
 
 
 def test_combinations_are_named_after_what_varies() -> None:

@@ -11,6 +11,7 @@ from ...data.errors import UserError
 from ...data.store import Batch
 from ..parallel import whole_batch
 from ..settings import TOPK, TrainerSettings
+from .metrics import finite_rows, worst_rows
 from .parts import StepParts
 from .records import Records
 
@@ -68,7 +69,7 @@ class Guard:
         token_N = self.batch.token.to(losses_LN.device) if self.batch is not None else losses_LN.new_zeros(0)
         if len(token_N) * self.comm.data_ranks < self.settings.batch:
             token_N = self.comm.all_gather_features(token_N).flatten()
-        return worst_rows(losses_LN, whole_batch(token_N, self.comm)[-losses_LN.shape[1] :], self.token_name)
+        return worst_in_words(losses_LN, whole_batch(token_N, self.comm)[-losses_LN.shape[1] :], self.token_name)
 
     def _is_news(self, nmse: float, best: float, held_out: bool) -> bool:
         counters = self.counters
@@ -88,14 +89,12 @@ def eased(settings: TrainerSettings, rewinds: int) -> TrainerSettings:
     return replace(settings, lr=lr, lr_scale=settings.lr_scale * 0.5**rewinds, resample_every=0)
 
 
-def worst_rows(row_loss_LN: Tensor, token_N: Tensor, name: Callable[[int], str] = str) -> str:
+def worst_in_words(row_loss_LN: Tensor, token_N: Tensor, name: Callable[[int], str] = str) -> str:
     """In words: the share of the error that the worst thousandth of these rows has, at least one row, and their
     tokens."""
-    loss_N = row_loss_LN.where(row_loss_LN.isfinite(), 0.0).sum(0)
-    worst = loss_N.topk(max(1, len(loss_N) // 1000))
-    share = float(worst.values.sum() / loss_N.sum().clamp_min(1e-30))
-    tokens = [name(token) for token in token_N[worst.indices].tolist()]
-    return f"{share:.0%} of the last batch's error is in {named_tokens(tokens)}"
+    share, worst = worst_rows(finite_rows(row_loss_LN).sum(1, keepdim=True))
+    tokens = [name(token) for token in token_N[worst[:, 0]].tolist()]
+    return f"{float(share):.0%} of the last batch's error is in {named_tokens(tokens)}"
 
 
 def named_tokens(tokens: list[str]) -> str:

@@ -119,6 +119,11 @@ def median_row(error_NL: Tensor, power_NL: Tensor) -> Tensor:
     return (error_NL / power_NL.clamp_min(1e-30)).median(0).values
 
 
+def finite_rows(row_loss_LN: Tensor) -> Tensor:
+    """[N, L]: the last rows' losses as a step keeps them, those that no step has seen yet as 0."""
+    return row_loss_LN.where(row_loss_LN.isfinite(), 0.0).T
+
+
 def worst_rows(error_NL: Tensor) -> tuple[Tensor, Tensor]:
     """[L]: the share of the squared error in the worst thousandth of the rows; [n, L]: which rows these are."""
     worst = error_NL.topk(max(1, len(error_NL) // 1000), dim=0)

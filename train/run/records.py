@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..loss import scheduled_lr
 from ..transcoder import decoder_norms
-from .metrics import DENSE_ABOVE
+from .metrics import DENSE_ABOVE, finite_rows, worst_rows
 from .parts import StepParts
 
 _log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def training_values(
 
     columns["nmse"] = means["reconstruction"] / means["power"].clamp_min(1e-30)
     columns["capped_rows"] = means["capped"]
-    columns["worst_share"] = worst_share(state.row_losses)
+    columns["worst_share"] = worst_rows(finite_rows(state.row_losses))[0].cpu()
     columns["l0"] = means["l0"]
     columns["lam"] = means["lam"]
     columns["dead"] = share(state.dead(counters.step))
@@ -172,13 +172,6 @@ def training_values(
     for l, log_theta in zip(transcoder.layers, transcoder.log_theta):
         histograms[f"theta/{l}"] = _sample(log_theta.exp())
     return values, histograms
-
-
-def worst_share(row_losses: Tensor) -> Tensor:
-    """[L]: the share of the squared error that lies in the worst thousandth of the last rows [L, N]."""
-    seen = row_losses.where(row_losses.isfinite(), 0.0)
-    worst = seen.topk(max(1, round(seen.shape[1] / 1000)), dim=1).values.sum(1)
-    return (worst / seen.sum(1).clamp_min(1e-30)).cpu()
 
 
 def _sample(values: Tensor) -> Tensor:

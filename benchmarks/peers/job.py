@@ -1,9 +1,22 @@
-"""What a training cost, written by its own process beside what it trained."""
+"""A training's process: what it is asked for, the rows that it reads, and what it cost."""
 
 import json
 import resource
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def begin(path: str) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """The job, with threads and seed set; and its rows, inputs and outputs [L, N, D], still in their files."""
+    job = json.loads(Path(path).read_text())
+    torch.set_num_threads(job["threads"])
+    torch.manual_seed(job["seed"])
+    x, y = (np.load(f"{job['rows']}/{name}.npy", mmap_mode="r") for name in "xy")
+    return job, x, y
 
 
 def finish(out: str, seconds: float) -> None:
