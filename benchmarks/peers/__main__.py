@@ -153,7 +153,7 @@ def measure(options: argparse.Namespace) -> None:
             print(f"{program}: left out: {error}", flush=True)
             continue
         for recipe in (recipe for recipe in RECIPES if recipe[0] == program):
-            row = one(bench, rows, *recipe, seeds[0], lengths[-1], options)
+            row = one(bench, rows, *recipe, seed=seeds[0], steps=lengths[-1], options=options)
             if row is None:
                 continue
             if "grid" not in recipe[1]:
@@ -166,7 +166,7 @@ def measure(options: argparse.Namespace) -> None:
         for seed in seeds:
             for steps in lengths if seed == seeds[0] else lengths[-1:]:
                 if (seed, steps) != (seeds[0], lengths[-1]):
-                    one(bench, rows, *recipe, seed, steps, options)
+                    one(bench, rows, *recipe, seed=seed, steps=steps, options=options)
 
 
 def table(rows: list[dict]) -> str:

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """One training by Llamascopium's own trainer and initializer: `python in_llamascopium.py JOB.json`, in its environment.
 
 `kind` plt trains one of its transcoders a layer, one after the other, clt its cross-layer transcoder.

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """One training by sparsify's own coder, optimizers and rates: `python in_sparsify.py JOB.json`, in its environment.
 
 Its trainer reads a language model; this loop gives its coders the rows of the file instead, and does at each step what
@@ -7,6 +8,7 @@ its trainer does: biases from the first batch, the loss FVU, no step on decoders
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from sparsify.sign_sgd import SignSGD
 from transformers import get_linear_schedule_with_warmup
 
 
-def optimizers_of(coders, name, scale, features, steps, warmup):
+def optimizers_of(coders, name, scale, features, steps, warmup) -> tuple[list[Any], list[Any]]:
     """Its three choices at `scale` times their default rates."""
     base = {"signum": 5e-3, "adam": 2e-4}.get(name, 0) / (features / 2**14) ** 0.5 * scale
     groups = [{"params": list(coder.parameters()), "lr": base} for coder in coders]
