@@ -5,6 +5,7 @@ for the largest:
 
     start        weights, moments, the rows and pre-activations that set the first biases
     step         weights, gradients, moments, activations, batches, communication buffers
+    restart      weights, gradients, moments, batches, the restarted features' activations on the whole batch
     evaluation   weights, gradients, moments, dense activations of a piece of held-out rows
     checkpoint   weights, gradients, moments; in host memory twice the weights and moments, as they are and as a file
     export       weights, moments, the weights once more, scaled to raw activations
@@ -21,8 +22,10 @@ from typing import NamedTuple
 from ...data.errors import check_choice, check_range
 from ...data.units import parse_bytes
 from ..parallel import BUCKET_BYTES, EXCHANGES, ParallelSettings
+from ..run import RESTARTED_AT_ONCE
 from ..settings import TOPK, TrainerSettings, TranscoderSettings
 from ..sparse import MARGIN, UNEVEN, use_sparse
+from ..start import PREACTIVATIONS_AT_ONCE, rows_for
 from .traffic import FLOAT, Flow, Work, all_flows, exchanged, moved
 
 NORMED = ("tanh", "l1")
@@ -161,7 +164,8 @@ def make_plan(
     auxiliary = _auxiliary(work, piece, m, slices, written)
     buffers = _buffers(parallel, cut, written, work, slices)
     final, _ = _active(transcoder, trainer, L)
-    sample = _first_rows(shape, [size // m for size in sizes], final / m)
+    rate = trainer.init_firing_rate or min(0.5, final / max(sizes))
+    sample = _first_rows(shape, [size // m for size in sizes], rate)
 
     libraries = LIBRARIES[machine.device]
     kept = libraries + (sample.kept + waiting if on_cpu else 0)
@@ -170,12 +174,15 @@ def make_plan(
         Part("auxiliary loss", auxiliary), Part("batches", normalised + (waiting if on_cpu else 0)),
         Part("communication", buffers), Part("libraries and kept rows", kept - (waiting if on_cpu else 0)),
     ]  # fmt: skip
-    evaluated = 2.3 * EVALUATED_AT_ONCE * sum(sizes) // m * FLOAT
-    evaluated += 3 * EVALUATED_AT_ONCE * max(sizes) * FLOAT if slices > 1 else 0  # a layer of all ranks at a time
+    at_once = min(EVALUATED_AT_ONCE, max(trainer.eval_tokens, trainer.calibrate_tokens))
+    evaluated = 2.3 * at_once * sum(sizes) // m * FLOAT
+    evaluated += 3 * at_once * max(sizes) * FLOAT if slices > 1 else 0  # a layer of all ranks at a time
     scratch = piece * F * FLOAT if sparse else 0.0
+    restart = _restart(trainer, F, L, D) if trainer.resample_every else 0.0
     phases = {
         "step": sum(part.bytes for part in parts),
         "evaluation": 3 * W + gradients + kept + scratch + evaluated,
+        "restart": 3 * W + gradients + kept + scratch + normalised + (waiting if on_cpu else 0) + restart,
         "export": 4 * W + kept,
     }
     start = sample.peak
@@ -283,13 +290,12 @@ class _FirstRows(NamedTuple):
     """Their buffers stay in the loader's pool."""
 
 
-def _first_rows(shape: Shape, sizes: list[int], active: float) -> _FirstRows:
+def _first_rows(shape: Shape, sizes: list[int], rate: float) -> _FirstRows:
     """The rows by which the first biases are set (`initialisation.rows_for`), and one layer's pre-activations."""
-    rate = min(0.5, active / max(sizes))
-    rows = min(shape.rows, int(min(max(32 / rate, 4096), 65536)))
+    rows = min(shape.rows, rows_for(rate))
     kept = 2 * rows * shape.n_layers * shape.d_model * shape.itemsize
     read = rows * shape.n_layers * shape.d_model * FLOAT
-    return _FirstRows(kept + read + rows * max(sizes) * FLOAT, kept)
+    return _FirstRows(kept + read + min(rows * max(sizes), PREACTIVATIONS_AT_ONCE) * FLOAT, kept)
 
 
 def _active(transcoder: TranscoderSettings, trainer: TrainerSettings, n_layers: int) -> tuple[float, float]:
@@ -360,6 +366,12 @@ def _buffers(parallel: ParallelSettings, cut: list[int], written: float, work: W
         shared = written
     bucket = min(BUCKET_BYTES, max(cut) * FLOAT) if parallel.data > 1 else 0
     return shared + bucket
+
+
+def _restart(trainer: TrainerSettings, features: int, layers: int, d_model: int) -> float:
+    """On all rows of all data ranks: each layer's features that start again, a layer's projections, its rows thrice."""
+    started = min(features, max(1, trainer.batch // RESTARTED_AT_ONCE))
+    return trainer.batch * ((layers + 3) * started + 3 * d_model) * FLOAT
 
 
 def _seconds(

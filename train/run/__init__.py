@@ -30,6 +30,7 @@ from .parts import StepParts as StepParts
 from .records import Records as Records
 from .records import Tracker as Tracker
 from .records import training_values as training_values
+from .resampling import RESTARTED_AT_ONCE as RESTARTED_AT_ONCE
 from .resampling import hold as hold
 from .resampling import resample as resample
 from .resampling import take_hold as take_hold

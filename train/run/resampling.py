@@ -23,7 +23,7 @@ from .optimizers import Optimizers
 
 HOLD = 20
 """Steps for which a feature's writing stays bounded."""
-_AT_ONCE = 4
+RESTARTED_AT_ONCE = 4
 """At most one feature for so many tokens of the batch is started again in a layer: the rest wait for the next time."""
 _ENCODER_SHARE = 0.5
 """The norm of a new encoder against the usual one."""
@@ -110,7 +110,7 @@ def _start(
     """Encoders and biases of a layer's dead features, as many as the batch has tokens for."""
     size, dead_F = transcoder.features[l], inputs.dead[l]
     all_dead = comm.cat_features(dead_F)
-    dealt = all_dead & (all_dead.cumsum(0) <= max(1, len(x_BD) // _AT_ONCE))
+    dealt = all_dead & (all_dead.cumsum(0) <= max(1, len(x_BD) // RESTARTED_AT_ONCE))
     own = slice(comm.feature_rank * size, (comm.feature_rank + 1) * size)
     norms = torch.stack([transcoder.W_enc[l][~dead_F].norm(dim=1).sum(), (~dead_F).sum().to(x_BD.dtype)])
     total, count = comm.all_reduce_features(norms)

@@ -1,5 +1,6 @@
 """Where training begins: random weights, the MLPs' own neurons, another run."""
 
+from .initialisation import PREACTIVATIONS_AT_ONCE as PREACTIVATIONS_AT_ONCE
 from .initialisation import initialise as initialise
 from .initialisation import quantile_bias as quantile_bias
 from .initialisation import rows_for as rows_for

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..transcoder import Transcoder
 
 # Pre-activations in memory at once.
-_AT_ONCE = 1 << 27
+PREACTIVATIONS_AT_ONCE = 1 << 27
 
 
 @torch.no_grad()
@@ -32,11 +32,12 @@ def initialise(transcoder: Transcoder, x_NLD: Tensor, y_mean_LD: Tensor, rate: l
     its random weights."""
     for l in range(transcoder.n_layers):
         transcoder.b_dec[l].copy_(y_mean_LD[l])
-        theta_F, at_once = transcoder.theta(l), max(1, _AT_ONCE // len(x_NLD))
+        theta_F, at_once = transcoder.theta(l), max(1, PREACTIVATIONS_AT_ONCE // len(x_NLD))
         for begin in range(0, transcoder.features[l], at_once):
             some = slice(begin, begin + at_once)
             h_NF = torch.nn.functional.linear(x_NLD[:, l], transcoder.W_enc[l][some])
             transcoder.b_enc[l][some] = quantile_bias(h_NF, theta_F[some], rate[l])
+            del h_NF  # before the next ones are made
         if decoder == "zero":
             transcoder.W_dec[l].zero_()
 
