@@ -84,13 +84,13 @@ def test_too_many_tokens_at_once_are_cut_into_pieces():
 
 
 def test_restarts_need_room_for_a_quarter_of_the_batch_in_features():
-    """By hand: 12 layers' activations of 16,384 features on 65,536 rows, projections, and the rows themselves."""
+    """By hand: a layer's 16,384 features on 65,536 rows and the rows themselves, each three times."""
     shape, settings, trainer = Shape(12, 768, 10**7), TranscoderSettings(features=24576), replace(TRAINER, batch=2**16)
     with_them, without = (
         make_plan(shape, settings, replace(trainer, resample_every=every), ParallelSettings(), H100).phases["restart"]
         for every in (50, 0)
     )
-    assert with_them - without == 4 * 2**16 * (15 * 16384 + 3 * 768)
+    assert with_them - without == 4 * 2**16 * 3 * (16384 + 768)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")

@@ -178,7 +178,7 @@ def make_plan(
     evaluated = 2.3 * at_once * sum(sizes) // m * FLOAT
     evaluated += 3 * at_once * max(sizes) * FLOAT if slices > 1 else 0  # a layer of all ranks at a time
     scratch = piece * F * FLOAT if sparse else 0.0
-    restart = _restart(trainer, F, L, D) if trainer.resample_every else 0.0
+    restart = _restart(trainer, F, D) if trainer.resample_every else 0.0
     phases = {
         "step": sum(part.bytes for part in parts),
         "evaluation": 3 * W + gradients + kept + scratch + evaluated,
@@ -368,10 +368,10 @@ def _buffers(parallel: ParallelSettings, cut: list[int], written: float, work: W
     return shared + bucket
 
 
-def _restart(trainer: TrainerSettings, features: int, layers: int, d_model: int) -> float:
-    """On all rows of all data ranks: each layer's features that start again, a layer's projections, its rows thrice."""
+def _restart(trainer: TrainerSettings, features: int, d_model: int) -> float:
+    """On all rows of all data ranks: a layer's features that start again, three times, and its rows, three times."""
     started = min(features, max(1, trainer.batch // RESTARTED_AT_ONCE))
-    return trainer.batch * ((layers + 3) * started + 3 * d_model) * FLOAT
+    return trainer.batch * 3 * (started + d_model) * FLOAT
 
 
 def _seconds(

@@ -70,15 +70,16 @@ def resample(
 
     # What all of them do together on each row, before any has written: for each layer that is written to.
     acts_BL = torch.zeros_like(error_BL)
-    acts = [_acts(transcoder, one, whole_batch(x[:, l], comm)) if one else None for l, one in enumerate(started)]
-    for l, acts_BN in enumerate(acts):
-        if acts_BN is not None:
+    for l, one in enumerate(started):
+        if one is not None:
+            acts_BN = _acts(transcoder, one, whole_batch(x[:, l], comm))
             acts_BL[:, l : l + transcoder.reach_at(l)] += acts_BN.sum(1, keepdim=True)
     acts_BL = comm.all_reduce_features(acts_BL)
     bound_BL = torch.maximum(error_BL, error_BL.mean(0)).sqrt() / acts_BL.clamp_min(1e-12)
-    for l, (one, acts_BN) in enumerate(zip(started, acts, strict=True)):
+    for l, one in enumerate(started):
         limit = None
-        if one is not None and acts_BN is not None:
+        if one is not None:
+            acts_BN = _acts(transcoder, one, whole_batch(x[:, l], comm))  # once more: all layers' at once are many
             targets = bound_BL[:, l : l + transcoder.reach_at(l)].unbind(1)
             limit = torch.stack(
                 [bound.masked_fill(~(acts_BN.T > 0), torch.inf).amin(1) for bound in (t[None] for t in targets)], dim=1
