@@ -131,3 +131,40 @@ def test_a_batch_of_4096_rows_is_there_in_a_second(server, content, protocol, mo
     server.asked.clear()
     narrow.batch(0, 0, 4096)
     assert server.asked and not any("/resid/" in path for path in server.asked)
+
+
+@pytest.mark.slow
+def test_s3_is_written_and_read(content, monkeypatch):
+    """A bucket of moto's, 50 ms away, through s3fs: the store is written there, and a batch read within a second."""
+    from werkzeug.serving import make_server
+
+    served, s3fs = pytest.importorskip("moto.server"), pytest.importorskip("s3fs")
+    inner, asked = served.DomainDispatcherApplication(served.create_backend_app), []
+
+    def late(environ: Any, start_response: Any) -> Any:
+        time.sleep(LATENCY)
+        asked.append(environ["REQUEST_METHOD"])
+        return inner(environ, start_response)
+
+    server = make_server("127.0.0.1", 0, late, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}", "AWS_ACCESS_KEY_ID": "none",
+        "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    try:
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("rows")
+        layout = StoreLayout(("resid", "mlp_out"), tuple(range(L)), D, "float16", shard_rows=1024)
+        number = torch.arange(ROWS)
+        write_store("s3://rows/s", content, number, number, number, layout, shuffle_rows=4096)
+        store = ActivationStore.open("s3://rows/s")
+        store.batch(0, 0, 4096)
+        asked.clear()
+        begun = time.perf_counter()
+        batch = store.batch(0, 1, 4096)
+        seconds = time.perf_counter() - begun
+        assert "GET" in asked and torch.equal(batch.resid, content["resid"][batch.token.long()])
+        assert seconds < 1, seconds
+    finally:
+        server.shutdown()
