@@ -73,11 +73,6 @@ class QueriesAndKeys:
         """Slope of the soft cap at these scores."""
         return torch.ones_like(scores) if self.softcap is None else 1 - torch.tanh(scores / self.softcap) ** 2
 
-    def secant(self, scores: Tensor) -> Tensor:
-        """Capped scores over scores."""
-        near = scores.abs() < 1e-12
-        return torch.where(near, 1.0, self.capped(scores) / torch.where(near, 1.0, scores))
-
     def pattern(self, head: int) -> Tensor:
         """[T, T] the softmax over unmasked keys, and the head's sink."""
         capped = self.capped(self.scores(head)).masked_fill(~self.seen, -torch.inf)
