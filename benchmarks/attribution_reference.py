@@ -1,8 +1,8 @@
 """circuit-tracer on a case of benchmarks/attribution.py: run by another environment's interpreter, needs no network.
 
-PYTHON attribution_reference.py FOLDER EDGES BATCH [lazy]
+PYTHON attribution_reference.py FOLDER EDGES BATCH [lazy] [nodes=N]
 
-lazy: decoders stay in their files, as ours do.
+lazy: decoders stay in their files, as ours do. nodes: keep so many features, and write no edges.
 """
 
 import json
@@ -96,7 +96,8 @@ def main() -> None:
     folder, edges, batch = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     prompt = load_file(folder / "prompt.safetensors")["tokens"]
     model = load(folder, int(prompt[0]), "lazy" in sys.argv[4:])
-    options = {"max_n_logits": 10, "desired_logit_prob": 0.95, "batch_size": batch}
+    nodes = next((int(word[6:]) for word in sys.argv[4:] if word.startswith("nodes=")), None)
+    options = {"max_n_logits": 10, "desired_logit_prob": 0.95, "batch_size": batch, "max_feature_nodes": nodes}
     loaded = memory("VmRSS")
     attribute(prompt[:8], model, **options)
     started = time.perf_counter()
@@ -113,6 +114,9 @@ def main() -> None:
         "loaded": loaded,
         "beyond": peak - loaded,
     }
+    if nodes is not None:
+        print(json.dumps(found))
+        return
     # edges without the rows that have no input and without errors at position 0, which are zero there
     n, T, L = len(graph.selected_features), len(prompt), model.cfg.n_layers
     columns = torch.ones(graph.adjacency_matrix.shape[1], dtype=torch.bool)

@@ -13,18 +13,26 @@ from ..intervals import mean_of
 from ..model import ReplacementModel
 from ..replacement import TranscoderOutput
 
+_AT_ONCE = 512
+"""Tokens of one pass with pushes."""
 SMALL = 0.1
 """Of a write: what is added and taken away to see what the layers above make of it."""
 
 
 class _Pushed:
-    """Adds a vector to the MLP output of one layer, on top of what stands there."""
+    """Adds a vector to the MLP output of each row, at a layer and position of the row's own, on top of what stands
+    there."""
 
-    def __init__(self, layer: int, push_BTD: Tensor):
-        self.layer, self.push_BTD = layer, push_BTD
+    def __init__(self, places: Sequence[tuple[int, int]], pushes_RD: Tensor):
+        self.places, self.pushes_RD = places, pushes_RD
 
     def __call__(self, layer: int, sites: Mapping[str, Tensor]) -> Tensor | None:
-        return sites["mlp_out"] + self.push_BTD.to(sites["mlp_out"].dtype) if layer == self.layer else None
+        rows = [row for row, (own, _) in enumerate(self.places) if own == layer]
+        if not rows:
+            return None
+        changed = sites["mlp_out"].clone()
+        changed[rows, [self.places[row][1] for row in rows]] += self.pushes_RD[rows].to(changed.dtype)
+        return changed
 
 
 @torch.no_grad()
@@ -37,26 +45,35 @@ def perturbation_growth(
     """
     generator = torch.Generator().manual_seed(seed)
     lm, transcoder = rm.lm, rm.transcoder
-    columns: dict[int, list[tuple[float, float, float]]] = {}
+    columns: dict[int, list[list[float]]] = {}
     for tokens_T in prompts:
         tokens_BT = tokens_T[None].to(lm.device)
         in_place = TranscoderOutput(transcoder, rm.masked_positions(tokens_BT))
         clean, replaced = _resid(lm, tokens_BT), _resid(lm, tokens_BT, in_place)
         acts = rm.activations(tokens_T)
+        places, pushes = [], []
         for l, layer in enumerate(transcoder.layers[:-1]):
             active = acts[l].nonzero()
             for position, feature in active[torch.randperm(len(active), generator=generator)[:features]].tolist():
-                push_BTD = torch.zeros_like(clean[0])
-                push_BTD[0, position] = -acts[l][position, feature] * transcoder.W_dec[l][feature, 0]
-                pushed = _Pushed(layer, push_BTD)
-                in_model = _resid(lm, tokens_BT, pushed)
-                in_replacement = _resid(lm, tokens_BT, in_place, pushed)
-                for above in range(layer + 1, lm.n_layers):
-                    true, stood_for = in_model[above] - clean[above], in_replacement[above] - replaced[above]
-                    scale = true.norm().clamp_min(1e-12)
-                    cosine = torch.nn.functional.cosine_similarity(true.flatten(), stood_for.flatten(), dim=0)
-                    figures = (scale / push_BTD.norm(), (true - stood_for).norm() / scale, cosine)
-                    columns.setdefault(above - layer, []).append(tuple(map(float, figures)))  # type: ignore[arg-type]
+                places.append((layer, position))
+                pushes.append(-acts[l][position, feature] * transcoder.W_dec[l][feature, 0])
+        at_once = max(1, _AT_ONCE // len(tokens_T))
+        for begin in range(0, len(places), at_once):
+            some = slice(begin, begin + at_once)
+            layer_R = torch.tensor([layer for layer, _ in places[some]])
+            pushes_RD = torch.stack(pushes[some])
+            pushed, rows = _Pushed(places[some], pushes_RD), tokens_BT.expand(len(layer_R), -1)
+            in_model, in_replacement = _resid(lm, rows, pushed), _resid(lm, rows, in_place, pushed)
+            size_R = pushes_RD.norm(dim=1).float()
+            for above in range(int(layer_R.min()) + 1, lm.n_layers):
+                below = layer_R < above
+                true = (in_model[above] - clean[above])[below].flatten(1)
+                stood_for = (in_replacement[above] - replaced[above])[below].flatten(1)
+                scale = true.norm(dim=1).clamp_min(1e-12)
+                cosine = torch.nn.functional.cosine_similarity(true, stood_for, dim=1)
+                figures = torch.stack([scale / size_R[below], (true - stood_for).norm(dim=1) / scale, cosine], 1)
+                for distance, row in zip((above - layer_R[below]).tolist(), figures.tolist(), strict=True):
+                    columns.setdefault(distance, []).append(row)
     return [
         {"layers": distance, "pairs": len(rows), **dict(zip(("growth", "error", "cosine"), _means(rows)))}
         for distance, rows in sorted(columns.items())
@@ -145,7 +162,7 @@ def _carried_on(rm: ReplacementModel, tokens_T: Tensor, pushes: Tensor, above: T
     )
 
 
-def _means(rows: list[tuple[float, float, float]]) -> list[float]:
+def _means(rows: list[list[float]]) -> list[float]:
     return torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
 
 

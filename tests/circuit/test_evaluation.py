@@ -8,6 +8,7 @@ import pytest
 import torch
 from crosslace.circuit.attribution import trace
 from crosslace.circuit.graph import DenseRows, Graph, Nodes
+from crosslace.circuit.judge import perturbation
 from crosslace.circuit.judge.behaviour import TextBatch, resampled
 from crosslace.circuit.judge.controls import (
     RIDGE_OF_FEATURES,
@@ -163,6 +164,15 @@ def test_growth_starts_with_the_push_itself(relu_gpt2):
     rm = ReplacementModel(relu_gpt2, self_transcoder(relu_gpt2))
     first = perturbation_growth(rm, [torch.tensor([5, 9, 11, 7])])[0]
     assert first["layers"] == 1 and first["growth"] > 0.5 and first["pairs"] > 0
+
+
+def test_pushes_side_by_side_are_pushes_one_by_one(relu_gpt2, monkeypatch):
+    rm = ReplacementModel(relu_gpt2, self_transcoder(relu_gpt2))
+    prompts = [torch.tensor([5, 9, 11, 7]), torch.tensor([3, 8, 2])]
+    together = perturbation_growth(rm, prompts)
+    monkeypatch.setattr(perturbation, "_AT_ONCE", 1)
+    for one, other in zip(together, perturbation_growth(rm, prompts), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
 
 
 def test_too_little_text_is_refused(relu_gpt2):
