@@ -100,7 +100,7 @@ def in_browser(run: Path) -> dict[str, float]:
 
 HANDS = """async () => {
     const frame = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
-    const canvas = document.querySelectorAll('.stage canvas')[1], box = canvas.getBoundingClientRect();
+    const canvas = document.querySelector('.stage canvas:last-of-type'), box = canvas.getBoundingClientRect();
     const slider = document.querySelector('input[type=range]');
     const at = (n) => ({
         clientX: box.left + 60 + (n * 97) % (box.width - 80),

@@ -1,11 +1,11 @@
-// The link graph: tokens across, layers up. A canvas holds the many, the tokens below are buttons.
+// The link graph: tokens across, layers up; the tokens below are buttons. Three canvases lie on each other: all that is
+// shown, what is chosen, what is hovered, so that a click or a hover paints little.
 
 import { html, useEffect, useLayoutEffect, useMemo, useRef, useState } from "../vendor/preact.js";
 import { select, zoom as zooming, zoomIdentity } from "../vendor/d3.js";
 import { layout, neighbour, LETTER } from "../core/layout.js";
-import { linksAt } from "../core/model.js";
 import { nodeName, nodePlace, number, percent, token } from "../core/format.js";
-import { linkAt, nodeAt, paintBase, paintOver, palette, radius } from "./paint.js";
+import { linkAt, nodeAt, paintBase, paintChosen, paintOver, palette, radius } from "./paint.js";
 
 const readZoom = (text) => {
   const [k, x, y] = text.split(",").map(Number);
@@ -13,7 +13,7 @@ const readZoom = (text) => {
 };
 
 export function LinkGraph({ model, shown, kept, own, chosen, found, links, zoomText, theme, alone, act, onToken, label = "Link graph" }) {
-  const holder = useRef(), base = useRef(), over = useRef(), zoomer = useRef(), later = useRef();
+  const holder = useRef(), base = useRef(), picked = useRef(), over = useRef(), zoomer = useRef(), later = useRef();
   const [[width, height], setSize] = useState([0, 0]);
   const [zoom, setZoom] = useState(() => readZoom(zoomText));
   const [hover, setHover] = useState({ node: -1, link: -1, x: 0, y: 0 });
@@ -26,7 +26,7 @@ export function LinkGraph({ model, shown, kept, own, chosen, found, links, zoomT
     return () => observer.disconnect();
   }, []);
 
-  const scene = useSceneOf({ model, shown, kept, own, chosen, found, links, zoom, theme, width, height, holder, alone });
+  const scene = useSceneOf({ model, shown, kept, own, near: found, links, zoom, theme, width, height, holder, alone });
 
   useEffect(() => {
     const behaviour = zooming().scaleExtent([0.7, 24]).on("zoom", ({ transform: { k, x, y }, sourceEvent }) => {
@@ -49,10 +49,13 @@ export function LinkGraph({ model, shown, kept, own, chosen, found, links, zoomT
     if (width) paintBase(context(base.current, width, height), scene);
   }, [scene, width, height]);
 
-  const pointed = hover.node >= 0 ? hover.node : chosen;
   useLayoutEffect(() => {
-    if (width) paintOver(context(over.current, width, height), scene, pointed, pointed === chosen);
-  }, [scene, pointed, width, height]);
+    if (width) paintChosen(context(picked.current, width, height), scene, chosen);
+  }, [scene, chosen, width, height]);
+
+  useLayoutEffect(() => {
+    if (width) paintOver(context(over.current, width, height), scene, hover.node === chosen ? -1 : hover.node);
+  }, [scene, hover.node, chosen, width, height]);
 
   const move = (event) => {
     const { left, top } = over.current.getBoundingClientRect();
@@ -80,7 +83,8 @@ export function LinkGraph({ model, shown, kept, own, chosen, found, links, zoomT
   const keys = "arrows move, p pins, f fits, ? shows all keys";
   return html`<div class="linkgraph">
     <div class="stage" ref=${holder} role="application" tabindex="0" aria-label=${`${label}; ${keys}`} onKeyDown=${press}>
-      <canvas ref=${base} aria-hidden="true"></canvas>
+      <canvas ref=${base} aria-hidden="true" class=${chosen >= 0 && !found ? "faded" : null}></canvas>
+      <canvas ref=${picked} aria-hidden="true"></canvas>
       <canvas ref=${over} aria-hidden="true" onMouseMove=${move} onMouseLeave=${() => setHover({ node: -1, link: -1, x: 0, y: 0 })} onClick=${click}></canvas>
       ${hover.node >= 0 && html`<${Tip} scene=${scene} i=${hover.node} />`}
       ${hover.link >= 0 && html`<div class="tip" style=${{ left: `${Math.min(hover.x + 12, width - 240)}px`, top: `${hover.y + 14}px` }}>
@@ -90,7 +94,7 @@ export function LinkGraph({ model, shown, kept, own, chosen, found, links, zoomT
   </div>`;
 }
 
-function useSceneOf({ model, shown, kept, own, chosen, found, links, zoom, theme, width, height, holder, alone }) {
+function useSceneOf({ model, shown, kept, own, near, links, zoom, theme, width, height, holder, alone }) {
   const at = useMemo(() => layout(model, shown, Math.max(width, 200), Math.max(height, 120)), [model, shown, width, height]);
   const colors = useMemo(() => (holder.current ? palette(holder.current) : {}), [theme, width > 0]);
   const order = useMemo(() => {
@@ -105,14 +109,6 @@ function useSceneOf({ model, shown, kept, own, chosen, found, links, zoom, theme
     }
     return some;
   }, [model, shown, links]);
-  const near = useMemo(() => {
-    if (found) return found;
-    if (chosen < 0) return null;
-    const set = new Set([chosen]);
-    for (const link of linksAt(model.into, chosen)) set.add(model.source[link]);
-    for (const link of linksAt(model.outOf, chosen)) set.add(model.target[link]);
-    return set;
-  }, [model, chosen, found]);
   const mostNames = Math.round(Math.min(60, (width * height) / 16000) * Math.min(3, zoom.k));
   return useMemo(
     () => ({ model, shown, kept, own, at, zoom, colors, order, quiet, near, width, height, mostNames, alone }),

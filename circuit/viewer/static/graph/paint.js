@@ -17,32 +17,41 @@ export function palette(element) {
 export const radius = (node, zoom = 1) => (3.2 + 4.2 * Math.sqrt(1 - Math.min(1, node.share))) * Math.min(1.6, Math.sqrt(zoom));
 export const seen = (at, zoom, i) => [at.x[i] * zoom.k + zoom.x, at.y[i] * zoom.k + zoom.y];
 
-// Guides, the strongest edges, and all shown nodes. `near` holds what is looked at; all else fades then.
+// Guides, the strongest edges, and all shown nodes. `near` holds what a search found; all else fades then.
 export function paintBase(ctx, scene) {
-  const { at, colors } = scene;
-  ctx.fillStyle = colors.card;
+  ctx.fillStyle = scene.colors.card;
   ctx.fillRect(0, 0, scene.width, scene.height);
   guides(ctx, scene);
   ctx.globalAlpha = scene.near ? 0.25 : 1;
   edges(ctx, scene, scene.quiet, 1.8, scene.near ? 0.5 : 1);
   ctx.globalAlpha = 1;
   for (const i of scene.order) mark(ctx, scene, i, scene.near && !scene.near.has(i) ? 0.28 : 1);
-  names(ctx, scene, scene.near ? scene.order.filter((i) => scene.near.has(i)) : scene.order, scene.near ? 40 : scene.mostNames);
-  if (at.rows.length) ruler(ctx, scene);
 }
 
-// What is hovered or chosen: its edges over everything else, and their other ends.
-export function paintOver(ctx, scene, i, strong) {
+// What is hovered: its edges over everything else, and their other ends, which it gives.
+export function paintOver(ctx, scene, i, strong = false) {
   ctx.clearRect(0, 0, scene.width, scene.height);
-  if (i < 0 || Number.isNaN(scene.at.x[i])) return;
+  if (i < 0 || Number.isNaN(scene.at.x[i])) return new Set();
   const { model } = scene;
   const own = [...linksAt(model.into, i), ...linksAt(model.outOf, i)].filter((link) => drawable(scene, link));
   own.sort((a, b) => Math.abs(model.weight[b]) - Math.abs(model.weight[a]));
-  const some = own.slice(0, 200).reverse();
-  edges(ctx, scene, some, 4.5, 1.6, true);
-  for (const link of some) mark(ctx, scene, model.source[link] === i ? model.target[link] : model.source[link], 1);
+  edges(ctx, scene, own.slice(0, 200).reverse(), 4.5, 1.6, true);
+  const ends = new Set(own.map((link) => (model.source[link] === i ? model.target[link] : model.source[link])));
+  for (const end of ends) mark(ctx, scene, end, 1);
   mark(ctx, scene, i, 1);
   ring(ctx, scene, i, scene.colors.ink, strong ? 3 : 2, 3);
+  return ends.add(i);
+}
+
+// What is chosen, and names: of what is near it or was found, else of all. The rest fades below without being painted anew.
+export function paintChosen(ctx, scene, i) {
+  const near = paintOver(ctx, scene, i, true);
+  paintNames(ctx, scene, scene.near ?? (near.size ? near : null));
+}
+
+export function paintNames(ctx, scene, near) {
+  names(ctx, scene, near ? scene.order.filter((i) => near.has(i)) : scene.order, near ? 40 : scene.mostNames);
+  if (scene.at.rows.length) ruler(ctx, scene);
 }
 
 const drawable = ({ model, shown }, link) => shown[model.source[link]] && shown[model.target[link]];

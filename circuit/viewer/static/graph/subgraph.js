@@ -41,7 +41,7 @@ export function Subgraph({ model, kept, own, picked, act, marks }) {
     <${Tools} ...${{ model, kept, boxes, picked, act, own, missing }} />
     ${boxes.length === 0
       ? html`<p class="empty">Pin nodes (<kbd>p</kbd>, or shift-click) and they stand here; group them and give them names.</p>`
-      : html`<div class="scrolled"><svg ref=${svg} class="boxes" viewBox=${`${view.x} ${view.y} ${view.width} ${view.height}`} style=${{ maxHeight: `${Math.max(150, view.height * 1.1)}px`, minWidth: `${Math.round(0.62 * view.width)}px` }} preserveAspectRatio="xMidYMid meet">
+      : html`<div class="scrolled"><svg ref=${svg} class="boxes" viewBox=${`${view.x} ${view.y} ${view.width} ${view.height}`} style=${{ maxHeight: `${Math.max(150, view.height * 1.1)}px`, minWidth: `${Math.round(0.5 * view.width)}px` }} preserveAspectRatio="xMidYMid meet">
         ${edges.map((edge) => html`<path key=${`${boxes[edge.from].id}>${boxes[edge.to].id}`} class=${edge.flow < 0 ? "flow minus" : "flow"} d=${curve(at[edge.from], at[edge.to])}
           stroke-width=${(1 + 6 * Math.sqrt(edge.size)).toFixed(1)} stroke-opacity=${(0.2 + 0.6 * Math.sqrt(edge.size)).toFixed(2)}><title>${boxes[edge.from].name} → ${boxes[edge.to].name}: ${edge.flow > 0 ? "+" : "−"}${Math.abs(edge.flow).toPrecision(2)}</title></path>`)}
         ${boxes.map((box, b) => html`<${Box} key=${box.id} ...${{ box, spot: at[b], picked: chosen.has(box.id), pick, mark: marks?.[box.id] }} />`)}

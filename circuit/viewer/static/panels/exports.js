@@ -3,7 +3,7 @@
 import { html, useState } from "../vendor/preact.js";
 import { layout } from "../core/layout.js";
 import { token } from "../core/format.js";
-import { paintBase, paintOver, palette, FONT } from "../graph/paint.js";
+import { paintBase, paintNames, paintOver, palette, FONT } from "../graph/paint.js";
 import { Recorder } from "../graph/recorder.js";
 
 const STYLES = ["fill", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "font-size", "font-weight", "text-anchor", "fill-opacity", "opacity"];
@@ -40,6 +40,7 @@ export function graphSvg(model, scene) {
   recorder.fillRect(0, 0, width, height + strip);
   paintBase(recorder, whole);
   if (scene.chosen >= 0) paintOver(recorder, whole, scene.chosen, true);
+  paintNames(recorder, whole, null);
   recorder.font = `12px ${FONT}`;
   recorder.fillStyle = whole.colors.ink;
   recorder.textAlign = "right";

@@ -43,6 +43,6 @@ function Look({ model, kept, look, act }) {
       <table class="terms"><thead><tr><th>asked by</th><th>answered by</th><th>score</th></tr></thead><tbody>
         ${found.pairs.slice(0, 8).map(([query, answer, value]) => html`<tr><td>${name(query)}</td><td>${name(answer)}</td><td class=${value < 0 ? "num minus" : "num"}>${value > 0 ? "+" : "−"}${number(Math.abs(value))}</td></tr>`)}</tbody></table>
       <h3 class="said-of">without it, the share of this token</h3>
-      <table class="terms"><tbody>${found.silenced.slice(0, 6).map(([source, , , exact]) => html`<tr><td>${name(source)}</td><td class=${exact < 0 ? "num minus" : "num"}>× ${number(Math.exp(exact), 2)}</td></tr>`)}</tbody></table>
+      <table class="terms"><tbody>${found.silenced.filter(([, , , exact], rank) => !rank || Math.abs(exact) > 0.005).slice(0, 6).map(([source, , , exact]) => html`<tr><td>${name(source)}</td><td class=${exact < 0 ? "num minus" : "num"}>× ${number(Math.exp(exact), 2)}</td></tr>`)}</tbody></table>
       <p class="soft small">Pairs are terms of one sum, the score before the softmax (${number(found.remainder.pairs)} of it lies in pairs not listed, both signs are given). The second table is exact, through the softmax.</p>`}</section>`;
 }
