@@ -18,6 +18,10 @@ PRECISIONS = ("auto", "float32", "tf32", "bf16", "fp16")
 # Coefficients of the penalties where none is given.
 LAM, LAM_TARGET = 1e-3, 0.1
 
+# Trainings up to so many steps take so many times the published rate, which is meant for long ones.
+_SHORT_STEPS, _SHORT_SCALE = 4000, 6.0
+_DEAD_AFTER = 10_000, 1_000_000
+
 # Below this, a bandwidth belongs to activations of unit norm, not to E|x|^2 = D.
 _LEAST_BANDWIDTH = 0.05
 
@@ -68,8 +72,9 @@ class TranscoderSettings:
     skip: bool = False
     """Add a linear map from each layer's input to its output."""
 
-    read: str = "resid"
-    """The site that is read: resid (before the MLP's norm) or mlp_in (after it)."""
+    read: str = "auto"
+    """The site that is read: mlp_in (after the norm before the MLP), resid (before it), or auto: what `init` reads
+    where that is a run; else mlp_in, or resid where no MLP has a norm before it or the store cannot tell."""
 
     layers: list[int] | None = None
     """Layers of the model to cover; all of the store's where not given."""
@@ -88,7 +93,7 @@ class TranscoderSettings:
     def __post_init__(self) -> None:
         check_choice("transcoder.activation", self.activation, ACTIVATIONS)
         check_choice("transcoder.k_scope", self.k_scope, ("layer", "all"))
-        check_choice("transcoder.read", self.read, ("resid", "mlp_in"))
+        check_choice("transcoder.read", self.read, ("auto", "resid", "mlp_in"))
         for setting, sizes in (("features", [self.features]), ("features_per_layer", self.features_per_layer or [])):
             for size in sizes:
                 check_range(f"transcoder.{setting}", size, low=1)
@@ -165,8 +170,9 @@ class TrainerSettings:
     lr: float | None = None
     """Highest learning rate; 2e-4 * sqrt(2^14 / features) * lr_scale where not given."""
 
-    lr_scale: float = 1.0
-    """Factor on the default learning rate; short runs on small models work with 6 and more."""
+    lr_scale: float | None = None
+    """Factor on the default learning rate. Not given, it goes by the length of the training: 6 up to 4,000 steps, then
+    less in proportion, 1 from 24,000 on. 1 for lr_schedule=constant, and from a finished transcoder."""
 
     betas: list[float] | None = None
     """Adam's two decay rates; 0.9 and 0.999 where not given."""
@@ -231,8 +237,9 @@ class TrainerSettings:
     aux_k: int | None = None
     """Dead features per token and layer in the auxiliary loss; half of d_model where not given."""
 
-    dead_after: int = 1_000_000
-    """Tokens without firing after which a feature counts as dead."""
+    dead_after: int | None = None
+    """Tokens without firing after which a feature counts as dead. Not given, a twentieth of the training, from 10,000
+    to a million; a million for lr_schedule=constant."""
 
     resample_every: int = 50
     """Every so many steps dead features start again, at tokens that are badly reconstructed; 0 turns it off."""
@@ -298,8 +305,9 @@ class TrainerSettings:
             check_range(f"trainer.{name}", getattr(self, name), low=0)
         for name in ("lr_warmup", "lr_decay", "k_share", "lam_share", "resample_until"):
             check_range(f"trainer.{name}", getattr(self, name), low=0, high=1)
-        for name in ("dead_after", "eval_tokens", "calibrate_tokens", "prefetch"):
+        for name in ("eval_tokens", "calibrate_tokens", "prefetch"):
             check_range(f"trainer.{name}", getattr(self, name), low=1)
+        check_range("trainer.dead_after", self.tokens_to_die(), low=1)
         if self.behaviour_tokens:
             check_range("trainer.behaviour_tokens", self.behaviour_tokens, low=2000)
         check_range("trainer.seed", self.seed, low=-(2**63), high=2**63 - 1)
@@ -333,6 +341,18 @@ class TrainerSettings:
             raise SettingsError("trainer.weight_decay is for adamw and muon: give trainer.optimizer=adamw")
         if self.betas is not None and len(self.betas) != 2:
             raise SettingsError(f"trainer.betas={self.betas} must be two numbers")
+
+    def rate_scale(self) -> float:
+        """`lr_scale`, or what suits so many steps: measured in docs/training.md, "Learning rate and length"."""
+        if self.lr_scale is not None or self.lr_schedule == "constant":
+            return self.lr_scale or 1.0
+        return min(_SHORT_SCALE, max(1.0, _SHORT_SCALE * _SHORT_STEPS / self.steps))
+
+    def tokens_to_die(self) -> int:
+        """`dead_after`, or what suits so many tokens."""
+        if self.dead_after is not None or self.lr_schedule == "constant":
+            return _DEAD_AFTER[1] if self.dead_after is None else self.dead_after
+        return min(_DEAD_AFTER[1], max(_DEAD_AFTER[0], self.steps * self.batch // 20))
 
     def penalty(self) -> str:
         """The sparsity penalty that `auto` stands for."""

@@ -61,7 +61,7 @@ def step_inputs(parts: StepParts) -> StepInputs:
         lam = parts.state.log_lam.exp() * rising
     dead = parts.state.dead(step)
     return StepInputs(
-        k, lam, settings.lam_preactivation, dead, parts.target_l0, row_cap=parts.state.row_cap(),
+        k, lam, settings.lam_preactivation, dead, parts.target_l0, row_bounds=parts.state.row_bounds(),
         use_aux=parts.counters.use_aux,
     )  # fmt: skip
 
@@ -242,8 +242,9 @@ def mean_of(seen: list[StepLoss]) -> StepLoss:
     def mean(name: str) -> Tensor:
         return torch.stack([getattr(piece, name) for piece in seen]).mean(0)
 
-    row_loss, capped = torch.cat([piece.row_loss for piece in seen]), sum(piece.capped for piece in seen)
-    return StepLoss(mean("loss"), terms, fired, mean("l0"), mean("power"), row_loss, torch.as_tensor(capped))
+    row_loss, row_size = (torch.cat([getattr(piece, name) for piece in seen]) for name in ("row_loss", "row_size"))
+    capped = torch.as_tensor(sum(piece.capped for piece in seen))
+    return StepLoss(mean("loss"), terms, fired, mean("l0"), mean("power"), row_loss, row_size, capped)
 
 
 def autocast(settings: TrainerSettings, device: torch.device) -> torch.autocast:

@@ -48,7 +48,16 @@ from .settings import TOPK, TrainerSettings, TranscoderSettings
 from .sparse import Workspace
 from .start import FRESH_SHARE, Neurons, initialise, rows_for, start_from, start_from_neurons
 from .step import look, objective_of, start_again, train_step
-from .transcoder import Normalisation, Reading, Transcoder, new_part, normalisation_of, own_slice, save_whole
+from .transcoder import (
+    Normalisation,
+    Reading,
+    Transcoder,
+    new_part,
+    normalisation_of,
+    own_slice,
+    read_chosen,
+    save_whole,
+)
 
 # Steps between looks at the densities, which decide whether the sparse step and the auxiliary loss are worth it.
 LOOK_EVERY = 25
@@ -95,8 +104,10 @@ class Trainer:
         behaviour: Callable[[Transcoder], dict[str, float]] | None = None,
     ) -> None:
         # Settings. A finished transcoder's features need not find their places.
-        if init is not None and settings.k_first is None:
-            settings = dataclasses.replace(settings, k_share=0.0)
+        if init is not None:
+            k_share = settings.k_share if settings.k_first is not None else 0.0
+            settings = dataclasses.replace(settings, k_share=k_share, lr_scale=settings.lr_scale or 1.0)
+        transcoder_settings = read_chosen(transcoder_settings, store, init and init.settings.read)
         self.settings, self.transcoder_settings, self.comm = settings, transcoder_settings, comm
         self.device = torch.device(device) if device is not None else find_device(settings.device, "trainer.device")
         self.folder, self.progress, self.trackers = Path(run_dir), progress, list(trackers)

@@ -234,8 +234,9 @@ def neurons(job: Job, store: "ActivationStore", wanted: bool) -> "Iterator[Neuro
     """The language model's own, which is opened only when the first is asked for: a run that goes on needs none.
     None at all where its MLPs are no lists of neurons, unless they are `wanted`: then it is refused."""
     from ...train.start import has_neurons, model_neurons
+    from ...train.transcoder import read_chosen
 
-    shape = job.section("transcoder")
+    shape = read_chosen(job.section("transcoder"), store, say=False)
     try:
         model = open_model(job)
     except UserError as error:

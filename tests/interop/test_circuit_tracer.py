@@ -34,6 +34,7 @@ L, D, F, V, T = 3, 32, 96, 50, 9
 CASES = {
     # name: (family, reach, activation, read, skip)
     "llama-plt": ("llama", "1", "jumprelu", "resid", False),
+    "llama-plt-mlp-in": ("llama", "1", "jumprelu", "mlp_in", False),
     "llama-clt": ("llama", "all", "jumprelu", "resid", False),
     "llama-clt-batchtopk": ("llama", "all", "batchtopk", "mlp_in", False),
     "llama-plt-skip": ("llama", "1", "relu", "mlp_in", True),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from crosslace.data.errors import UserError
 from crosslace.data.store import ActivationStore, in_memory_store
-from crosslace.train.loss.losses import reconstruction, row_losses, row_weights
+from crosslace.train.loss.losses import RowBounds, reconstruction, row_losses, row_weights
 from crosslace.train.parallel import SINGLE
 from crosslace.train.run.metrics import ReconstructionMetrics
 from crosslace.train.run.resampling import HOLD, drawing_weights, resample
@@ -116,13 +116,56 @@ def test_a_row_far_above_the_rest_counts_up_to_the_cap():
     y[3] = 101.0
     loss = row_losses(y_hat, y)
     assert loss[:, 0].tolist() == pytest.approx([1.0, 1.0, 1.0, 10000.0])
-    capped = reconstruction(y_hat, y, row_weights(loss, torch.tensor([16.0])))
+    size = torch.ones(4, 1)
+
+    def bounds(cap: float, limit: float = torch.inf) -> RowBounds:
+        return RowBounds(*(torch.tensor([value]) for value in (cap, limit, 0.5)))
+
+    capped = reconstruction(y_hat, y, row_weights(loss, size, bounds(16.0)))
     assert capped.tolist() == pytest.approx([(3 + 16) / 4])
-    whole, free = reconstruction(y_hat, y), reconstruction(y_hat, y, row_weights(loss, torch.tensor([1e5])))
+    size[3] = 100.0  # outsize, its error counts as if the row were of another size
+    assert row_weights(loss, size, bounds(1e5, 9.0))[:, 0].tolist() == pytest.approx([1, 1, 1, 0.005])
+    assert row_weights(loss, size, bounds(16.0, 9.0))[3] == pytest.approx(16 / 10_000)
+    whole, free = reconstruction(y_hat, y), reconstruction(y_hat, y, row_weights(loss, size, bounds(1e5)))
     assert torch.equal(whole, free)
     for term in (whole, free):
         term.sum().backward(retain_graph=True)
     assert torch.equal(*(torch.autograd.grad(term.sum(), y_hat)[0] for term in (whole, free)))
+
+
+def test_a_row_is_outsize_against_the_largest_hundredth_and_no_long_tail_is(tmp_path):
+    trainer = Trainer(SETTINGS, SHAPE, store(0.0), store(0.0, 2000, 1), tmp_path)
+    state, words = trainer.parts.state, torch.ones(L)
+    assert state.row_bounds().outsize.isinf().all()  # before any row
+    count = state.row_sizes.shape[1]
+    state.row_losses.fill_(1.0)
+    state.row_sizes.copy_((count / torch.arange(1, count + 1)).sqrt())  # a smooth tail up to 64 medians of |y|^2
+    bounds = state.row_bounds()
+    assert (bounds.outsize > state.row_sizes.amax(1)).all() and torch.equal(bounds.cap, 4 * words)
+    state.row_sizes.fill_(1.0)
+    state.row_sizes[0, :40], state.row_losses[0, :40] = 100.0, 100.0
+    bounds = state.row_bounds()
+    assert torch.equal(bounds.outsize, 16 * words) and torch.equal(bounds.large, words)
+    assert torch.equal(bounds.cap, 4 * words)  # the quantile is not the sinks'
+
+
+@pytest.mark.parametrize("share, times", [(0.0005, 10.0), (0.001, 10.0), (0.001, 100.0), (0.005, 10.0)])
+def test_planted_sinks_leave_the_other_rows_alone(share, times, tmp_path):
+    """Held out, on all rows but the sinks: within a tenth of a training on a store without any."""
+
+    def error(share: float) -> float:
+        x, y, _ = rows(12_000, share, 0, times)
+        held_x, held_y, sink = rows(3000, share, 50, times)
+        stores = in_memory_store(x, y), in_memory_store(held_x, held_y)
+        trainer = Trainer(replace(SETTINGS, log_every=190), SHAPE, *stores, tmp_path / str(share))
+        trainer.run()
+        x, y = trainer.normalisation.x(held_x[~sink]), trainer.normalisation.y(held_y[~sink])
+        transcoder, thresholds = trainer.parts.transcoder, trainer.evaluation.thresholds
+        with torch.no_grad():
+            acts = transcoder.activate(transcoder.preactivations(x), thresholds, SINGLE)
+            return float((transcoder.decode(acts, x) - y).square().sum() / y.square().sum())
+
+    assert error(share) < 1.1 * error(0.0)
 
 
 def test_a_divergence_is_said_with_its_tokens_and_may_stop_or_rewind(tmp_path):

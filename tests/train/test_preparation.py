@@ -4,7 +4,7 @@ import pytest
 import torch
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.train.loss.objective import StepInputs, choose
-from crosslace.train.loss.schedules import annealed_k, default_lr, learning_rate, ramp
+from crosslace.train.loss.schedules import annealed_k, default_lr, learning_rate, ramp, scheduled_lr
 from crosslace.train.loss.state import RunningState
 from crosslace.train.parallel.collectives import SINGLE
 from crosslace.train.run.calibration import calibrated_thresholds
@@ -40,6 +40,22 @@ def test_ramps():
     assert annealed_k(0, 100, 10, 50.0, 0.5) == 50 and annealed_k(25, 100, 10, 50.0, 0.5) == 30
     assert annealed_k(50, 100, 10, 50.0, 0.5) == 10 == annealed_k(0, 100, 10, 50.0, 0.0)
     assert default_lr(2**14) == 2e-4
+
+
+def test_rate_and_patience_go_by_the_length_of_the_training():
+    def rate(**given):
+        return scheduled_lr(TrainerSettings(lr_warmup=0.0, **given), 2**14, step=0) / 2e-4
+
+    assert rate(steps=100) == rate(steps=4000) == pytest.approx(6.0)
+    assert rate(steps=8000) == pytest.approx(3.0) and rate(steps=24_000) == rate(steps=10**6) == pytest.approx(1.0)
+    assert rate(steps=100, lr_scale=2.0) == pytest.approx(2.0) and rate(steps=9, lr=1.0) == pytest.approx(5000)
+    assert rate(steps=100, lr_schedule="constant") == pytest.approx(1.0)  # it may get more steps later
+
+    def patience(**given):
+        return TrainerSettings(batch=1000, **given).tokens_to_die()
+
+    assert (patience(steps=10), patience(steps=1000), patience(steps=10**6)) == (10_000, 50_000, 10**6)
+    assert patience(steps=10, dead_after=77) == 77 and patience(steps=10, lr_schedule="constant") == 10**6
 
 
 def test_normalised_rows_have_square_d(planted):

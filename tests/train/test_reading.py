@@ -11,7 +11,7 @@ from crosslace.data.models import InputNorms
 from crosslace.data.store import ActivationStore, in_memory_store
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.trainer import train
-from crosslace.train.transcoder import Reading, Transcoder
+from crosslace.train.transcoder import INPUT_NORMS, Reading, Transcoder, read_chosen
 
 from ..planted import RandomText
 from ..tiny_models import LAYERS, TINY_FAMILIES, make_tiny
@@ -29,6 +29,9 @@ def test_the_input_is_the_models_own_in_every_family(family):
         resid = sites.resid[layer].flatten(0, 1)[:, None]
         formed = norms.select([l])(resid)[:, 0]
         torch.testing.assert_close(formed, sites.mlp_in[layer].flatten(0, 1), atol=1e-5, rtol=1e-5)
+    # by default a transcoder reads there, but for a family whose MLPs read the stream itself
+    store = in_memory_store(formed[:, None], formed[:, None], attributes={INPUT_NORMS: norms.to_attributes()})
+    assert read_chosen(TranscoderSettings(), store).read == ("resid" if family.startswith("olmo") else "mlp_in")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
@@ -45,7 +48,7 @@ def test_a_transcoder_reads_after_the_norm_from_a_store_of_resid(family, tmp_pat
         assert harvest(lm, RandomText(), replace(settings, path=str(path), sites=sites))
         rows = [ActivationStore.open(path, split=split) for split in ("train", "held_out")]
         trainer = TrainerSettings(steps=40, batch=256, eval_every=0, checkpoint_every=0, resample_every=0)
-        shape = TranscoderSettings(features=32, k=4, reach="1", read="mlp_in")
+        shape = TranscoderSettings(features=32, k=4, reach="1")
         result = train(trainer, shape, *rows, run_dir=tmp_path / f"run-{name}")
         found[name] = result.evaluation["overall"]["nmse"]
     assert found["formed"] == pytest.approx(found["stored"], rel=0.03)
@@ -65,3 +68,12 @@ def test_a_store_that_cannot_form_it_says_so():
         Reading(store, "mlp_in", [0, 1])
     with pytest.raises(UserError, match="read=resid is not in the store, which holds mlp_in"):
         Reading(in_memory_store(x, x, read="mlp_in"), "resid", [0, 1])
+
+
+def test_the_default_falls_back_on_what_a_store_has(caplog):
+    x = torch.randn(64, 2, 8)
+    assert read_chosen(TranscoderSettings(), in_memory_store(x, x, read="mlp_in")).read == "mlp_in"
+    assert read_chosen(TranscoderSettings(read="resid"), in_memory_store(x, x)).read == "resid" and not caplog.messages
+    assert read_chosen(TranscoderSettings(), in_memory_store(x, x, attributes={"model": {}})).read == "resid"
+    assert "cached again, it serves transcoder.read=mlp_in" in caplog.text
+    assert read_chosen(TranscoderSettings(), in_memory_store(x, x), init="mlp_in").read == "mlp_in"

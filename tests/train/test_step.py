@@ -298,8 +298,8 @@ def test_a_feature_is_dead_after_so_many_tokens_and_not_before():
     state, silent, fired = parts.state, torch.zeros(F), torch.ones(F)
 
     def update(counts: torch.Tensor, bad: float = 0.0) -> None:
-        zero = torch.zeros(L)
-        seen = StepLoss(torch.zeros(()), {"reconstruction": zero}, [counts] * L, zero, zero, torch.zeros(B, L), zero)
+        zero, rows = torch.zeros(L), torch.zeros(B, L)
+        seen = StepLoss(torch.zeros(()), {"reconstruction": zero}, [counts] * L, zero, zero, rows, rows, zero)
         state.update(seen, B, torch.zeros(1 + L), torch.tensor(bad), zero, SINGLE)
 
     for step in range(1, 10):

@@ -170,21 +170,22 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning(planted, tmp_path, c
     def warned():
         return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
-    whole = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "whole")
-    train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "run")
+    shape = replace(SMALL, read="resid")
+    whole = train(QUICK, shape, planted.train, planted.held_out, tmp_path / "whole")
+    train(QUICK, shape, planted.train, planted.held_out, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step-60"
     victim = next(newest.glob("*.safetensors"))
     content = bytearray(victim.read_bytes())
     content[-3] ^= 1
     victim.write_bytes(content)
-    again = train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "run")
+    again = train(QUICK, shape, planted.train, planted.held_out, tmp_path / "run")
     assert len(warned()) == 1 and "step-60: shard" in warned()[0]
     assert again.evaluation == whole.evaluation
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         (path / "state.json").write_text("{")
     for name in ("step-latest", "step-70.bak"):
         (tmp_path / "run" / "checkpoints" / name).mkdir()  # somebody's own
-    assert train(QUICK, SMALL, planted.train, planted.held_out, tmp_path / "run").evaluation == whole.evaluation
+    assert train(QUICK, shape, planted.train, planted.held_out, tmp_path / "run").evaluation == whole.evaluation
     assert len(warned()) == 3 and "step-40: state.json" in warned()[2]
 
 

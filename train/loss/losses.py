@@ -5,7 +5,7 @@ Entries (`a`, `h`, and their feature's `n`, `theta`) may be dense [B, F] against
 that matter [N] against [N]: each function is elementwise until its sum, and takes the number of tokens.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,11 +44,28 @@ def row_losses(y_hat: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.vector_norm(y_hat.detach() - y, dim=2).square() / y.shape[2]
 
 
-def row_weights(row_loss: Tensor, cap: Tensor) -> Tensor:
-    """[B, L]: what makes a row whose loss is above the cap [L] count as one at the cap, and pull as one; 1 for the
-    others, which changes no bit of them. So the few rows that no average should see, and that were not told as sinks,
-    do not rule the step."""
-    return (cap / row_loss).clamp(max=1.0)
+class RowBounds(NamedTuple):
+    """Beyond what a row does not count in full: [L] each."""
+
+    cap: Tensor
+    """The most that a row's loss counts."""
+    outsize: Tensor
+    """A row with a larger mean square of y stands apart from all others."""
+    large: Tensor
+    """As if of this mean square it counts then: that of a large row among the others."""
+
+
+def alike(size: Tensor, bounds: RowBounds) -> Tensor:
+    """What makes an outsize row weigh as a large row of the usual kind; 1 for the others."""
+    return torch.where(size > bounds.outsize, bounds.large / size, 1.0)
+
+
+def row_weights(row_loss: Tensor, size: Tensor, bounds: RowBounds) -> Tensor:
+    """[B, L]: so that the few rows that no average should see, and that were not told as sinks, do not rule the step.
+    An outsize row counts by its error relative to its size, and a row whose loss is then still above the cap counts as
+    one at the cap, and pulls as one. 1 for the others, which changes no bit of them."""
+    weight = alike(size, bounds)
+    return weight * (bounds.cap / (row_loss * weight)).clamp(max=1.0)
 
 
 def tanh_penalty(a: Tensor, n: Tensor, c: float, tokens: int) -> Tensor:

@@ -67,8 +67,8 @@ class StepInputs(NamedTuple):
     """batchtopk: thresholds chosen over the whole batch, where this is a part of it."""
     l0_around: Tensor | None = None
     """[L]: the whole batch's L0, where this is a part of it."""
-    row_cap: Tensor | None = None
-    """[L]: the most that one row's loss counts."""
+    row_bounds: losses.RowBounds | None = None
+    """Beyond what a row does not count in full."""
     use_aux: bool = True
     """Whether any feature was dead when last looked at."""
 
@@ -89,6 +89,8 @@ class StepLoss(NamedTuple):
     """[L]: |y|^2 / D, mean over tokens."""
     row_loss: Tensor
     """[B, L]: |y^ - y|^2 / D of each row."""
+    row_size: Tensor
+    """[B, L]: |y|^2 / D of each row."""
     capped: Tensor
     """[L]: rows whose loss did not count in full."""
 
@@ -175,7 +177,8 @@ def step_loss(
     l0 = comm.all_reduce_features(torch.stack([counts.sum() for counts in fired]).to(x.dtype)) / tokens
     own_y = own_slice(y, comm)
     row_loss = over_slices(losses.row_losses(done.y_hat, own_y), comm)
-    weights = None if inputs.row_cap is None else losses.row_weights(row_loss, inputs.row_cap)
+    row_size = torch.linalg.vector_norm(y, dim=2).square() / y.shape[2]
+    weights = None if inputs.row_bounds is None else losses.row_weights(row_loss, row_size, inputs.row_bounds)
     terms = {"reconstruction": over_slices(losses.reconstruction(done.y_hat, own_y, weights), comm)}
     with torch.autocast(x.device.type, enabled=False):
         if objective.sparsity is not None:
@@ -192,8 +195,8 @@ def step_loss(
             terms["auxiliary"] = objective.aux_weight * any_dead * auxiliary
     loss = torch.stack(list(terms.values())).sum()
     detached = {name: term.detach() for name, term in terms.items()} | {"reconstruction": row_loss.mean(0)}
-    capped = torch.zeros_like(l0) if inputs.row_cap is None else (row_loss > inputs.row_cap).sum(0).to(l0.dtype)
-    return StepLoss(loss, detached, fired, l0, y.square().mean(dim=(0, 2)), row_loss, capped)
+    capped = torch.zeros_like(l0) if weights is None else (weights < 1).sum(0).to(l0.dtype)
+    return StepLoss(loss, detached, fired, l0, row_size.mean(0), row_loss, row_size, capped)
 
 
 def _sparsity(

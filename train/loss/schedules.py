@@ -41,5 +41,5 @@ def default_lr(features: int) -> float:
 
 def scheduled_lr(settings: TrainerSettings, features: int, step: int) -> float:
     """The learning rate of a step, in a transcoder of so many features a layer."""
-    peak = settings.lr or settings.lr_scale * default_lr(features)
+    peak = settings.lr or settings.rate_scale() * default_lr(features)
     return learning_rate(step, settings.steps, peak, settings.lr_warmup, settings.lr_decay, settings.lr_schedule)

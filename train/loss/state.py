@@ -12,6 +12,7 @@ from torch import Tensor
 from ..parallel import Collectives, whole_batch
 from ..settings import TrainerSettings
 from ..transcoder import Transcoder
+from .losses import RowBounds, alike
 from .objective import StepLoss
 
 # How the penalty follows L0: log lam moves by gain * log(L0 / target) a step, and _DAMPING * log(L0 / target) is added
@@ -23,8 +24,11 @@ _DAMPING = 2.0
 _L0_MEMORY = 0.95
 _FORGETTING = 8.0
 
-# A row's loss counts up to so many times the quantile that all but one in a thousand stay below, over the last rows.
+# Over the last so many rows: one is outsize if |y|^2 is so many times what all but one in a hundred stay below (words
+# were seen to reach 9 times that, docs/training.md); its loss then counts relative to its size. And a row's loss counts
+# up to so many times what all but one in a thousand stay below.
 QUANTILE_ROWS = 8192
+_ABOVE_LARGE, _OUTSIZE = 0.01, 16.0
 _ABOVE_QUANTILE = 1e-3
 _CAP = 4.0
 
@@ -80,8 +84,8 @@ class RunningState:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        self.decay = math.exp(-_FORGETTING * settings.batch / settings.dead_after)
-        self.steps_to_judge = settings.dead_after / settings.batch
+        self.decay = math.exp(-_FORGETTING * settings.batch / settings.tokens_to_die())
+        self.steps_to_judge = settings.tokens_to_die() / settings.batch
         self.density = [zeros(size) for size in transcoder.features]
         self.silent = [torch.zeros(size, dtype=torch.int32, device=device) for size in transcoder.features]
         """Steps since each feature fired."""
@@ -92,6 +96,7 @@ class RunningState:
         ]
         self.held: list[Held | None] | None = None
         self.row_losses = zeros(layers, QUANTILE_ROWS).to(transcoder.dtype) + math.inf
+        self.row_sizes = zeros(layers, QUANTILE_ROWS).to(transcoder.dtype)
         lam = settings.coefficients(layers)
         self.log_lam = torch.tensor([math.log(max(value, 1e-12)) for value in lam], device=device)
         self.l0 = zeros(layers)
@@ -140,16 +145,22 @@ class RunningState:
         for name, value in (finite | {"power": seen.power, "l0": l0, "lam": lam}).items():
             self.sums[name] += comm.mean_data(value.to(self.l0.dtype)) * good
         self.sums["capped"] += comm.all_reduce_data(seen.capped) * good
-        last_LN = whole_batch(seen.row_loss, comm).T[:, -QUANTILE_ROWS:].to(self.row_losses.dtype)
-        moved = torch.cat([self.row_losses[:, last_LN.shape[1] :], last_LN], dim=1)
-        self.row_losses.copy_(torch.where(bad > 0, self.row_losses, moved))
+        rows_BL2 = whole_batch(torch.stack([seen.row_loss, seen.row_size], dim=2), comm)
+        for kept_LN, last_BL in zip((self.row_losses, self.row_sizes), rows_BL2.unbind(2), strict=True):
+            last_LN = last_BL.T[:, -QUANTILE_ROWS:].to(kept_LN.dtype)
+            moved = torch.cat([kept_LN[:, last_LN.shape[1] :], last_LN], dim=1)
+            kept_LN.copy_(torch.where(bad > 0, kept_LN, moved))
         self.sums["steps"] += good
         self.sums["grad_norms"] += torch.where(bad > 0, 0, grad_norms)
 
-    def row_cap(self) -> Tensor:
-        """[L]: the most that a row's loss may count; no bound until enough rows were seen."""
+    def row_bounds(self) -> RowBounds:
+        """From the last rows; the cap is no bound until enough of them were seen."""
+        large = self.row_sizes.topk(round(_ABOVE_LARGE * QUANTILE_ROWS) + 1).values[:, -1]
+        bounds = RowBounds(torch.full_like(large, torch.inf), _OUTSIZE * large, large)
+        bounds = bounds._replace(outsize=bounds.outsize.masked_fill(large == 0, torch.inf))
+        losses_LN = self.row_losses * alike(self.row_sizes.T, bounds).T
         above = round(_ABOVE_QUANTILE * QUANTILE_ROWS)
-        return _CAP * self.row_losses.topk(above + 1).values[:, -1]
+        return bounds._replace(cap=_CAP * losses_LN.topk(above + 1).values[:, -1])
 
     def steered_lam(self, target: Tensor) -> Tensor:
         """[L]: the coefficient that steering gives now."""
@@ -178,7 +189,7 @@ class RunningState:
         named |= {f"silent.{l}": silent for l, silent in enumerate(self.silent)}
         for l, (steps, limit) in enumerate(zip(self.held_steps, self.write_limit, strict=True)):
             named |= {f"held_steps.{l}": steps, f"write_limit.{l}": limit}
-        named |= {"row_losses": self.row_losses}
+        named |= {"row_losses": self.row_losses, "row_sizes": self.row_sizes}
         named |= {"log_lam": self.log_lam, "l0": self.l0, "side": self.side, "boost": self.boost}
         named |= {"bad_in_row": self.bad_in_row, "bad_total": self.bad_total}
         named |= {"loss_scale": self.loss_scale, "good_in_row": self.good_in_row}

@@ -31,7 +31,9 @@ from ..parallel import SINGLE, Collectives
 from ..transcoder import cut_dim
 
 STATE_FILE = "state.json"
-LATER = tuple(f"state/{name}" for name in ("silent.", "held_steps.", "write_limit.", "row_losses", "sums.capped"))
+LATER = tuple(
+    f"state/{name}" for name in ("silent.", "held_steps.", "write_limit.", "row_losses", "row_sizes", "sums.capped")
+)
 """What older checkpoints lack and a run can do without: all features count as having fired just now, no row was seen
 yet and nothing has just been started."""
 FORMAT_VERSION = 1

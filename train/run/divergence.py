@@ -86,7 +86,7 @@ def eased(settings: TrainerSettings, rewinds: int) -> TrainerSettings:
     if not rewinds:
         return settings
     lr = settings.lr if settings.lr is None else settings.lr * 0.5**rewinds
-    return replace(settings, lr=lr, lr_scale=settings.lr_scale * 0.5**rewinds, resample_every=0)
+    return replace(settings, lr=lr, lr_scale=settings.rate_scale() * 0.5**rewinds, resample_every=0)
 
 
 def worst_in_words(row_loss_LN: Tensor, token_N: Tensor, name: Callable[[int], str] = str) -> str:

@@ -14,6 +14,7 @@ from .partition import new_part as new_part
 from .reading import INPUT_NORMS as INPUT_NORMS
 from .reading import Reading as Reading
 from .reading import check_readable as check_readable
+from .reading import read_chosen as read_chosen
 from .slices import add_written as add_written
 from .slices import all_gather_features as all_gather_features
 from .slices import all_slices as all_slices

@@ -1,6 +1,8 @@
 """What a transcoder reads of a batch: a site of the store, or the MLP's input formed from its residual stream."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,6 +10,9 @@ from torch import Tensor
 from ...data.errors import UserError
 from ...data.models import InputNorms
 from ...data.store import ActivationStore, Batch
+from ..settings import TranscoderSettings
+
+_log = logging.getLogger(__name__)
 
 INPUT_NORMS = "input_norms"
 """Where a store's attributes keep the norms before the MLPs."""
@@ -44,6 +49,29 @@ class Reading:
         for step in range(rows // size):
             total += self.of(store.batch(0, step, size, list(layers))).double().square().sum((0, 2)).cpu()
         return (total / (rows // size * size)).float()
+
+
+def read_chosen(
+    shape: TranscoderSettings, store: ActivationStore, init: str | None = None, say: bool = True
+) -> TranscoderSettings:
+    """What `read=auto` stands for: what `init` reads, else the MLP's input, which left less error on every model
+    measured (docs/training.md). The residual stream where every MLP reads that itself, or where the store knows no
+    norm."""
+    if shape.read != "auto":
+        return shape
+    if init is not None:
+        return replace(shape, read=init)
+    held = store.attributes.get(INPUT_NORMS)
+    if held is not None and "resid" in store.sites:
+        return replace(shape, read="resid" if all(held["none"]) else "mlp_in")
+    if "mlp_in" in store.sites or "resid" not in store.sites:
+        return replace(shape, read="mlp_in")
+    if say and "model" in store.attributes:
+        _log.warning(
+            "transcoder.read=resid: this store was made before stores kept the norms before the MLPs; cached again, it "
+            "serves transcoder.read=mlp_in, which leaves less error"
+        )
+    return replace(shape, read="resid")
 
 
 def check_readable(store: ActivationStore, read: str) -> None:

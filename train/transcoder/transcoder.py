@@ -60,7 +60,8 @@ class Transcoder(nn.Module):
         left at zero where it is None. `slices` > 1: a part of a transcoder whose decoders are cut along their width;
         it writes D / slices of all parts' features (slices.py)."""
         super().__init__()
-        self.settings = settings
+        # `auto` is for a training, which knows what its store can give.
+        self.settings = replace(settings, read="resid") if settings.read == "auto" else settings
         self.layers = list(range(layers)) if isinstance(layers, int) else list(layers)
         self.n_layers = len(self.layers)
         self.d_model = d_model
