@@ -65,6 +65,7 @@ gpu: $(VENV)/.ready  ## on a machine with a GPU: every test, the demonstration a
 	$(BIN)/crosslace demo run=$(RUN)-gpu
 	@for name in train_step store attribution scaling; do echo "== $$name"; \
 	  $(BIN)/python -m benchmarks.$$name --json | tee -a gpu.jsonl || exit 1; done
+	$(BIN)/python -m benchmarks.peers --gpu --out gpu-peers.jsonl --chart gpu-peers.svg
 
 clean:  ## remove the environment and what tools left; runs and stores stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -4,17 +4,19 @@
     python -m benchmarks.large_rows reads --model world,stdlib,sandwich --out rows.jsonl
     python -m benchmarks.large_rows restarts --model smollm2 --store PATH --out rows.jsonl
     python -m benchmarks.large_rows table --out rows.jsonl
-    python -m benchmarks.large_rows picture --model stdlib,sandwich-sinks
+    python -m benchmarks.large_rows picture --model smollm2,sandwich-sinks --store PATH
 
 One line a transcoder: `nmse`, `nmse_median`, `worst_share` and `dead` on held-out rows; `kl` of the language model with
 all its MLPs replaced, against the clean one; for `reads` also the replacement score and the slope of faithfulness to
 logits. What a file holds already is left out, so that a run that was cut off goes on.
 
-world, stdlib   the bundled models; stdlib after 150 steps of training
+world, stdlib   the bundled models: the small world, the tiny model of stdlib's text after 400 steps
 sandwich        a Gemma 2 of 6 layers and width 128, norms before and after its MLPs, trained for 200 steps on stdlib's
                 text, one token's embedding then made 40 times as long as the usual one: its rows are sinks, and masked
 sandwich-sinks  the same with the sinks left in (store.sinks=first)
-smollm2         SmolLM2-135M, from a store that was cached before
+smollm2         SmolLM2-135M, from a store that was cached before, of some layers or all
+
+All with the trainer's defaults.
 """
 
 import argparse
@@ -50,22 +52,24 @@ RESTARTS = {
     "neither": {"resample_every": 0, "aux_weight": 0.0},
 }
 SHAPES = {
-    "world": (TranscoderSettings(features=384, k=10), {"lr_scale": 24.0, "steps": 300}),
-    "stdlib": (TranscoderSettings(features=384, k=10), {"lr_scale": 6.0, "steps": 250}),
-    "sandwich": (TranscoderSettings(features=256, k=16, reach="1"), {"lr_scale": 6.0, "steps": 250}),
-    "smollm2": (TranscoderSettings(features=768, k=32, reach="1"), {"lr_scale": 1.0, "steps": 80}),
+    "world": (TranscoderSettings(features=384, k=10), 300),
+    "stdlib": (TranscoderSettings(features=256, k=10), 250),
+    "sandwich": (TranscoderSettings(features=256, k=16, reach="1"), 250),
+    "smollm2": (TranscoderSettings(features=768, k=32, reach="1"), 130),
 }
-TRAINER = TrainerSettings(batch=512, lr_decay=0.4, dead_after=15_000, eval_every=0, checkpoint_every=0)
+TRAINER = TrainerSettings(batch=512, eval_every=0, checkpoint_every=0, calibrate_tokens=8192)
 SINK_TIMES = 40.0
+TITLES = {"smollm2": "SmolLM2-135M", "sandwich-sinks": "Gemma 2 shape, sinks planted"}
+STDLIB = StdlibSettings(size="tiny", steps=400)
 
 
 def sandwich() -> tuple[LanguageModel, Corpus]:
     """Built once, and kept in the cache."""
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-    stdlib, folder = build_stdlib(StdlibSettings(steps=150)), cache_root() / "sandwich-benchmark"
+    stdlib, folder = build_stdlib(STDLIB), cache_root() / "sandwich-benchmark"
     tokenizer = AutoTokenizer.from_pretrained(stdlib)
-    corpus = load_corpus(DatasetSettings(name="stdlib"), tokenizer)
+    corpus = load_corpus(DatasetSettings(name="stdlib", sequence_length=128), tokenizer)
     if not (folder / "config.json").is_file():
         torch.manual_seed(0)
         config = Gemma2Config(
@@ -100,10 +104,10 @@ def prepare(name: str, store: str | None) -> tuple[LanguageModel, Corpus, list[A
         lm, corpus = sandwich()
     else:
         built = {"world": lambda: build_world(WorldSettings(size="small")), "smollm2": lambda: "smollm2"}
-        model = build_stdlib(StdlibSettings(steps=150)) if name == "stdlib" else built[name]()
+        model = build_stdlib(STDLIB) if name == "stdlib" else built[name]()
         lm = load_model(str(model))
         text = {"world": str(model), "smollm2": "general"}.get(name, "stdlib")
-        corpus = load_corpus(DatasetSettings(name=text), lm.tokenizer)
+        corpus = load_corpus(DatasetSettings(name=text, sequence_length=128), lm.tokenizer)
     path = store or str(Path(tempfile.gettempdir()) / f"crosslace-large-rows-{name}")
     sinks = "first" if name == "sandwich-sinks" else "auto"
     if store is None:
@@ -118,8 +122,8 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """Train one transcoder and evaluate it."""
     lm, corpus, stores = bench
-    shape, recipe = SHAPES[name.removesuffix("-sinks")]
-    shape, settings = replace(shape, read=read), replace(TRAINER, seed=seed, **recipe, **options)
+    shape, steps = SHAPES[name.removesuffix("-sinks")]
+    shape, settings = replace(shape, read=read), replace(TRAINER, seed=seed, steps=steps, **options)
     with tempfile.TemporaryDirectory() as folder:
         neurons = model_neurons(lm, stores[0], None, read)
         meta = {"masked": stores[0].attributes["masked"]}
@@ -163,13 +167,19 @@ def picture(names: list[str], store: str | None) -> None:
     plt.rcParams["svg.hashsalt"] = "norms"
     figure, axes = plt.subplots(1, len(names), figsize=(8, 2.8), sharey=True, layout="constrained")
     for axis, name in zip(axes, names, strict=True):
-        _, _, (rows, _) = prepare(name, store if name == "smollm2" else None)
-        sample = rows.batch(0, 0, min(20_000, len(rows))).resid
-        layer = sample.shape[1] // 2
-        norms = sample[:, layer].float().norm(dim=1).sort(descending=True).values
+        _, _, (_, rows) = prepare(name, store if name == "smollm2" else None)
+        sample = rows.batch(0, 0, min(16_000, len(rows))).resid
+        norms_NL = sample.float().norm(dim=2)
+        layer = int((norms_NL.amax(0) / norms_NL.median(0).values).argmax())  # with the longest tail
+        norms = norms_NL[:, layer].sort(descending=True).values
         shown = norms[: len(norms) // 20] / norms.median()
         axis.plot(range(1, len(shown) + 1), shown, ".", markersize=3)
-        axis.set(xscale="log", yscale="log", title=f"{name}, layer {layer}", xlabel="row, the largest first")
+        axis.set(
+            xscale="log",
+            yscale="log",
+            title=f"{TITLES.get(name, name)}, layer {layer}",
+            xlabel="row, the largest first",
+        )
     axes[0].set_ylabel("norm, in medians")
     figure.savefig(Path(__file__).parents[1] / "docs/images/sorted_norms.svg", metadata={"Date": None})
 
@@ -198,12 +208,12 @@ def main() -> None:
                 if (options.what, name, variant, seed) in done:
                     continue
                 bench = bench or prepare(name, options.store)
-                read = variant if options.what == "reads" else "resid"
+                read = variant if options.what == "reads" else "mlp_in"
                 row = {"what": options.what, "model": name, "variant": variant, "seed": seed}
                 row |= measure(name, bench, read, changes, seed, options.what == "reads", options.tokens)
                 with out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                print(json.dumps({k: v for k, v in row.items() if k != "graphs"}), flush=True)
+                print(json.dumps(row), flush=True)
     return None
 
 

@@ -6,12 +6,11 @@
 
 import functools
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from job import begin, finish
+from job import Clock, begin, finish
 from llamascopium.initializer import Initializer, InitializerConfig
 from llamascopium.models.clt import CLTConfig
 from llamascopium.models.sae import SAEConfig
@@ -32,14 +31,15 @@ class Mlp(torch.nn.Module):
         return (torch.nn.functional.silu(x @ self.gate.T) * (x @ self.up.T)) @ self.down.T
 
 
-def stream(x, y, places, names, batch, steps):
+def stream(x, y, places, names, batch, steps, device):
     """Its batches: every hook point's rows by name, with tokens, which it counts."""
     for step in range(steps):
         part = slice(step * batch, (step + 1) * batch)
         rows = {"tokens": torch.zeros(batch, dtype=torch.long), "mask": torch.ones(batch, dtype=torch.bool)}
+        rows = {name: tensor.to(device) for name, tensor in rows.items()}
         for l, (name_in, name_out) in zip(places, names):
-            rows[name_in] = torch.from_numpy(x[l, part].astype(np.float32))
-            rows[name_out] = torch.from_numpy(y[l, part].astype(np.float32))
+            rows[name_in] = torch.from_numpy(x[l, part].astype(np.float32)).to(device)
+            rows[name_out] = torch.from_numpy(y[l, part].astype(np.float32)).to(device)
         yield rows
 
 
@@ -48,11 +48,11 @@ def main(path):
     recipe = job["recipe"]
     L, _, D = x.shape
     k, batch, steps, clt = job["k"], job["batch"], job["steps"], recipe["kind"] == "clt"
+    device = job["device"]
     names = [(f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out") for layer in job["layers"]]
-    sizes = {"d_model": D, "expansion_factor": job["features"] / D, "dtype": torch.float32, "device": "cpu"}
+    sizes = {"d_model": D, "expansion_factor": job["features"] / D, "dtype": torch.float32, "device": device}
     out = Path(job["out"]) / "weights"
-    begun = time.perf_counter()
-    saving = 0.0
+    clock = Clock()
     groups = [list(range(L))] if clt else [[l] for l in range(L)]
     for places in groups:
         hooks = [names[l] for l in places]
@@ -71,7 +71,7 @@ def main(path):
                 init_encoder_with_decoder_transpose=False, grid_search_init_norm=True,
             )  # fmt: skip
 
-        rows = functools.partial(stream, x, y, places, hooks, batch, steps)
+        rows = functools.partial(stream, x, y, places, hooks, batch, steps, device)
         initializer = Initializer(start)
         norms = {}
         for (name_in, name_out), l in zip(hooks, places):
@@ -80,7 +80,7 @@ def main(path):
                 norms[name] = float(first.norm(dim=-1).mean())
         if recipe.get("start") == "mlp" and not clt:
             model = initializer.initialize_sae_from_config(config, rows(), norms)
-            weights = load_file(f"{job['rows']}/mlps.safetensors")
+            weights = load_file(f"{job['rows']}/mlps.safetensors", device)
             first = model.normalize_activations(next(rows()))
             model.init_tc_with_mlp(first, Mlp(weights, places[0]))
             model = initializer.initialization_search(model, next(rows()))
@@ -96,17 +96,13 @@ def main(path):
             )
         )  # fmt: skip
         trainer.fit(model, rows())
-        saved = time.perf_counter()
-        name = out / ("clt" if clt else f"layer_{job['layers'][places[0]]}")
-        name.mkdir(parents=True)
-        save_file(
-            {key: value.contiguous() for key, value in model.full_state_dict().items()},
-            name / "sae_weights.safetensors",
-        )
-        model.cfg.save_hyperparameters(name)
-        saving += time.perf_counter() - saved
-    seconds = time.perf_counter() - begun - saving
-    finish(job["out"], seconds)
+        with clock:  # saving is no part of the training
+            name = out / ("clt" if clt else f"layer_{job['layers'][places[0]]}")
+            name.mkdir(parents=True)
+            held = {key: value.contiguous() for key, value in model.full_state_dict().items()}
+            save_file(held, name / "sae_weights.safetensors")
+            model.cfg.save_hyperparameters(name)
+    finish(job["out"], clock.read())
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ its trainer does: biases from the first batch, the loss FVU, no step on decoders
 """
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from job import begin, finish
+from job import Clock, begin, finish
 from schedulefree import ScheduleFreeWrapper
 from sparsify import SparseCoder, SparseCoderConfig
 from sparsify.muon import Muon
@@ -42,8 +41,8 @@ def main(path):
     job, x, y = begin(path)
     recipe = job["recipe"]
     config = SparseCoderConfig(num_latents=job["features"], k=job["k"], transcode=True)
-    begun = time.perf_counter()
-    coders = [SparseCoder(x.shape[-1], config, dtype=torch.float32) for _ in range(len(x))]
+    clock, device = Clock(), job["device"]
+    coders = [SparseCoder(x.shape[-1], config, device=device, dtype=torch.float32) for _ in range(len(x))]
     warmup = recipe.get("warmup", 1000)
     warmup = round(warmup * job["steps"]) if isinstance(warmup, float) else warmup
     optimizers, schedulers = optimizers_of(
@@ -52,7 +51,7 @@ def main(path):
     for step in range(job["steps"]):
         part = slice(step * job["batch"], (step + 1) * job["batch"])
         for l, coder in enumerate(coders):
-            inputs, outputs = (torch.from_numpy(rows[l, part].astype(np.float32)) for rows in (x, y))
+            inputs, outputs = (torch.from_numpy(rows[l, part].astype(np.float32)).to(device) for rows in (x, y))
             if step == 0:
                 coder.encoder.bias.data = -inputs.mean(0) @ coder.encoder.weight.data.T
                 coder.b_dec.data = outputs.mean(0)
@@ -65,10 +64,10 @@ def main(path):
     for each in optimizers:
         if isinstance(each, ScheduleFreeWrapper):
             each.eval()
-    seconds = time.perf_counter() - begun
+    cost = clock.read()
     for layer, coder in zip(job["layers"], coders):
         coder.save_to_disk(Path(job["out"]) / "weights" / f"layers.{layer}.mlp")
-    finish(job["out"], seconds)
+    finish(job["out"], cost)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from crosslace.circuit.judge.behaviour import (
 from crosslace.circuit.model import ReplacementModel
 from crosslace.circuit.replacement import TranscoderOutput
 from crosslace.train.run import ReconstructionMetrics
-from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder import Reading, Transcoder
 
 from ..quality import Bench, batches
 
@@ -35,8 +35,9 @@ def load(program: str, out: Path, bench: Bench) -> Transcoder:
 def figures(transcoder: Transcoder, bench: Bench, tokens: int) -> dict[str, Any]:
     """NMSE, FVU, L0 and dead on held-out rows; KL and CE recovered on held-out text with every MLP replaced."""
     metrics = ReconstructionMetrics(transcoder.features, transcoder.d_model)
+    reading = Reading(bench.held_out, transcoder.settings.read, transcoder.layers)
     for rows in bench.held_out.rows_in_order(ROWS):
-        x, y = rows.sites[transcoder.settings.read].float(), rows.mlp_out.float()
+        x, y = reading.of(rows).float(), rows.mlp_out.float()
         acts = transcoder.encode(x)
         metrics.update(y, transcoder.decode(acts, x), acts)
     found = metrics.compute()
@@ -46,9 +47,11 @@ def figures(transcoder: Transcoder, bench: Bench, tokens: int) -> dict[str, Any]
         counted_BT[:, :-1] = real_BT[:, 1:]
         text.append(TextBatch(tokens_BT, real_BT, counted_BT, first))
         first += len(tokens_BT)
-    means, layers = MeanSubstitute(bench.train.statistics.mean["mlp_out"]), transcoder.layers
+    layers = transcoder.layers
+    mean_LD = torch.zeros(lm.n_layers, lm.d_model)
+    mean_LD[bench.train.layers] = bench.train.statistics.mean["mlp_out"].float()
     conditions = [
-        splice_condition("mean", lm, means, layers),
+        splice_condition("mean", lm, MeanSubstitute(mean_LD), layers),
         Condition("replaced", lambda masked_BT: lm.overwrite(TranscoderOutput(transcoder, masked_BT))),
     ]
     sums = measure_behaviour(lm, text, conditions, ReplacementModel(lm, transcoder).masked_positions, first)

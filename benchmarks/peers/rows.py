@@ -7,17 +7,16 @@ import numpy as np
 import torch
 from crosslace.data.harvest import HarvestSettings, harvest
 from crosslace.data.models import load_model
-from crosslace.data.store import ActivationStore
+from crosslace.data.store import ActivationStore, is_complete
 from crosslace.data.text import DatasetSettings, load_corpus
 from crosslace.data.worlds import StdlibSettings, WorldSettings, build_stdlib, build_world
+from crosslace.train.transcoder import Reading
 from safetensors.torch import save_file
 
 from ..quality import Bench
 
-SITES = ["resid", "mlp_in", "mlp_out"]
 
-
-def prepare(model: str, dataset: str, rows: str, path: Path) -> Bench:
+def prepare(model: str, dataset: str, rows: str, path: Path, layers: list[int] | None = None) -> Bench:
     """The model by name, or one of the bundled ones; its store at `path`, harvested where it is not there yet."""
     if model == "world":
         name = dataset = str(build_world(WorldSettings(size="small")))
@@ -27,14 +26,15 @@ def prepare(model: str, dataset: str, rows: str, path: Path) -> Bench:
         name = model
     lm = load_model(name)
     corpus = load_corpus(DatasetSettings(name=dataset), lm.tokenizer)
-    wanted = HarvestSettings(path=str(path), tokens=rows, held_out="16K", dtype="float16", sites=SITES)
-    harvest(lm, corpus, wanted)
+    if not is_complete(path):
+        harvest(lm, corpus, HarvestSettings(path=str(path), tokens=rows, held_out="16K", layers=layers))
     train, held_out = (ActivationStore.open(path, split=split) for split in ("train", "held_out"))
     return Bench(model, lm, corpus, train, held_out)
 
 
 def write_rows(bench: Bench, folder: Path, batch: int, steps: int) -> None:
     """What `steps` steps of our training read, as x.npy and y.npy [L, N, D] float16; and the MLPs' weights."""
+    reading = Reading(bench.train, "mlp_in", bench.train.layers)  # where other programs read
     folder.mkdir(parents=True, exist_ok=True)
     store, shape = bench.train, (bench.train.n_layers, steps * batch, bench.train.d_model)
     if (folder / "rows.json").is_file() and json.loads((folder / "rows.json").read_text()) == list(shape):
@@ -43,7 +43,7 @@ def write_rows(bench: Bench, folder: Path, batch: int, steps: int) -> None:
     with store.loader(batch, 0, steps) as loader:
         for step, rows in enumerate(loader):
             part = slice(step * batch, (step + 1) * batch)
-            x[:, part] = rows.mlp_in.transpose(0, 1).half().numpy()
+            x[:, part] = reading.of(rows).transpose(0, 1).half().numpy()
             y[:, part] = rows.mlp_out.transpose(0, 1).half().numpy()
     weights: dict[str, torch.Tensor] = {}
     for l, layer in enumerate(store.layers):
