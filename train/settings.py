@@ -1,7 +1,7 @@
 """What a transcoder is, and how it is trained."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from ..data.errors import SettingsError, check_choice, check_range
@@ -353,6 +353,11 @@ class TrainerSettings:
         if self.dead_after is not None or self.lr_schedule == "constant":
             return _DEAD_AFTER[1] if self.dead_after is None else self.dead_after
         return min(_DEAD_AFTER[1], max(_DEAD_AFTER[0], self.steps * self.batch // 20))
+
+    def from_finished(self) -> "TrainerSettings":
+        """For a start from a finished transcoder, whose features need not find their places."""
+        k_share = self.k_share if self.k_first is not None else 0.0
+        return replace(self, k_share=k_share, lr_scale=self.lr_scale or 1.0)
 
     def penalty(self) -> str:
         """The sparsity penalty that `auto` stands for."""

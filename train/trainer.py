@@ -103,10 +103,8 @@ class Trainer:
         token_name: Callable[[int], str] = str,
         behaviour: Callable[[Transcoder], dict[str, float]] | None = None,
     ) -> None:
-        # Settings. A finished transcoder's features need not find their places.
-        if init is not None:
-            k_share = settings.k_share if settings.k_first is not None else 0.0
-            settings = dataclasses.replace(settings, k_share=k_share, lr_scale=settings.lr_scale or 1.0)
+        # Settings.
+        settings = settings if init is None else settings.from_finished()
         transcoder_settings = read_chosen(transcoder_settings, store, init and init.settings.read)
         self.settings, self.transcoder_settings, self.comm = settings, transcoder_settings, comm
         self.device = torch.device(device) if device is not None else find_device(settings.device, "trainer.device")
