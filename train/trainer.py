@@ -117,9 +117,11 @@ class Trainer:
         read = transcoder_settings.read
         self.reading = Reading(store, read, self.layers)
         self.store = store.select(self.layers, (self.reading.site, "mlp_out"))
-        rows = [store.layers.index(layer) for layer in self.layers]
-        read_square = self.reading.mean_square(store, self.layers)
-        self.normalisation = normalisation_of(store.statistics, read, rows, store.d_model, read_square)
+        rows, square = (
+            [store.layers.index(layer) for layer in self.layers],
+            self.reading.mean_square(store, self.layers),
+        )
+        self.normalisation = normalisation_of(store.statistics, read, rows, store.d_model, square)
         held = held_out.select(self.layers, (self.reading.site, "mlp_out"))
         self.identity = {"store": store_identity(store), "held_out": store_identity(held_out)}
 
