@@ -53,7 +53,6 @@ from .transcoder import (
     Reading,
     Transcoder,
     new_part,
-    normalisation_of,
     own_slice,
     read_chosen,
     save_whole,
@@ -114,14 +113,9 @@ class Trainer:
         check_run(settings, transcoder_settings, store, held_out, self.layers, self.device, comm)
 
         # Data.
-        read = transcoder_settings.read
-        self.reading = Reading(store, read, self.layers)
+        self.reading = Reading(store, transcoder_settings.read, self.layers)
         self.store = store.select(self.layers, (self.reading.site, "mlp_out"))
-        rows, square = (
-            [store.layers.index(layer) for layer in self.layers],
-            self.reading.mean_square(store, self.layers),
-        )
-        self.normalisation = normalisation_of(store.statistics, read, rows, store.d_model, square)
+        self.normalisation = self.reading.normalisation(store)
         held = held_out.select(self.layers, (self.reading.site, "mlp_out"))
         self.identity = {"store": store_identity(store), "held_out": store_identity(held_out)}
 

@@ -8,7 +8,6 @@ from .activations import keep_reaching as keep_reaching
 from .activations import to_sparse as to_sparse
 from .export import save_whole as save_whole
 from .normalisation import Normalisation as Normalisation
-from .normalisation import normalisation_of as normalisation_of
 from .partition import cut_dim as cut_dim
 from .partition import new_part as new_part
 from .reading import INPUT_NORMS as INPUT_NORMS

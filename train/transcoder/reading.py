@@ -11,6 +11,7 @@ from ...data.errors import UserError
 from ...data.models import InputNorms
 from ...data.store import ActivationStore, Batch
 from ..settings import TranscoderSettings
+from .normalisation import Normalisation, normalisation_of
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class Reading:
     """The rows that a transcoder reads."""
 
     def __init__(self, store: ActivationStore, read: str, layers: Sequence[int]) -> None:
-        self.site, self.norms = read, None
+        self.read, self.layers, self.site, self.norms = read, list(layers), read, None
         if read not in store.sites:
             check_readable(store, read)
             held = InputNorms.from_attributes(store.attributes[INPUT_NORMS])
@@ -39,15 +40,19 @@ class Reading:
             self.norms = self.norms.to(x.device)
         return self.norms(x)
 
-    def mean_square(self, store: ActivationStore, layers: Sequence[int]) -> Tensor:
-        """[L]: E|x|^2 of what is read: the store's own over all rows, or of a formed site, whose rows a norm has made
-        alike, over a sample of shuffled ones."""
-        if self.norms is None:
-            return store.statistics.mean_square[self.site][[store.layers.index(layer) for layer in layers]]
-        rows, total = min(len(store), _SAMPLE_ROWS), torch.zeros(len(layers), dtype=torch.float64)
+    def normalisation(self, store: ActivationStore) -> Normalisation:
+        """From the store's own statistics over all rows; that of a formed site, whose rows a norm has made alike, over
+        a sample of shuffled ones."""
+        places = [store.layers.index(layer) for layer in self.layers]
+        square = None if self.norms is None else self._mean_square(store)
+        return normalisation_of(store.statistics, self.read, places, store.d_model, square)
+
+    def _mean_square(self, store: ActivationStore) -> Tensor:
+        """[L]: E|x|^2 of a formed site."""
+        rows, total = min(len(store), _SAMPLE_ROWS), torch.zeros(len(self.layers), dtype=torch.float64)
         size = min(rows, _AT_ONCE)
         for step in range(rows // size):
-            total += self.of(store.batch(0, step, size, list(layers))).double().square().sum((0, 2)).cpu()
+            total += self.of(store.batch(0, step, size, self.layers)).double().square().sum((0, 2)).cpu()
         return (total / (rows // size * size)).float()
 
 
