@@ -10,7 +10,6 @@ python -m benchmarks.sweeps steps RUN ...        path length, and whether a cros
 import argparse
 import os
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -55,37 +54,39 @@ def evicted_after_each_batch(store: Path) -> None:
     ActivationStore._batch = cold
 
 
-def seconds(folder: Path, words: list[str], count: int, stacked: bool) -> float:
-    """Train `count` configurations; wall seconds for each."""
-    seeds = ",".join(str(seed) for seed in range(count))
-    job = start("sweep", [f"run={folder}", *words, f"trainer.seed={seeds}", "wandb.mode=disabled", "init=random"])
-    jobs = [Combination(folder / one.name, one.words) for one in grid(job.words)]
-    parts = {one.folder: part_of(job, one) for one in jobs}
-    begun = time.perf_counter()
+def seconds(folder: Path, words: list[str], count: int, stacked: bool, streaming: bool) -> tuple[float, float]:
+    """Train `count` configurations; wall and CPU seconds for each. Each harvests anew where it streams alone."""
+    words = [*words, "wandb.mode=disabled", "init=random"]
+    words += ["store.mode=streaming"] if streaming else []
+    begun, used = time.perf_counter(), time.process_time()
     if stacked:
+        words += [f"store={folder / 'ring'}"] if streaming else []
+        job = start("sweep", [f"run={folder}", *words, f"trainer.seed={','.join(map(str, range(count)))}"])
+        jobs = [Combination(folder / one.name, one.words) for one in grid(job.words)]
+        parts = {one.folder: part_of(job, one) for one in jobs}
         failed = train_together(parts, list(parts))
         assert not failed, failed
-    else:
-        for path, part in parts.items():
-            train.fit(part, path)
-    return (time.perf_counter() - begun) / count
+    for seed in () if stacked else range(count):
+        ring = [f"store={folder / f'ring-{seed}'}"] if streaming else []
+        run = folder / f"alone-{seed}"
+        train.fit(start("train", [f"run={run}", *words, *ring, f"trainer.seed={seed}"]), run)
+    return (time.perf_counter() - begun) / count, (time.process_time() - used) / count
 
 
 def stack(options: argparse.Namespace) -> None:
     """One after another, and side by side."""
+    words = [*options.words] if options.streaming else [f"store={options.store}", *options.words]
     if options.cold:
         evicted_after_each_batch(Path(options.store))
     for count in map(int, options.counts.split(",")):
         found = {}
         for stacked in (False, True):
-            folder = Path(tempfile.mkdtemp())
-            words = [f"store={folder / 'ring' if options.streaming else options.store}", *options.words]
-            words += ["store.mode=streaming"] if options.streaming else []
-            found[stacked] = seconds(folder / "runs", words, count, stacked)
-            shutil.rmtree(folder)
-        saved = 1 - found[True] / found[False]
-        alone, together = (f"{found[stacked]:.2f} s each" for stacked in (False, True))
-        print(f"{count}: alone {alone}, stacked {together}, {saved:.0%} saved", flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                found[stacked] = seconds(Path(folder), words, count, stacked, options.streaming)
+        for place, what in enumerate(("wall", "CPU")):
+            alone, together = found[False][place], found[True][place]
+            saved = f"{1 - together / alone:.0%} saved"
+            print(f"{count}: alone {alone:.2f} {what} s each, stacked {together:.2f}, {saved}", flush=True)
 
 
 def opened(runs: list[str]) -> list[ReplacementModel]:
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=20)
     parser.add_argument("--every", type=int, default=8, help="each how many-th question is text to compare features on")
     parser.add_argument("words", nargs="*", help="stack: settings of the trainings; else: runs")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # settings may stand before and after options
     {"stack": stack, "seeds": seeds, "steps": steps}[options.what](options)
 
 

@@ -1,12 +1,17 @@
 """Which edges and paths of a graph are found in the graphs of other trainings, by pairs of features."""
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...data.errors import UserError
 from ..graph import Graph, GraphPath
 from .matching import Key, Match
 
+SEEDS_FILE = "seeds.json"
+"""Beside a graph: what was found of it in other trainings."""
 Place = tuple[str, int, int, int]
 """A node: kind, layer, position, index."""
 
@@ -34,6 +39,19 @@ class Held(NamedTuple):
     def share_of_edges(self) -> float:
         """How often an edge is found in another training, in the mean."""
         return _share(list(self.edges.values()), self.trainings)
+
+
+def load_held(folder: str | Path) -> dict[str, Any] | None:
+    """What `crosslace seeds` wrote beside a graph, as `Held.as_dict` has it; None where it was not asked."""
+    path = Path(folder) / SEEDS_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(found, dict) and {"trainings", "features", "edges", "paths"} <= found.keys()
+    except FileNotFoundError:
+        return None
+    except (ValueError, AssertionError) as damage:
+        raise UserError(f"{path} is damaged; write it again with `crosslace seeds`") from damage
+    return found
 
 
 def _share(counts: Sequence[int], trainings: int) -> float:

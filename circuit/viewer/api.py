@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ...data.errors import UserError
+from ..across import load_held
 from ..attribution import load_heads
 from ..features import DashboardReader, Labels, labels_path
 from ..graph import Graph
@@ -66,6 +67,7 @@ class Api:
             "steps": run.steps,
             "traced": sorted(traced_steps(run.root, folder)),
             "attention": load_heads(shown),
+            "seeds": load_held(shown),
         }
         text = payload[:-1] + "," + json.dumps(more, ensure_ascii=False)[1:]
         return Response(text.encode("utf-8", "replace"), media_type="application/json")

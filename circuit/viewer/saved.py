@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.errors import UserError
+from ..across import load_held
 from ..attribution import load_heads
 from ..features import DashboardReader, Labels
 from ..graph import Graph
@@ -39,7 +40,7 @@ def save_page(run: Run, slug: str, path: str | Path) -> Path:
         known = ", ".join(run.graphs()) or "none"
         raise UserError(f"run {run.name!r} has no graph {slug!r}; it has {known}")
     graph, path = Graph.load(folder), Path(path)
-    more = {"kept": read_kept(folder), "attention": load_heads(folder)}
+    more = {"kept": read_kept(folder), "attention": load_heads(folder), "seeds": load_held(folder)}
     payload = graph_payload(graph, Labels.load(run.folder)) | more
     page = page_of(payload, run.name, slug, _dashboards(run, payload))
     path.parent.mkdir(parents=True, exist_ok=True)

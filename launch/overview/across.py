@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from ...circuit.across import Held
     from ...circuit.graph import Graph
 
-FOUND = "seeds.json"
 SHOWN = 10
 """Paths that are looked for."""
 
 
 def run(job: Job) -> Closing:
     """Trace the prompt of a graph in every run, pair the features, count."""
+    from ...circuit.across import SEEDS_FILE
     from ...circuit.graph import Graph
 
     top = job.top
@@ -34,8 +34,8 @@ def run(job: Job) -> Closing:
     job.config.base_on(runs.saved_settings(folders[0]))
     prompt = Graph.load(folder).metadata["prompt"]
     found, own = held_over(job, folders, prompt)
-    runs.write_json(folder / FOUND, {"runs": [str(path) for path in folders], "prompt": prompt, **found.as_dict()})
-    return closing(found, own, folder)
+    runs.write_json(folder / SEEDS_FILE, {"runs": [str(path) for path in folders], "prompt": prompt, **found.as_dict()})
+    return closing(found, own, folder / SEEDS_FILE)
 
 
 def seeds_below(folder: Path) -> list[Path]:
@@ -70,7 +70,7 @@ def held_over(job: Job, folders: list[Path], prompt: str) -> "tuple[Held, Graph]
     return held(own, list(zip(graphs[1:], matches, strict=True)), paths), own
 
 
-def closing(found: "Held", own: "Graph", folder: Path) -> Closing:
+def closing(found: "Held", own: "Graph", written: Path) -> Closing:
     """How much holds, and the strongest paths."""
     from ...circuit.graph import path_text
 
@@ -89,5 +89,5 @@ def closing(found: "Held", own: "Graph", folder: Path) -> Closing:
                 [(path_text(own, path), n) for path, _, n in found.paths],
             ),
         ],
-        wrote=[(str(folder / FOUND), "every edge and path, with the number of trainings that have it")],
+        wrote=[(str(written), "every edge and path, with the number of trainings that have it")],
     )

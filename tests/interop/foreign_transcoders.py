@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from circuit_tracer.transcoder.cross_layer_transcoder import load_clt, load_gemma_scope_2_clt
 from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
+from circuit_tracer.utils import hf_utils
 from safetensors.torch import load_file, save_file
 
 NEW = {"device": torch.device("cpu"), "dtype": torch.float32, "lazy_encoder": False, "lazy_decoder": False}
@@ -37,6 +38,15 @@ def outputs(folder, case, x):
 
         coders = [SparseCoder.load_from_disk(folder / name) for name in case["files"]]
         return torch.stack([coder(x[layer]).sae_out for layer, coder in enumerate(coders)])
+    if case["loader"] == "hub":  # by the name of its place there; what it would download lies in the folder
+        hf_utils.hf_hub_download = lambda repo_id, filename, **more: str(folder / filename)
+        hf_utils.snapshot_download = lambda repo_id, **more: str(folder)
+        transcoders, _ = hf_utils.load_transcoder_from_hub(
+            f"someone/{folder.name}", NEW["device"], lazy_decoder=False, use_cache=False
+        )
+        if (folder / "W_enc_0.safetensors").is_file():
+            return transcoders.decode(transcoders.encode(x).to_sparse(), x)
+        return torch.stack([transcoders[layer](x[layer]) for layer in range(len(x))])
     special = None if case["loader"] == "plt" else case["loader"]
     transcoders = load_transcoder_set(paths, **HOOKS, **NEW, special_load_fn=special)
     return torch.stack([transcoders[layer](x[layer]) for layer in range(len(x))])

@@ -21,6 +21,7 @@ from crosslace.circuit.formats.circuit_tracer import export_circuit_tracer
 from crosslace.circuit.model import ReplacementModel
 from crosslace.circuit.replacement import Intervention
 from crosslace.data.models.language_model import LanguageModel
+from crosslace.launch.cli.main import main
 from crosslace.train.settings import TranscoderSettings
 from crosslace.train.transcoder.transcoder import Transcoder
 from safetensors.torch import load_file, save_file
@@ -275,4 +276,23 @@ def test_foreign_folders_say_the_same_there(read_elsewhere, loader, skip, tmp_pa
     transcoder = Transcoder.load(import_transcoder(open_foreign(folder), tmp_path / "ours"))
     x, theirs = (load_file(folder / f"{name}.safetensors")[key] for name, key in (("x", "x"), ("theirs", "y")))
     found = transcoder(x.transpose(0, 1)).detach().transpose(0, 1)
+    torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["llama-plt", "llama-clt", "llama-clt-batchtopk"])
+def test_a_published_folder_says_the_same_there(foreign_python, case, tmp_path):
+    """What `crosslace publish` makes, loaded there as from the hub."""
+    build(tmp_path / "built", *CASES[case])
+    run, out = tmp_path / "run", tmp_path / "published"
+    run.mkdir()
+    (tmp_path / "built" / "ours").rename(run / "transcoder")
+    result = {"tokens": 10, "overall": {"nmse": 0.5}, "behaviour": {}, "verdicts": []}
+    (run / "eval.json").write_text(json.dumps(result))
+    assert main(["publish", f"run={run}", f"out={out}", "license=mit", f"model={tmp_path / 'built' / 'model'}"]) == 0
+    x = torch.randn(L, 7, D)
+    save_file({"x": x}, out / "x.safetensors")
+    (out / "case.json").write_text(json.dumps({"loader": "hub", "files": []}))
+    run_foreign(foreign_python, "foreign_transcoders.py", tmp_path, ["published"])
+    theirs = load_file(out / "theirs.safetensors")["y"]
+    found = Transcoder.load(run / "transcoder")(x.transpose(0, 1)).detach().transpose(0, 1)
     torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-5)

@@ -218,8 +218,10 @@ def test_what_no_sweep_can_do_is_said(demo, crosslace, tmp_path, monkeypatch) ->
     monkeypatch.setattr("crosslace.launch.sweeps.running.find_spec", lambda name: None)
     assert "crosslace[sweep]" in crosslace("sweep", *words, "launcher=joblib").err
     assert not (tmp_path / "s").exists()
-    ended = crosslace("sweep", *words, "trainer.stepz=1")
+    ended = crosslace("sweep", *words, "trainer.stepz=1,2")
     assert ended.code == 2 and "did you mean trainer.steps" in ended.err
+    ended = crosslace("sweep", *words, "store.path=a b,a_b")
+    assert ended.code == 2 and "two combinations would write one folder, k-2_path-a_b" in ended.err
 
 
 def test_runs_of_a_sweep_are_one_group_and_say_what_they_cost(demo, crosslace, tmp_path, monkeypatch) -> None:

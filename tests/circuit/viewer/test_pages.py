@@ -3,10 +3,14 @@
 import json
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from crosslace.circuit.features.labels import Labels
+from crosslace.circuit.graph import Graph
+from crosslace.circuit.viewer.payload import node_keys
 
 from .conftest import HOSTILE, watched
 
@@ -345,3 +349,21 @@ def test_without_the_token_the_page_says_what_to_do(browser, page):
     assert answer is not None and answer.status == 401
     assert "crosslace view" in stranger.locator("body").inner_text()
     stranger.context.close()
+
+
+def test_what_holds_over_seeds_stands_at_edges_features_and_paths(page, shown_run):
+    folder = shown_run / "graphs" / "dallas"
+    graph = Graph.load(folder)
+    path = next(one for one in graph.top_paths(None, graph.logits[0].id, 50, direct=False))
+    places = [(n.kind, n.layer, n.position, n.index) for n in (graph.nodes[id] for id in path.nodes)]
+    edges = [(source, target, 3) for source, target in pairwise(places)]
+    told = {"nodes": places, "strength": 1.0, "in": 2}
+    found = {"trainings": 5, "features": [(*places[1], 4)], "edges": edges, "paths": [told]}
+    (folder / "seeds.json").write_text(json.dumps(found))
+    at_graph(page)
+    assert "in 2 of 5 trainings" in page.get_by_text("Strongest paths, over seeds").locator("..").inner_text()
+    source, target = (node_keys([graph.nodes[id]])[0] for id in path.nodes[:2])
+    at_graph(page, f"&node={quote(target)}&edge={quote(source)}")
+    wait_until(lambda: page.locator(".edgedetail").count() == 1)
+    assert "found in 3 of 5 trainings" in page.locator(".edgedetail").inner_text()
+    assert "found in 4 of 5 trainings" in page.locator(".facts").first.inner_text()

@@ -1,4 +1,4 @@
-// What a graph's heads.json holds, in the page's terms. Its nodes are [kind, layer, position, index].
+// What a graph's heads.json and seeds.json hold, in the page's terms. Their nodes are [kind, layer, position, index].
 
 import { token } from "./format.js";
 
@@ -38,3 +38,9 @@ export function pattern(look, tokens) {
 
 // What explains one key: pairs, both sides, and what silencing a source does to the key's share.
 export const keyOf = (look, key) => look.keys.find((one) => one.key === key);
+
+// "4 of 5": in how many trainings a feature (one key) or an edge (source, target) was found; "" where nobody asked.
+export function heldIn(seeds, what, ...keys) {
+  const found = seeds?.[what].find((one) => (what === "features" ? pageKey(one) === keys[0] : keys.every((key, i) => pageKey(one[i]) === key)));
+  return found ? `${found.at(-1)} of ${seeds.trainings}` : "";
+}

@@ -2,15 +2,16 @@
 
 import { html } from "../vendor/preact.js";
 import { nodeName, number } from "../core/format.js";
-import { recordedHeads } from "../core/attention.js";
+import { heldIn, recordedHeads } from "../core/attention.js";
 
 export function EdgeDetail({ model, kept, link, heads, tried, act, canAsk }) {
   const source = model.nodes[model.source[link]], target = model.nodes[model.target[link]];
   const mine = (one) => one?.target === target.key && one?.source === source.key;
   const recorded = recordedHeads(model.attention, target.key, source.key);
   const asked = mine(heads) ? heads : null, found = recorded ?? asked?.answer;
+  const inSeeds = heldIn(model.seeds, "edges", source.key, target.key);
   const result = mine(tried) ? tried : null, moved = result?.answer?.targets.find((one) => one.key === target.key);
-  return html`<div class="edgedetail">
+  return html`<div class="edgedetail">${inSeeds && html`<p class="soft small">found in ${inSeeds} trainings</p>`}
     ${source.kind === "bias" ? html`<p class="soft small">Biases travel through every head and come from none.</p>`
       : found ? html`<${HeadList} ...${{ found, target, source, act, canAsk }} />`
       : asked?.problem ? html`<p class="problem-text small">${asked.problem}</p>` : asked ? html`<p class="soft small">asking the model for its heads…</p>`

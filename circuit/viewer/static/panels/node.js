@@ -3,13 +3,14 @@
 import { html, useState, useEffect } from "../vendor/preact.js";
 import { strongest } from "../core/model.js";
 import { labelSource, nodeName, nodePlace, number, percent } from "../core/format.js";
+import { heldIn, pageKey } from "../core/attention.js";
 import { address } from "../core/address.js";
 import { group, pin, unpin } from "../core/edits.js";
 import { Dashboard } from "./dashboard.js";
 import { EdgeDetail } from "./edge.js";
 
 export function NodePanel({ model, kept, own, i, feature, edge, heads, tried, act, fixed, run, steer }) {
-  if (i < 0) return html`<${Hint} model=${model} fixed=${fixed} />`;
+  if (i < 0) return html`<${Hint} ...${{ model, kept, fixed }} />`;
   const node = model.nodes[i];
   return html`
     <${Title} key=${node.key} ...${{ model, kept, i, act, fixed }} />
@@ -21,11 +22,14 @@ export function NodePanel({ model, kept, own, i, feature, edge, heads, tried, ac
     ${node.kind === "feature" && html`<${Feature} ...${{ node, feature, run, fixed }} />`}`;
 }
 
-function Hint({ model, fixed }) {
+function Hint({ model, kept, fixed }) {
   return html`<h2>Choose a node</h2>
     <p class="soft">Circles are features, diamonds errors, boxes at the top what the model says; the prompt's ${model.tokens.length} tokens stand below.
       A click shows what feeds a node, what it feeds, and what its feature responds to. <kbd>p</kbd> or a shift-click pins it into the subgraph.</p>
-    ${!fixed && html`<p class="soft">Pins, groups, names and notes are kept beside the graph as you make them.</p>`}`;
+    ${!fixed && html`<p class="soft">Pins, groups, names and notes are kept beside the graph as you make them.</p>`}
+    ${model.seeds?.paths.length > 0 && html`<h3>Strongest paths, over seeds</h3><ul class="edges">${model.seeds.paths.map((path) => html`<li class="small">
+      ${path.nodes.map((node) => { const at = model.byKey.get(pageKey(node)); return at === undefined ? pageKey(node) : nodeName(model, kept, at); }).join(" → ")}
+      <span class="soft">in ${path.in} of ${model.seeds.trainings} trainings</span></li>`)}</ul>`}`;
 }
 
 function Title({ model, kept, i, act, fixed }) {
@@ -52,6 +56,8 @@ function Facts({ model, i }) {
   const facts = [["where", node.layer >= 0 && node.kind !== "logit" ? `layer ${node.layer}, token ${nodePlace(model, i).replace(/^L\d+ · /, "")}` : `token ${nodePlace(model, i)}`]];
   if (node.kind === "feature") facts.push(["feature", `${node.index} of layer ${node.layer}`], ["activation", number(node.activation)]);
   if (node.kind === "logit") facts.push([model.weight_name, percent(node.probability)], ["logit above the mean", number(node.activation)]);
+  const inSeeds = heldIn(model.seeds, "features", node.key);
+  if (inSeeds) facts.push(["over seeds", `found in ${inSeeds} trainings`]);
   const all = model.size.feature_influence;
   if (node.kind !== "logit") facts.push(["influence", node.kind === "feature" && all > 0 ? `${number(node.influence)}, ${percent(node.influence / all)} of all features'` : number(node.influence)]);
   return html`<dl class="facts">${facts.map(([name, value]) => html`<dt>${name}</dt><dd>${value}</dd>`)}</dl>`;

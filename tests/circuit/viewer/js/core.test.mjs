@@ -106,6 +106,14 @@ test("a record of heads is found by the page's keys", async () => {
   assert.equal(sourceOf(model, edits.nothing(), ["constant"], nodeName).i, -1);
 });
 
+test("features and edges say in how many seeds they are", async () => {
+  const { heldIn } = await load("core/attention.js");
+  const from = ["embedding", -1, 1, 40], to = ["feature", 2, 4, 310];
+  const seeds = { trainings: 5, features: [[...to, 4]], edges: [[from, to, 3]] };
+  assert.deepEqual([heldIn(seeds, "features", "2/4/310"), heldIn(seeds, "edges", "E/1", "2/4/310")], ["4 of 5", "3 of 5"]);
+  assert.deepEqual([heldIn(seeds, "edges", "2/4/310", "E/1"), heldIn(null, "edges", "E/1", "2/4/310")], ["", ""]);
+});
+
 test("unpinning the last member takes the group away, and not before", () => {
   const kept = edits.apply(edits.nothing(), edits.group("g", "Texas", ["a", "b"]));
   const one = edits.apply(kept, edits.unpin(kept, ["a"]));
