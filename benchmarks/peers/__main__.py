@@ -236,6 +236,9 @@ def chart(rows: list[dict], path: Path) -> None:
         label = f"{program}: {name.removeprefix('grid: ')}"
         axes.plot(seconds, nmse, ls=next(styles[program]), marker="o", color=colours[program], label=label)
     axes.set(xscale="log", yscale="log", xlabel="CPU seconds of the training", ylabel="held-out NMSE")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:.2g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, metadata={"Date": None})
