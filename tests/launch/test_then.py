@@ -32,7 +32,13 @@ SMALL = [
 
 def test_one_command_leads_from_a_store_to_graphs_over_the_checkpoints(demo, crosslace, tmp_path, monkeypatch) -> None:
     run = tmp_path / "run"
-    words = [f"run={run}", f"store={demo / 'store'}", *SMALL, "then=[eval,features,trace,checkpoints]"]
+    words = [
+        f"run={run}",
+        f"store={demo / 'store'}",
+        *SMALL,
+        "transcoder.read=resid",
+        "then=[eval,features,trace,checkpoints]",
+    ]
     ended = crosslace("train", *words)
     assert ended.code == 0, ended.err
     assert (run / "features" / "index.json.gz").is_file() and (run / "eval.json").is_file()
