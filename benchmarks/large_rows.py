@@ -107,7 +107,8 @@ def prepare(name: str, store: str | None) -> tuple[LanguageModel, Corpus, list[A
         model = build_stdlib(STDLIB) if name == "stdlib" else built[name]()
         lm = load_model(str(model))
         text = {"world": str(model), "smollm2": "general"}.get(name, "stdlib")
-        corpus = load_corpus(DatasetSettings(name=text, sequence_length=128), lm.tokenizer)
+        length = 128 if name == "stdlib" else 256
+        corpus = load_corpus(DatasetSettings(name=text, sequence_length=length), lm.tokenizer)
     path = store or str(Path(tempfile.gettempdir()) / f"crosslace-large-rows-{name}")
     sinks = "first" if name == "sandwich-sinks" else "auto"
     if store is None:
