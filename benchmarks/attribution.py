@@ -6,13 +6,13 @@
 A case is transcoder:tokens:active-features, on a random Llama-style model (L=8, D=256, 8 heads, F=2048 a layer,
 float32) whose thresholds are set so that so many features fire. With `--circuit-tracer`, the interpreter of another
 environment that has it, the same weights and prompt go through circuit-tracer in the same run, and the largest
-difference between the two adjacency matrices is printed, relative to the largest edge. Its batch is the one at which it
-is fastest on the first case, unless `--reference-batch` says. Every measurement has a process of its own, warmed up on
-the first tokens; `peak` (MiB) is that process's, all its libraries included, `loaded` what it took with model and
-transcoder loaded, and `beyond` the difference: what tracing, scores and pruning take. A developer's environment holds
-packages that PyTorch and transformers import where they find them (triton and scipy, 0.1 GB); to compare two programs
-that are installed alike, `--ours` names the interpreter of an environment that holds Crosslace and what it needs
-(`pip install -e .`), as circuit-tracer's does.
+difference between the two adjacency matrices is printed, relative to the largest edge. Its batch is the one at which
+it is fastest on the first case, unless `--reference-batch` says. On a machine that others use too, `cpu_seconds` say
+more. Every measurement has a process of its own, warmed up on the first tokens; `peak` (MiB) is that process's, all
+its libraries included, `loaded` what it took with model and transcoder loaded, and `beyond` the difference: what
+tracing, scores and pruning take. A developer's environment holds packages that PyTorch and transformers import where
+they find them (triton and scipy, 0.1 GB); to compare two programs that are installed alike, `--ours` names the
+interpreter of an environment that holds Crosslace and what it needs (`pip install -e .`), as circuit-tracer's does.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def measure(folder: Path, edges: Path | None, fields: dict[str, Any]) -> dict[st
     prompt = load_file(folder / "prompt.safetensors")["tokens"]
     loaded = memory("VmRSS")
     replacement.trace(prompt[:WARM_UP], **fields).prune()
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     graph = replacement.trace(prompt, **fields)
     traced = time.perf_counter()
     graph.scores()
@@ -120,6 +120,7 @@ def measure(folder: Path, edges: Path | None, fields: dict[str, Any]) -> dict[st
     found = {
         "features": graph.accounting["active_features"],
         "seconds": seconds,
+        "cpu_seconds": time.process_time() - cpu,
         "trace_seconds": traced - started,
         "peak": peak,
         "loaded": loaded,
@@ -183,6 +184,7 @@ def run_case(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
             reference = run_reference(folder, theirs, arguments)
             result |= {f"reference_{key}": value for key, value in reference.items()}
             result["ratio"] = reference["seconds"] / result["seconds"]
+            result["cpu_ratio"] = reference["cpu_seconds"] / result["cpu_seconds"]
             result["peak_ratio"] = result["peak"] / reference["peak"]
             result["beyond_ratio"] = result["beyond"] / reference["beyond"]
             if not arguments.nodes:
