@@ -6,7 +6,8 @@
 A case is transcoder:tokens:active-features, on a random Llama-style model (L=8, D=256, 8 heads, F=2048 a layer,
 float32) whose thresholds are set so that so many features fire. With `--circuit-tracer`, the interpreter of another
 environment that has it, the same weights and prompt go through circuit-tracer in the same run, and the largest
-difference between the two adjacency matrices is printed, relative to the largest edge. Its batch is the one at which
+difference between the two adjacency matrices is printed, relative to the largest edge, and both
+programs' scores by circuit-tracer's definitions. Its batch is the one at which
 it is fastest on the first case, unless `--reference-batch` says. On a machine that others use too, `cpu_seconds` say
 more. Every measurement has a process of its own, warmed up on the first tokens; `peak` (MiB) is that process's, all
 its libraries included, `loaded` what it took with model and transcoder loaded, and `beyond` the difference: what
@@ -109,11 +110,11 @@ def measure(folder: Path, edges: Path | None, fields: dict[str, Any]) -> dict[st
     replacement = ReplacementModel(lm, Transcoder.load(folder / "ours", lazy_decoders=True))
     prompt = load_file(folder / "prompt.safetensors")["tokens"]
     loaded = memory("VmRSS")
-    replacement.trace(prompt[:WARM_UP], **fields).prune()
+    replacement.trace(prompt[: min(WARM_UP, len(prompt) // 2)], **fields).prune()
     started, cpu = time.perf_counter(), time.process_time()
     graph = replacement.trace(prompt, **fields)
     traced = time.perf_counter()
-    graph.scores()
+    scores = graph.scores()
     graph.prune().scores()
     seconds = time.perf_counter() - started
     peak = memory("VmHWM")
@@ -126,6 +127,7 @@ def measure(folder: Path, edges: Path | None, fields: dict[str, Any]) -> dict[st
         "loaded": loaded,
         "beyond": peak - loaded,
         "largest_violation": graph.accounting["largest_violation"],
+        **{name: scores[name] for name in ("replacement_score_ct", "completeness_ct")},
     }
     if edges is not None:
         save_file(comparable(graph), edges)

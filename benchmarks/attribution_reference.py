@@ -99,11 +99,11 @@ def main() -> None:
     nodes = next((int(word[6:]) for word in sys.argv[4:] if word.startswith("nodes=")), None)
     options = {"max_n_logits": 10, "desired_logit_prob": 0.95, "batch_size": batch, "max_feature_nodes": nodes}
     loaded = memory("VmRSS")
-    attribute(prompt[:8], model, **options)
+    attribute(prompt[: min(8, len(prompt) // 2)], model, **options)
     started, cpu = time.perf_counter(), time.process_time()
     graph = attribute(prompt, model, **options)
     traced = time.perf_counter()
-    compute_graph_scores(graph)
+    scores = compute_graph_scores(graph)
     prune_graph(graph)
     seconds = time.perf_counter() - started
     peak = memory("VmHWM")
@@ -114,6 +114,7 @@ def main() -> None:
         "peak": peak,
         "loaded": loaded,
         "beyond": peak - loaded,
+        **dict(zip(("replacement_score", "completeness"), map(float, scores))),
     }
     if nodes is not None:
         print(json.dumps(found))

@@ -58,6 +58,8 @@ class RowTable:
         length = int(nodes.position[errors].max()) + 1
         self.error_of = int(errors[0]) + nodes.layer[: self.n_features] * length + nodes.position[: self.n_features]
 
+        self.error_in_run_order = self.error_of[run_order]  # features of one place are neighbours there
+
         self.kept = torch.arange(len(nodes), device=self.device)  # nodes that have a column
         self.row_of = torch.full((len(nodes),), -1, device=self.device)
         self.node_of = torch.empty(self.total, dtype=torch.long, device=self.device)
@@ -170,18 +172,23 @@ class CappedTable(RowTable):
         self.rows = self.memory.view(height, width)
 
     def _store(self, place: Tensor, edges: EdgeColumns, layers: list[int]) -> None:
-        block = torch.cat([edges.features[self.rank].T, self._others(edges)], 1)
-        cancelled = block.new_zeros(len(block))
         if self.filled + len(place) > len(self.rows):
             self._narrow()
-        if len(self.kept) < len(self.nodes):
-            gone = torch.ones(len(self.nodes), dtype=torch.bool, device=self.device)
-            gone[self.kept] = False
-            gone = gone.nonzero().squeeze(1)
-            move_to_errors(block, cancelled, block[:, gone], self.error_of[gone])
-            block = block[:, self.kept]
-        self.rows[place] = block
-        self.cancelled[place] = cancelled
+        kept = self.rank[self.kept[self.kept < self.n_features]]
+        features, others = edges.features[kept].T, self._others(edges)
+        if len(kept) < self.n_features:
+            others, self.cancelled[place] = self._with_dropped(others, edges.features.index_fill(0, kept, 0))
+        self.rows[place] = torch.cat([features, others], 1)
+
+    def _with_dropped(self, others: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """Edges [B, M] from all that is no feature, with those of features that have no column, `dropped [K, B]` in run
+        order, added to the errors; and what cancels there."""
+        errors, place = torch.unique_consecutive(self.error_in_run_order - self.n_features, return_inverse=True)
+        added = dropped.new_zeros(len(errors), dropped.shape[1]).index_add_(0, place, dropped)
+        before = others[:, errors]
+        after = before + added.T
+        cancelled = dropped.abs().sum(0) + (before.abs() - after.abs()).sum(1)
+        return others.index_copy(1, errors, after), cancelled.clamp_(min=0)
 
     def found(self) -> Rows:
         return DenseRows(self.rows[: self.filled])

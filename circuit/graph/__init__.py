@@ -3,8 +3,9 @@
 from .collapse import Collapsed as Collapsed
 from .collapse import band_width as band_width
 from .collapse import collapsed as collapsed
-from .collapse import is_named as is_named
+from .collapse import feature_groups as feature_groups
 from .collapse import main_groups as main_groups
+from .collapse import plain_label as plain_label
 from .collapse import span_text as span_text
 from .collapse import widest_path as widest_path
 from .compare import Difference as Difference
@@ -30,6 +31,7 @@ from .supernodes import propose_supernodes as propose_supernodes
 from .tables import to_networkx as to_networkx
 from .tables import to_pandas as to_pandas
 from .text import account_holds as account_holds
+from .text import carried_text as carried_text
 from .text import circuit_rows as circuit_rows
 from .text import flow_text as flow_text
 from .text import kept_text as kept_text

@@ -1,7 +1,9 @@
 """A graph with its groups as nodes: what the eye can take in, and how much of the influence it carries."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +61,12 @@ def collapsed(graph: Graph, groups: dict[str, list[int]] | None = None) -> Colla
     )
 
 
+class Labelled(Protocol):
+    """Names of features."""
+
+    def get(self, layer: int, feature: int) -> str | None: ...
+
+
 BANDS = 6  # parts in which the layers of a deep model are looked at
 
 
@@ -73,29 +81,58 @@ def span_text(first: int, last: int) -> str:
     return f"layer {first}" if first == last else f"layers {first}-{last}"
 
 
-def is_named(graph: Graph, node: Node) -> bool:
+def is_named(node: Node, label: str) -> bool:
     """Whether a feature has a name that says more than which tokens it makes likelier."""
-    return bool(node.label) and not node.label.startswith(f"L{node.layer}:{node.index} says ")
+    return bool(label) and not label.startswith(f"L{node.layer}:{node.index} says ")
 
 
-def main_groups(graph: Graph, most: int = 12, bands: bool = True) -> dict[str, list[int]]:
-    """The `most` influential groups of features: supernodes, features by name and position, and features without a name
-    by layers (a band of a deep model's) and position. Without `bands`, each of those by itself."""
-    influence, groups, taken = graph.influence(), {}, set()
+class FeatureGroup(NamedTuple):
+    """Features that are shown as one."""
+
+    title: str
+    position: int | None
+    """Where all of them stand; None for a supernode, which may span several."""
+    ids: list[int]
+
+    @property
+    def name(self) -> str:
+        """The title, with the position where there is one."""
+        return self.title if self.position is None else f"{self.title} @{self.position}"
+
+
+def feature_groups(graph: Graph, bands: bool = True, labels: Labelled | None = None) -> list[FeatureGroup]:
+    """All features: supernodes, features by name and position, and features without a name by layers (a band of a deep
+    model's) and position. Without `bands`, each of those by itself."""
+    groups: list[FeatureGroup] = []
+    taken: set[int] = set()
     features = set(graph.nodes.ids("feature"))
-    for name, ids in graph.supernodes.items():
-        groups[name] = [id for id in ids if id in features and id not in taken]
-        taken |= set(ids)
+    for name, members in graph.supernodes.items():
+        groups.append(FeatureGroup(name, None, [id for id in members if id in features and id not in taken]))
+        taken |= set(members)
     width = band_width(graph)
+    alike: dict[tuple[str, int], list[int]] = {}
     for id in sorted(features - taken):
         node = graph.nodes[id]
-        if bands and not is_named(graph, node):
+        label = (labels.get(node.layer, node.index) if labels is not None else None) or node.label
+        if bands and not is_named(node, label):
             first = node.layer // width * width
             name = span_text(first, first + width - 1)
         else:
-            name = node.label or f"feature L{node.layer}:{node.index}"
-        groups.setdefault(f"{name} @{node.position}", []).append(id)
-    groups = {name: ids for name, ids in groups.items() if ids}
+            name = plain_label(label) if label else f"feature L{node.layer}:{node.index}"
+        alike.setdefault((name, node.position), []).append(id)
+    groups += [FeatureGroup(name, position, ids) for (name, position), ids in alike.items()]
+    return [group for group in groups if group.ids]
+
+
+def plain_label(label: str) -> str:
+    """A label without how well it fits: `state: Texas (F1 0.97)` is `state: Texas`."""
+    return re.sub(r" \(F1 [\d.]+\)$", "", label)
+
+
+def main_groups(graph: Graph, most: int = 12, bands: bool = True) -> dict[str, list[int]]:
+    """The `most` influential of those groups, by name."""
+    influence = graph.influence()
+    groups = {group.name: group.ids for group in feature_groups(graph, bands)}
     strength = {name: float(influence[ids].sum()) for name, ids in groups.items()}
     return {name: groups[name] for name in sorted(groups, key=strength.__getitem__, reverse=True)[:most]}
 

@@ -148,16 +148,7 @@ def flow_text(graph: Graph, found: Collapsed | None) -> str:
                 continue
             steps = "  ->  ".join(found.names[g] for g in path)
             lines.append(f"widest path: {steps}   (each step carries {least:.1%} of the answer or more)")
-    share = lambda *kinds: float(influence[nodes.mask(*kinds)].sum())
-    errors = share("error") + float(graph.influence_per_input @ graph.cancelled)
-    ends = {"tokens": share("embedding", "position"), "errors": errors, "kept": share("kept"), "biases": share("bias")}
-    whole = sum(ends.values()) or 1.0
-    said = ", ".join(f"{name} {value / whole:.0%}" for name, value in ends.items())
-    lines.append(f"the groups above hold {found.carried:.0%} of all features' influence")
-    lines.append(f"where the answer's influence comes from in the end: {said}")
-    lines.append(
-        f"attention carries {moved_share(graph):.0%} of it from token to token, by patterns that are frozen here"
-    )
+    lines.append(carried_text(graph, found.carried))
     at_token = influence.new_zeros(len(graph.tokens)).index_add_(0, nodes.position, influence * nodes.mask("feature"))
     shown = [
         f"{graph.token_strings[at]!r} @{at} {float(at_token[at] / at_token.sum()):.0%}"
@@ -166,6 +157,23 @@ def flow_text(graph: Graph, found: Collapsed | None) -> str:
     ]
     lines.append(f"features by token: {', '.join(shown)}")
     return "\n".join(lines)
+
+
+def carried_text(graph: Graph, carried: float) -> str:
+    """How much of the influence the groups that are shown carry, what the rest is, and what attention moves."""
+    influence, nodes = graph.influence(), graph.nodes
+    share = lambda *kinds: float(influence[nodes.mask(*kinds)].sum())
+    errors = share("error") + float(graph.influence_per_input @ graph.cancelled)
+    ends = {"tokens": share("embedding", "position"), "errors": errors, "kept": share("kept"), "biases": share("bias")}
+    whole = sum(ends.values()) or 1.0
+    said = ", ".join(f"{name} {value / whole:.0%}" for name, value in ends.items())
+    return "\n".join(
+        [
+            f"the groups above hold {carried:.0%} of all features' influence",
+            f"where the answer's influence comes from in the end: {said}",
+            f"attention carries {moved_share(graph):.0%} of it from token to token, by patterns that are frozen here",
+        ]
+    )
 
 
 def moved_share(graph: Graph) -> float:

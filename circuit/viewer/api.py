@@ -16,11 +16,11 @@ from ...data.errors import UserError
 from ..across import load_held
 from ..attribution import load_heads
 from ..features import DashboardReader, Labels, labels_path
-from ..graph import Graph
+from ..graph import Graph, plain_label
 from ..replacement import MODES
 from .kept import edit_kept, read_kept
 from .payload import MOST_FEATURES, MOST_LINKS, graph_payload
-from .picture import plain_label, render_graph_svg
+from .picture import render_graph_svg
 from .runs import Run, Runs, inside, traced_steps
 from .security import PICTURE_POLICY, json_object, refusal
 

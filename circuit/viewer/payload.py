@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ...data.errors import check_range
 from ..features import Labels
-from ..graph import Graph, Node
-from .picture import plain_label
+from ..graph import Graph, Node, plain_label
 
 MOST_FEATURES, MOST_LINKS = 1500, 50_000
 

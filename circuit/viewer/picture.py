@@ -7,7 +7,6 @@ The groups that carry the most influence are kept, and between them the edges th
 import heapq
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ...data.errors import check_choice
 from ..features import Labels
-from ..graph import Graph, band_width, flow_between, is_named, span_text, summary_text
+from ..graph import Graph, band_width, carried_text, feature_groups, flow_between, span_text, summary_text
 from .drawing import Box, Line, draw, token_key
 
 LEAST_SHARE = 0.06  # of the strongest edge: weaker ones are drawn only where a box would else hang free
@@ -49,7 +48,7 @@ def render_graph_svg(
     dark or auto, which follows the reader's system.
     """
     check_choice("theme", theme, ("auto", "light", "dark"))
-    groups = feature_groups(graph, labels)
+    groups = boxes_of(graph, labels)
     influence = graph.influence()
     strength = {group.key: float(influence[group.ids].sum()) for group in groups}
     groups = sorted(groups, key=lambda group: strength[group.key], reverse=True)
@@ -67,7 +66,11 @@ def render_graph_svg(
 
     width = band_width(graph)
     bands = sorted({_home(graph, group.ids, "layer") // width for group in kept})
-    boxes = [_feature_box(graph, group, bands.index(_home(graph, group.ids, "layer") // width)) for group in kept]
+    whole = sum(strength.values()) or 1.0
+    boxes = [
+        _feature_box(graph, group, bands.index(_home(graph, group.ids, "layer") // width), strength[group.key] / whole)
+        for group in kept
+    ]
     for group, logit in zip(outcomes, graph.logits, strict=False):
         weight = "p" if graph.weight_name == "probability" else "weight"
         note = f"{weight} = {logit.probability:.2f}"
@@ -75,41 +78,20 @@ def render_graph_svg(
             Box(group.key, _short(logit.label.strip() or logit.label), note, "logit", len(bands), group.position)
         )
     rows = [span_text(band * width, (band + 1) * width - 1) for band in bands] + ["output"]
-    title, notes = _title(graph) if title is None else title, summary_text(graph).splitlines()
+    title = _title(graph) if title is None else title
+    carried = sum(strength[group.key] for group in kept) / whole
+    notes = f"{carried_text(graph, carried)}\n{summary_text(graph)}".splitlines()
     return draw(boxes, lines, graph.token_strings, rows, title, theme, notes, graph.kept)
 
 
-def feature_groups(graph: Graph, labels: Labels | None = None) -> list[Group]:
-    """The graph's supernodes, then the other features by label and position; those without a label by themselves, or of
-    a deep model by layers and position."""
-    features = set(graph.nodes.ids("feature"))
-    groups, taken = [], set()
-    for number, (name, members) in enumerate(graph.supernodes.items()):
-        ids = [id for id in members if id in features and id not in taken]
-        taken |= set(ids)
-        if ids:
-            groups.append(Group(f"group:{number}", name, ids, _home(graph, ids, "position")))
-    by_label: dict[tuple[str, int], list[int]] = {}
-    width = band_width(graph)
-    for id in sorted(features - taken):
-        node = graph.nodes[id]
-        label = (labels.get(node.layer, node.index) if labels is not None else None) or node.label
-        if label and is_named(graph, node._replace(label=label)):
-            name = plain_label(label)
-        elif width > 1:
-            first = node.layer // width * width
-            name = span_text(first, first + width - 1)
-        else:
-            name = f"feature {node.layer}/{node.index}"
-        by_label.setdefault((name, node.position), []).append(id)
-    for (name, position), ids in by_label.items():
-        groups.append(Group(f"feature:{ids[0]}", name, ids, position))
+def boxes_of(graph: Graph, labels: Labels | None = None) -> list[Group]:
+    """Every feature in a group; those without a label by themselves, or of a deep model by layers and position."""
+    groups = []
+    for number, group in enumerate(feature_groups(graph, band_width(graph) > 1, labels)):
+        key = f"group:{number}" if group.position is None else f"feature:{group.ids[0]}"
+        position = _home(graph, group.ids, "position") if group.position is None else group.position
+        groups.append(Group(key, group.title, group.ids, position))
     return groups
-
-
-def plain_label(label: str) -> str:
-    """A label without how well it fits: `state: Texas (F1 0.97)` is `state: Texas`."""
-    return re.sub(r" \(F1 [\d.]+\)$", "", label)
 
 
 def group_scores(graph: Graph, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
@@ -184,10 +166,12 @@ def _home(graph: Graph, ids: Sequence[int], column: str) -> int:
     return max(found, key=found.__getitem__)
 
 
-def _feature_box(graph: Graph, group: Group, row: int) -> Box:
+def _feature_box(graph: Graph, group: Group, row: int, share: float) -> Box:
+    """A box that says how many features it holds, and their share of all features' influence."""
     layers = sorted({int(graph.nodes.layer[id]) for id in group.ids})
     where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}–{layers[-1]}"
     count = f"{len(group.ids)} features" if len(group.ids) > 1 else f"feature {int(graph.nodes.index[group.ids[0]])}"
+    count += f" · {share:.0%}" if share >= 0.005 else ""
     note = count if group.title.startswith(("layer ", "layers ")) else f"{where} · {count}"
     return Box(group.key, _short(group.title), note, "feature", row, group.position, len(group.ids))
 

@@ -112,6 +112,7 @@ def groups_tried(model: "ReplacementModel", graph: "Graph") -> tuple[Any, str]:
     from ...circuit.judge import judge_groups
 
     graph.supernodes = propose_supernodes(graph)
+    graph.metadata["proposed"] = list(graph.supernodes)
     if not graph.supernodes:
         raise UserError("no features of this graph go back to the same tokens, so there are no groups to propose")
     found = judge_groups(model, graph)
@@ -158,7 +159,7 @@ def asked_before(folder: Path) -> dict[str, Any] | None:
 
 
 def keep_supernodes(old: "Graph", new: "Graph") -> None:
-    """Carry groups over from an earlier trace of the same name: those of other names, node by node."""
+    """Carry groups that a person made over from an earlier trace of the same name, node by node."""
 
     def key(node: "Node") -> tuple[str, int, int, int]:
         return (node.kind, node.layer, node.position, node.index)
@@ -166,7 +167,7 @@ def keep_supernodes(old: "Graph", new: "Graph") -> None:
     place = {key(node): node.id for node in new.nodes}
     for name, members in old.supernodes.items():
         kept = [place[key(old.nodes[id])] for id in members if key(old.nodes[id]) in place]
-        if kept and name not in new.supernodes:
+        if kept and name not in new.supernodes and name not in old.metadata.get("proposed", []):
             new.group(name, kept)
 
 

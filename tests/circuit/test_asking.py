@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from crosslace.circuit.features import Label, Labels, name_features
 from crosslace.circuit.graph import (
     Graph,
     check_node,
@@ -156,6 +157,17 @@ def test_labels_and_groups_of_a_smaller_graph_are_its_own(graph):
     pruned.group("mine", [0])
     pruned.nodes.labels[0] = "mine"
     assert list(graph.supernodes) == ["both"] and 0 not in graph.nodes.labels
+
+
+def test_features_of_one_name_are_grouped_by_position(model):
+    graph = model.trace(PROMPT)
+    places = [(node.layer, node.index, node.position) for node in graph.nodes if node.kind == "feature"]
+    layer, index, _ = next(one for one in places if sum(other[:2] == one[:2] for other in places) > 1)
+    name_features(graph, Labels({(layer, index): Label("Texas", "hand")}))
+    expected = {
+        f"Texas @{p}": graph.nodes.ids("feature", layer, p, index) for l, i, p in places if (l, i) == (layer, index)
+    }
+    assert graph.supernodes == expected and len(expected) > 1
 
 
 def test_targets_are_named_once_and_tell_themselves_apart(model):

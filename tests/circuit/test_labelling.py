@@ -340,17 +340,35 @@ def test_an_endpoint_without_a_key_is_refused(monkeypatch):
         EndpointJudge("127.0.0.1", "m", "", AnswerFile(None), Budget())
 
 
+class Chat:
+    """As much of a chat model's tokenizer as is asked for."""
+
+    chat_template, pad_token_id = None, 0
+
+    def encode(self, text, **_):
+        return [3 + ord(c) % (V - 3) for c in text][:20]
+
+    def decode(self, ids, **_):
+        return " ".join(str(int(i)) for i in ids)
+
+
+def test_controls_stand_in_the_table_of_a_local_judge(view, make_tiny):
+    view, _ = view
+    view.lm.tokenizer, before = Tokenizer(), view.lm.tokenizer
+    judge = LocalJudge(make_tiny("llama", torch.float32).model, Chat(), "tiny", AnswerFile(None), longest=3, batch=64)
+    try:
+        settings = LabelSettings(tokens=10_000, held_out=10_000, features=2)
+        explain = explain_by_judge(judge, load_prompts(), words)
+        found = study(view, Texts(), settings, explain, words, judge, load_prompts())
+    finally:
+        view.lm.tokenizer = before
+    assert [row.name for row in found.table] == ["transcoder", "labels shuffled", "random", "neurons"]
+    for row in found.table:
+        assert row.labelled > 0 and row.detection == row.fuzzing == 0.5  # random weights answer one and the same
+
+
 def test_a_tiny_local_chat_model_answers_the_same_in_any_batch(make_tiny, tmp_path):
     lm = make_tiny("llama", torch.float32)
-
-    class Chat:
-        chat_template, pad_token_id = None, 0
-
-        def encode(self, text, **_):
-            return [3 + ord(c) % (V - 3) for c in text][:20]
-
-        def decode(self, ids, **_):
-            return " ".join(str(int(i)) for i in ids)
 
     prompts = ["one", "a longer question", "x"]
     whole = LocalJudge(lm.model, Chat(), "tiny", AnswerFile(tmp_path / "a.jsonl"), longest=4, batch=3)

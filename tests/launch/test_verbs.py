@@ -188,6 +188,12 @@ def test_groups_are_proposed_tried_out_and_kept(clt: Path, crosslace) -> None:
     assert graph.supernodes
     for ids in graph.supernodes.values():
         assert len({graph.nodes[id].position for id in ids}) == 1
+    graph.group("by hand", graph.nodes.ids("feature")[:2])
+    graph.save(clt / "graphs" / "groups")
+    again = ["slug=groups", "groups=true", "overwrite=true", "trace.max_nodes=8"]
+    assert crosslace("trace", f"run={clt}", f"prompt={PROMPT}", *again).code == 0
+    smaller = crosslace_graph(clt / "graphs" / "groups")
+    assert set(smaller.supernodes) - {"by hand"} == set(smaller.metadata["proposed"]) < set(graph.supernodes)
 
 
 def test_graphs_of_prompts_that_end_alike_are_kept_apart(clt: Path, crosslace) -> None:

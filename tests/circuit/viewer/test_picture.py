@@ -10,7 +10,7 @@ from crosslace.circuit.graph.graph import Graph
 from crosslace.circuit.graph.text import summary_text
 from crosslace.circuit.viewer.drawing import Box, Line, draw
 from crosslace.circuit.viewer.payload import graph_payload, node_keys
-from crosslace.circuit.viewer.picture import feature_groups, group_scores, render_graph_svg
+from crosslace.circuit.viewer.picture import boxes_of, group_scores, render_graph_svg
 
 
 @pytest.mark.parametrize("theme", ["light", "dark", "auto"])
@@ -45,16 +45,16 @@ def test_groups_are_those_that_share_a_label_and_a_position(view_run):
     chosen = [id for id in graph.nodes.ids("feature") if int(graph.nodes.position[id]) == 3][:3]
     for id in chosen:
         labels.set(int(graph.nodes.layer[id]), int(graph.nodes.index[id]), Label("state: Texas (F1 0.90)", "truth"))
-    groups = feature_groups(graph, labels)
+    groups = boxes_of(graph, labels)
     assert sorted(id for group in groups for id in group.ids) == graph.nodes.ids("feature")
     assert [group.ids for group in groups if group.title == "state: Texas" and group.position == 3] == [chosen]
     graph.group("by hand", chosen[:2])
-    assert feature_groups(graph, labels)[0].ids == chosen[:2]
+    assert boxes_of(graph, labels)[0].ids == chosen[:2]
 
 
 def test_edges_between_groups_are_sums_of_influence(view_run):
     graph = Graph.load(view_run / "graphs" / "dallas")
-    groups = [group for group in feature_groups(graph) if group.ids][:6]
+    groups = [group for group in boxes_of(graph) if group.ids][:6]
     scores, shares = group_scores(graph, groups)
     flow, row = graph.influence_per_input, {int(node): r for r, node in enumerate(graph.row_ids)}
     for t, target in enumerate(groups):
