@@ -2,15 +2,10 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from ..data.device import widest as widest
 from ..data.errors import UserError
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """float64; float32 on Apple's MPS, which has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def wide(x: Tensor) -> Tensor:

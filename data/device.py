@@ -41,6 +41,11 @@ def own_gpu() -> torch.device:
     return torch.device("cuda", number)
 
 
+def widest(device: torch.device | str) -> torch.dtype:
+    """float64; float32 on Apple's MPS, which has no float64."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def in_float64(tensor: Tensor) -> Tensor:
     """In float64 where it lies, or on the CPU where its device has no such numbers (a Mac's GPU)."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...data.device import widest
 from ..parallel import SINGLE, Collectives
 from ..transcoder import SparseActs
 
@@ -31,7 +32,7 @@ class ReconstructionMetrics:
 
         def zeros(*shape: int) -> Tensor:
             # float64 where the device has it: variances are differences of large sums.
-            return torch.zeros(shape, dtype=torch.float32 if str(device) == "mps" else torch.float64, device=device)
+            return torch.zeros(shape, dtype=widest(device), device=device)
 
         self.comm = comm
         self.tokens = zeros()
@@ -127,4 +128,6 @@ def finite_rows(row_loss_LN: Tensor) -> Tensor:
 def worst_rows(error_NL: Tensor) -> tuple[Tensor, Tensor]:
     """[L]: the share of the squared error in the worst thousandth of the rows; [n, L]: which rows these are."""
     worst = error_NL.topk(max(1, len(error_NL) // 1000), dim=0)
-    return worst.values.double().sum(0) / error_NL.double().sum(0).clamp_min(1e-300), worst.indices
+    wide = widest(error_NL.device)
+    total = error_NL.sum(0, dtype=wide).clamp_min(torch.finfo(wide).tiny)
+    return worst.values.sum(0, dtype=wide) / total, worst.indices
