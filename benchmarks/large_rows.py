@@ -4,15 +4,15 @@
     python -m benchmarks.large_rows reads --model world,stdlib,sandwich --out rows.jsonl
     python -m benchmarks.large_rows restarts --model smollm2 --store PATH --out rows.jsonl
     python -m benchmarks.large_rows table --out rows.jsonl
-    python -m benchmarks.large_rows picture --model smollm2,sandwich-sinks --store PATH
+    python -m benchmarks.large_rows picture --model smollm2,sandwich-untrained --store PATH
 
 One line a transcoder: `nmse`, `nmse_median`, `worst_share` and `dead` on held-out rows; `kl` of the language model with
 all its MLPs replaced, against the clean one; for `reads` also the replacement score and the slope of faithfulness to
 logits. What a file holds already is left out, so that a run that was cut off goes on.
 
 world, stdlib   the bundled models: the small world, the tiny model of stdlib's text after 400 steps
-sandwich        a Gemma 2 of 6 layers and width 128, norms before and after its MLPs, trained for 200 steps on stdlib's
-                text, one token's embedding then made 40 times as long as the usual one: its rows are sinks, and masked
+sandwich        a Gemma 2 of 6 layers and width 128, norms before and after its MLPs, trained for 200 steps on the
+                world's text, one token's embedding then made 40 times as long as usual: its rows are sinks, and masked
 sandwich-sinks  the same with the sinks left in (store.sinks=first)
 smollm2         SmolLM2-135M, from a store that was cached before, of some layers or all
 
@@ -20,6 +20,7 @@ All with the trainer's defaults.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -59,17 +60,17 @@ SHAPES = {
 }
 TRAINER = TrainerSettings(batch=512, eval_every=0, checkpoint_every=0, calibrate_tokens=8192)
 SINK_TIMES = 40.0
-TITLES = {"smollm2": "SmolLM2-135M", "sandwich-sinks": "Gemma 2 shape, sinks planted"}
+TITLES = {"smollm2": "SmolLM2-135M", "sandwich-untrained": "a sink planted"}
 STDLIB = StdlibSettings(size="tiny", steps=400)
 
 
-def sandwich() -> tuple[LanguageModel, Corpus]:
+def sandwich(steps: int) -> tuple[LanguageModel, Corpus]:
     """Built once, and kept in the cache."""
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-    stdlib, folder = build_stdlib(STDLIB), cache_root() / "sandwich-benchmark"
-    tokenizer = AutoTokenizer.from_pretrained(stdlib)
-    corpus = load_corpus(DatasetSettings(name="stdlib", sequence_length=128), tokenizer)
+    world, folder = str(build_world(WorldSettings(size="small"))), cache_root() / f"sandwich-benchmark-{steps}"
+    tokenizer = AutoTokenizer.from_pretrained(world)
+    corpus = load_corpus(DatasetSettings(name=world), tokenizer)
     if not (folder / "config.json").is_file():
         torch.manual_seed(0)
         config = Gemma2Config(
@@ -79,18 +80,18 @@ def sandwich() -> tuple[LanguageModel, Corpus]:
         )  # fmt: skip
         model = Gemma2ForCausalLM(config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-        sequences = (s.tokens[:128] for s in corpus.sequences() if len(s.tokens) >= 128)
-        for step in range(200):
-            optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20, (200 - step) / 60)
-            tokens = torch.stack([next(sequences) for _ in range(16)])
+        text = torch.cat([s.tokens for s in itertools.islice(corpus.sequences(), 20_000)])
+        windows = itertools.cycle(text[: len(text) // 128 * 128].view(-1, 128))
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20, (steps - step) / 60)
+            tokens = torch.stack([next(windows) for _ in range(16)])
             loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        print(f"sandwich: loss {float(loss.detach()):.2f}", flush=True)
-        counts = torch.bincount(torch.cat([next(sequences) for _ in range(200)]), minlength=len(tokenizer))
-        sink = int((counts - 25).abs().argmin())  # about one in a thousand
+        counts = torch.bincount(text, minlength=len(tokenizer))
+        sink = int((counts - len(text) / 1000).abs().argmin())  # about one in a thousand
         weight = model.model.embed_tokens.weight.data
         weight[sink] = torch.nn.functional.normalize(torch.randn(128), dim=0) * weight.norm(dim=1).median() * SINK_TIMES
         model.save_pretrained(folder)
@@ -101,7 +102,7 @@ def sandwich() -> tuple[LanguageModel, Corpus]:
 def prepare(name: str, store: str | None) -> tuple[LanguageModel, Corpus, list[ActivationStore]]:
     """A model, its text, and its rows: training and held-out."""
     if name.startswith("sandwich"):
-        lm, corpus = sandwich()
+        lm, corpus = sandwich(0 if name == "sandwich-untrained" else 200)
     else:
         built = {"world": lambda: build_world(WorldSettings(size="small")), "smollm2": lambda: "smollm2"}
         model = build_stdlib(STDLIB) if name == "stdlib" else built[name]()
@@ -110,9 +111,10 @@ def prepare(name: str, store: str | None) -> tuple[LanguageModel, Corpus, list[A
         length = 128 if name == "stdlib" else 256
         corpus = load_corpus(DatasetSettings(name=text, sequence_length=length), lm.tokenizer)
     path = store or str(Path(tempfile.gettempdir()) / f"crosslace-large-rows-{name}")
-    sinks = "first" if name == "sandwich-sinks" else "auto"
+    sinks = "first" if name.startswith("sandwich-") else "auto"
     if store is None:
-        settings = HarvestSettings(path=path, tokens="120K", held_out="8K", shuffle_rows=65536, sinks=sinks)
+        tokens = "8K" if name == "sandwich-untrained" else "120K"
+        settings = HarvestSettings(path=path, tokens=tokens, held_out="8K", shuffle_rows=65536, sinks=sinks)
         harvest(lm, corpus, settings)
     return lm, corpus, [ActivationStore.open(path, split=split) for split in ("train", "held_out")]
 
