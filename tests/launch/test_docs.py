@@ -82,6 +82,7 @@ def quick(verb: str, shown: list[str], folder: Path) -> list[str]:
         shown = [*shown, "store=stores/quick"]
     if verb == "sweep":  # what is varied stays, but for the values that the tiny world has no room for
         shown = [re.sub(r"^(trainer\.target_l0)=.*", r"\1=3,4", word) for word in shown]
+        shown = [re.sub(r"^([^=]+=[^,\[]+,[^,]+),.*", r"\1", word) for word in shown]  # two values show what five would
     varied = {word.partition("=")[0] for word in shown if "," in word.partition("=")[2]} if verb == "sweep" else set()
     if verb == "train" and any(word.startswith("experiment=") for word in shown):
         shown = [*shown, "then.do=[]"]  # presets go on to measure and trace, which their own lines do here

@@ -1,9 +1,14 @@
-"""A training run in a process of its own, for tests/train/test_resume.py to kill: arguments are a folder and JSON."""
+"""Training runs in processes of their own, for tests/train/test_resume.py to kill.
+
+A line of JSON on standard input, [folder, options], forks a process that trains there: what was imported once serves
+all of them. A line comes back when it has ended: [exit code, what it said].
+"""
 
 import json
 import os
 import signal
 import sys
+import traceback
 
 import torch
 from crosslace.data.errors import UserError
@@ -47,5 +52,28 @@ def main(folder: str, options: dict) -> int:
     return 0
 
 
+def forked(folder: str, options: dict) -> tuple[int, str]:
+    """The run in a child of this process, which itself never computes."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        code = 70
+        try:
+            code = main(folder, options)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(write)
+    with open(read) as said:
+        text = said.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], json.loads(sys.argv[2])))
+    for line in sys.stdin:
+        print(json.dumps(forked(*json.loads(line))), flush=True)

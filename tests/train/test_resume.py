@@ -4,7 +4,9 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from safetensors.torch import load_file
@@ -21,9 +23,27 @@ CASES = [
 ]
 
 
-def work(folder: Path, transcoder: dict, trainer: dict, **more) -> subprocess.CompletedProcess:
-    options = json.dumps(transcoder | {"trainer": trainer} | more)
-    return subprocess.run([sys.executable, str(WORKER), str(folder), options], capture_output=True, text=True)
+class Ended(NamedTuple):
+    """How a run's process ended."""
+
+    returncode: int
+    said: str
+
+
+@pytest.fixture(scope="module")
+def work() -> Iterator[Callable[..., Ended]]:
+    """Train in a process of its own, forked from one that has imported everything."""
+    command = [sys.executable, str(WORKER)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as server:
+        assert server.stdin is not None and server.stdout is not None
+        asked, told = server.stdin, server.stdout
+
+        def run(folder: Path, transcoder: dict, trainer: dict, **more) -> Ended:
+            asked.write(json.dumps([str(folder), transcoder | {"trainer": trainer} | more]) + "\n")
+            return Ended(*json.loads(told.readline()))
+
+        yield run
+        asked.close()
 
 
 def weights(folder: Path) -> dict:
@@ -41,32 +61,32 @@ def lines(folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(("transcoder", "trainer"), CASES, ids=["clt-batch", "plt-batch", "clt-jump", "plt-jump"])
-def test_killed_at_random_steps_it_ends_with_the_same_bits(tmp_path, transcoder, trainer):
+def test_killed_at_random_steps_it_ends_with_the_same_bits(work, tmp_path, transcoder, trainer):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert work(whole, transcoder, trainer).returncode == 0
     steps = sorted(random.Random(str(transcoder)).sample(range(1, 40), 2))
     for step, name in zip(steps, ("SIGKILL", "SIGTERM")):
         killed = work(broken, transcoder, trainer, kill_at=step, signal=name)
         if name == "SIGTERM":
-            assert killed.returncode == 0 and "run the same command again" in killed.stdout
+            assert killed.returncode == 0 and "run the same command again" in killed.said
         else:
             assert killed.returncode == -9
     last = work(broken, transcoder, trainer)
-    assert last.returncode == 0 and "finished" in last.stdout, last.stderr
+    assert last.returncode == 0 and "finished" in last.said, last.said
     assert same(weights(whole), weights(broken))
     assert lines(whole) == lines(broken)
 
 
-def test_ctrl_c_and_a_full_disk(tmp_path):
+def test_ctrl_c_and_a_full_disk(work, tmp_path):
     transcoder, trainer = CASES[0]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert work(whole, transcoder, trainer).returncode == 0
     stopped = work(broken, transcoder, trainer, kill_at=11, signal="SIGINT")
-    assert stopped.returncode == 0 and "stopped at step 11" in stopped.stdout
+    assert stopped.returncode == 0 and "stopped at step 11" in stopped.said
     quiet = trainer | {"log_every": 40, "eval_every": 0}
     for settings, message in ((quiet, "the checkpoint of step 21 could not"), (trainer, "could not be written")):
         full = work(broken, transcoder, settings, kill_at=19, fill_disk=True)
-        assert full.returncode == 1 and message in full.stdout and "goes on" in full.stdout, full.stderr
+        assert full.returncode == 1 and message in full.said and "goes on" in full.said, full.said
         assert not list((broken / "checkpoints").glob(".step-*"))
     assert work(broken, transcoder, trainer).returncode == 0
     assert same(weights(whole), weights(broken))
