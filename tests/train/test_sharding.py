@@ -35,14 +35,13 @@ SLOW = [
         (1, 4, "reconstructions"),
         (1, 4, "actives"),
         (2, 2, "reconstructions"),
+        (2, 2, "actives"),
         (4, 1, "auto"),
     )
 ]
 
 
-@pytest.mark.parametrize(
-    ("data", "features", "exchange"), [(1, 2, "reconstructions"), (1, 2, "actives"), (2, 2, "actives"), *SLOW]
-)
+@pytest.mark.parametrize(("data", "features", "exchange"), [(1, 2, "reconstructions"), (1, 2, "actives"), *SLOW])
 def test_a_mesh_trains_as_one_process(data: int, features: int, exchange: str):
     """Loss, gradients, clip norm, weights after 20 steps, densities and metrics; PLT, CLT and windowed; every case."""
     done = torchrun(data * features, WORKER, data, features, exchange)
