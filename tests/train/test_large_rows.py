@@ -158,9 +158,10 @@ def error_of_other_rows(share: float, times: float, folder: Path) -> float:
     trainer = Trainer(replace(SETTINGS, log_every=190), SHAPE, *stores, folder)
     trainer.run()
     x, y = trainer.normalisation.x(held_x[~sink]), trainer.normalisation.y(held_y[~sink])
-    transcoder = trainer.parts.transcoder
+    transcoder, evaluation = trainer.parts.transcoder, trainer.evaluation
+    assert evaluation is not None
     with torch.no_grad():
-        acts = transcoder.activate(transcoder.preactivations(x), trainer.evaluation.thresholds, SINGLE)
+        acts = transcoder.activate(transcoder.preactivations(x), evaluation.thresholds, SINGLE)
         return float((transcoder.decode(acts, x) - y).square().sum() / y.square().sum())
 
 
