@@ -44,6 +44,8 @@ def follow(job: Job, folder: Path, leave_out: Sequence[str] = ()) -> Closing:
             words = words_for(job, verb, folder)
             part = start(verb, words)
             part.progress = job.progress
+            if verb in ALONE:
+                part.process = job.process  # the others are not asked again: they may have ended
             if is_done(verb, part, folder):
                 closing = Closing(f"{verb}: done already")
             else:
