@@ -57,6 +57,26 @@ def test_evaluation_and_features_are_the_same_on_several_processes(count: int, d
 
 
 @pytest.mark.slow
+def test_what_follows_a_training_runs_on_two_processes_too(demo: Path, tmp_path: Path) -> None:
+    """All measure and describe, the first alone traces: what one process makes, and every command noted once."""
+    words = ["train", f"store={demo / 'store'}", *TRAIN, *EVAL, "eval.controls=false", "features.tokens=2000",
+             "features.top=3", "trace.max_nodes=200", "then=[eval,features,trace]"]  # fmt: skip
+    assert main([*words, f"run={tmp_path / 'alone'}"]) == 0
+    torchrun(2, tmp_path / "notes", *words, f"run={tmp_path / 'together'}", "parallel.data=2")
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    same_transcoder(together, alone)
+    results = [json.loads((run / "eval.json").read_text()) for run in (alone, together)]
+    assert results[1]["tokens"] == results[0]["tokens"] and results[1]["graph"].keys() == results[0]["graph"].keys()
+    assert results[1]["overall"]["nmse"] == pytest.approx(results[0]["overall"]["nmse"], rel=1e-3)
+    assert files(together / "features").keys() == files(alone / "features").keys()
+    graphs = [sorted(path.parent.name for path in run.glob("graphs/*/graph.json")) for run in (alone, together)]
+    assert graphs[0] == graphs[1] and len(graphs[0]) == 3
+    noted = [json.loads(line) for line in (together / "commands.jsonl").read_text().splitlines()]
+    assert sorted(line["command"].split()[1] for line in noted) == ["eval", "features", "trace", "train"]
+    assert all(line["how"] == "done" for line in noted)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_streaming_training_is_the_same_on_several_processes(count: int, tmp_path: Path) -> None:
     words = ["train", "world=tiny", "store.mode=streaming", "store.held_out=500", "store.shuffle_rows=1000",

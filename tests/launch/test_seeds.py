@@ -1,7 +1,10 @@
 """Which edges hold over seeds, from runs to the file beside the graph."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +37,22 @@ def test_what_cannot_be_compared_is_refused(demo: Path, runs: list[Path], crossl
     assert ended.code == 2 and "has no graph nowhere" in ended.err
     ended = crosslace("seeds", f"run={demo}", "slug=dallas")
     assert ended.code == 2 and "holds 0 configurations with several seeds" in ended.err
+
+
+@pytest.mark.slow
+def test_the_worlds_true_paths_hold_over_two_seeds(crosslace, tmp_path: Path) -> None:
+    """What benchmarks/RESULTS.md says of five: the true path in each seed, four fifths of its edges found again."""
+    store = f"store={tmp_path / 'store'}"
+    assert crosslace("cache", "experiment=demo", store, "tokens=400K").code == 0
+    runs = [tmp_path / f"seed-{seed}" for seed in (0, 1)]
+    quick = ["transcoder=plt", "trainer.steps=350", "trainer.eval_every=0", "wandb.mode=disabled"]
+    for seed, run in enumerate(runs):
+        ended = crosslace("train", "experiment=demo", store, f"run={run}", *quick, f"seed={seed}")
+        assert ended.code == 0, ended.err
+    command = [sys.executable, "-m", "benchmarks.sweeps", "seeds", *map(str, runs), "--questions", "6", "--every", "32"]
+    home = Path(__file__).resolve().parents[2]
+    said = subprocess.run(command, cwd=home, capture_output=True, text=True, check=True).stdout
+    right, asked = map(int, re.findall(r"true path in all 2 seeds: (\d+) of (\d+)", said)[0])
+    share = lambda words: int(re.findall(rf"{words}[^:]*: (\d+)%", said)[0])
+    along, chance = share("edges of the true path found"), share("all edges, features paired")
+    assert right >= asked - 1 and along >= 80 > 40 > chance, said
