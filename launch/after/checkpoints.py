@@ -32,7 +32,7 @@ def over_checkpoints(job: Job, folder: Path, prompt: str = "") -> Closing:
     from ...train.snapshot import checkpoint_steps, transcoder_at
 
     part = start("eval", [f"run={folder}", *(word for word in job.later if word.startswith("eval."))])
-    part.process = job.process  # the others are not asked again: they may have ended
+    part.process = job.process  # the others are not asked: they may have ended
     part.progress = job.progress
     last = open_replacement(part, folder)
     settings = part.section("eval")

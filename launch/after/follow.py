@@ -45,7 +45,7 @@ def follow(job: Job, folder: Path, leave_out: Sequence[str] = ()) -> Closing:
             part = start(verb, words)
             part.progress = job.progress
             if verb in ALONE:
-                part.process = job.process  # the others are not asked again: they may have ended
+                part.process = job.process  # the others are not asked: they may have ended
             if is_done(verb, part, folder):
                 closing = Closing(f"{verb}: done already")
             else:
