@@ -150,14 +150,15 @@ def scaling(count: int) -> list[dict[str, Any]]:
         for mesh in ((count, 1, "auto"), (1, count, "reconstructions"), (1, count, "actives")):
             found = child(["--steps-of", size, *map(str, mesh)], count)
             plan = make_plan(shape, transcoder, trainer, ParallelSettings(*mesh), machine)
-            sent = {name: found["sent"].get(NAMES[name], 0.0) for name in plan.sent}
+            planned = {name: size for name, size in plan.sent.items() if name in NAMES}  # no rows are read here
+            sent = {name: found["sent"].get(NAMES[name], 0.0) for name in planned}
             lines.append(
                 {
                     "transcoder": size, "L": shape.n_layers, "D": shape.d_model, "F": transcoder.features, "B": batch,
                     "data": mesh[0], "features": mesh[1], **({"exchange": mesh[2]} if mesh[1] > 1 else {}),
                     "one_s": one, "mesh_s": found["seconds"], "efficiency": one / (count * found["seconds"]),
                     **{f"sent_{name}": value for name, value in sent.items()},
-                    **{f"planned_{name}": value for name, value in plan.sent.items()},
+                    **{f"planned_{name}": value for name, value in planned.items()},
                     "sent_in_all": sum(found["sent"].values()), "planned_to_leave_a_rank": plan.moved,
                 }
             )  # fmt: skip
