@@ -344,15 +344,18 @@ class TrainerSettings:
 
     def rate_scale(self) -> float:
         """`lr_scale`, or what suits so many steps: measured in docs/training.md, "Learning rate and length"."""
-        if self.lr_scale is not None or self.lr_schedule == "constant":
-            return self.lr_scale or 1.0
+        if self.lr_scale is not None:
+            return self.lr_scale
+        if self.lr_schedule == "constant":
+            return 1.0
         return min(_SHORT_SCALE, max(1.0, _SHORT_SCALE * _SHORT_STEPS / self.steps))
 
     def tokens_to_die(self) -> int:
         """`dead_after`, or what suits so many tokens."""
-        if self.dead_after is not None or self.lr_schedule == "constant":
-            return _DEAD_AFTER[1] if self.dead_after is None else self.dead_after
-        return min(_DEAD_AFTER[1], max(_DEAD_AFTER[0], self.steps * self.batch // 20))
+        if self.dead_after is not None:
+            return self.dead_after
+        least, most = _DEAD_AFTER
+        return most if self.lr_schedule == "constant" else min(most, max(least, self.steps * self.batch // 20))
 
     def from_finished(self) -> "TrainerSettings":
         """For a start from a finished transcoder, whose features need not find their places."""

@@ -48,15 +48,7 @@ from .settings import TOPK, TrainerSettings, TranscoderSettings
 from .sparse import Workspace
 from .start import FRESH_SHARE, Neurons, initialise, rows_for, start_from, start_from_neurons
 from .step import look, objective_of, start_again, train_step
-from .transcoder import (
-    Normalisation,
-    Reading,
-    Transcoder,
-    new_part,
-    own_slice,
-    read_chosen,
-    save_whole,
-)
+from .transcoder import Normalisation, Reading, Transcoder, new_part, own_slice, read_chosen, save_whole
 
 # Steps between looks at the densities, which decide whether the sparse step and the auxiliary loss are worth it.
 LOOK_EVERY = 25
