@@ -7,6 +7,7 @@ Where a library is not there, nothing is written.
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_se
 from circuit_tracer.utils import hf_utils
 from safetensors.torch import load_file, save_file
 
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernels want a GPU even where Triton is without one
 NEW = {"device": torch.device("cpu"), "dtype": torch.float32, "lazy_encoder": False, "lazy_decoder": False}
 HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out", "scan": "local"}
 
