@@ -93,6 +93,8 @@ def train(program: str, job: dict[str, Any], out: Path) -> dict[str, float]:
     out.mkdir(parents=True)
     (out / "job.json").write_text(json.dumps(job | {"out": str(out)}))
     variables = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
+    if job["device"] == "cpu":
+        variables["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernels want a GPU wherever Triton is installed
     command = [environment(program), str(HERE / SCRIPTS[program]), str(out / "job.json")]
     with open(out / "log.txt", "w") as log:
         try:
