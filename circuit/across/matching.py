@@ -55,7 +55,7 @@ def match_features(
     other_norms = [{layer: torch.zeros(other.features[places[layer]]) for layer in chosen} for other in others]
     for tokens_T in text:
         with lm.capture((own.settings.read,), own.layers) as found:
-            lm(tokens_T[None].to(lm.device))
+            lm.run(tokens_T[None].to(lm.device))
         for layer, indices in chosen.items():
             x_TD = getattr(found, own.settings.read)[layer][0, 1:]  # the first position is left to the model
             a_TN = own.encode_layer(x_TD.to(own.dtype), places[layer])[:, indices].float()

@@ -252,7 +252,7 @@ def _read(model: LocalModel, prompts: Prompts, names: Sequence[str], progress: P
             for t, concepts in enumerate(held):
                 holds_STC[s, t, [number[name] for name in concepts]] = True
         with model.lm.capture({site, *model.sinks.limits}) as sites:
-            model.lm(tokens_ST)
+            model.lm.run(tokens_ST)
         inputs = getattr(sites, site)
         counted_ST = valid_ST & ~model.masked_positions(tokens_ST, sites=sites)
         last_ST = counted_ST & (valid_ST.cumsum(1) == valid_ST.sum(1, keepdim=True))

@@ -174,7 +174,7 @@ def gather_examples(
     for batch in _batches(sequences, max(transcoder.features)):
         tokens_ST, valid_ST = padded(batch, model.lm.device)
         with model.lm.capture({read, *model.sinks.limits}) as sites:
-            model.lm(tokens_ST)
+            model.lm.run(tokens_ST)
         counted_ST = valid_ST & ~model.masked_positions(tokens_ST, sites=sites)
         number_S = torch.arange(len(texts), len(texts) + len(batch), device=model.lm.device)
         compared = together is not None and not together.full

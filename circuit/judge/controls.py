@@ -68,7 +68,7 @@ def calibrate(
     for batch in batches:
         tokens_BT = batch.tokens_BT.to(lm.device)
         with lm.capture((read, "mlp_out")) as found:
-            lm(tokens_BT)
+            lm.run(tokens_BT)
         free_BT = batch.real_BT.to(lm.device) & ~masked_positions(tokens_BT)
         x_NLD = found.stacked(read)[free_BT]
         y_NLD = found.stacked("mlp_out")[free_BT]

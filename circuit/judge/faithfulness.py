@@ -7,10 +7,10 @@ that it kept for their influence are no random choice. The effects delta solve
     delta_t = - A[t, s] + sum over features f of A[t, f] / a_f * delta_f
 
 since a feature f whose pre-activation moves by delta_f passes on the share delta_f / a_f of its edges, and cannot fall
-below silence. The measured effect comes from a `constrained` intervention: the model frozen up to the feature's own
-layer, live after it, where it also receives what the feature writes there. Attention, MLPs and norms answer to the
-change there, the last norm included; logits are taken before any soft cap, as a graph has them. The effects on logits
-are measured once more with attention frozen everywhere, as it is in the graph: the two say what attention does.
+below silence. The measured effect is what the model itself answers (`steer`), attention, MLPs and norms after the
+feature's own layer, the last norm included; logits are taken before any soft cap, as a graph has them. (A single
+feature changes nothing up to its layer, so this is mode `constrained` too, in one pass for features of all layers.)
+The effects on logits are measured once more with attention frozen, as it is in the graph: the two say what it does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -167,8 +167,8 @@ def _one_prompt(
     pairs: dict[str, list[list[Tensor]]] = {kind: [[], [], []] for kind in KINDS}
     nodes = [graph.nodes[source] for source in sources]
     silenced = [[Intervention(node.layer, node.position, node.index, times=0.0)] for node in nodes]
-    live = rm.intervene_many(graph.tokens, silenced, mode="constrained")
-    frozen = rm.intervene_many(graph.tokens, silenced, mode="constrained", freeze=("attention",))
+    live = rm.intervene_many(graph.tokens, silenced)
+    frozen = rm.intervene_many(graph.tokens, silenced, freeze=("attention",))
     for column, result in enumerate(live):
         for kind, answer in (("to_logits", result), ("to_logits_attention_frozen", frozen[column])):
             _add(pairs[kind], predicted_RS, logit_rows, column, len(sources), _moved(rm, answer, logit_ids))
@@ -191,9 +191,12 @@ def _one_prompt(
 
 def _moved(rm: ReplacementModel, result: InterventionResult, logit_ids: list[tuple[int, int]]) -> Tensor:
     """How far each demeaned logit moved, before any soft cap."""
-    change_TV = (rm.lm.before_softcap(result.logits) - rm.lm.before_softcap(result.clean_logits)).cpu().double()
-    change_TV -= change_TV.mean(-1, keepdim=True)
-    return torch.stack([change_TV[position, token] for token, position in logit_ids])
+    change_V: dict[int, Tensor] = {}
+    for position in {position for _, position in logit_ids}:
+        after, before = (rm.lm.before_softcap(logits[position]) for logits in (result.logits, result.clean_logits))
+        change = (after - before).cpu().double()
+        change_V[position] = change - change.mean()
+    return torch.stack([change_V[position][token] for token, position in logit_ids])
 
 
 def _add(columns: list[list[Tensor]], predicted_RS: Tensor, rows: list[int], source: int, n: int, measured: Tensor):

@@ -151,7 +151,7 @@ def _carried_on(rm: ReplacementModel, tokens_T: Tensor, pushes: Tensor, above: T
             return changed
 
         with lm.overwrite(push), lm.capture(("mlp_out",)) as found:
-            lm(rows)
+            lm.run(rows)
         return [found.mlp_out[layer].float() for layer in layers]
 
     more, less = answers(SMALL), answers(-SMALL)
@@ -172,5 +172,5 @@ def _resid(lm: LanguageModel, tokens_BT: Tensor, *changes: Callable[..., Tensor 
         for change in changes:
             stack.enter_context(lm.overwrite(change))
         found = stack.enter_context(lm.capture(("resid",)))
-        lm(tokens_BT)
+        lm.run(tokens_BT)
     return [found.resid[layer].float() for layer in range(lm.n_layers)]

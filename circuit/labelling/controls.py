@@ -93,7 +93,7 @@ def input_sample(view: View, texts: Sequence[Tensor], rows: int = 4096) -> dict[
     for text in texts:
         tokens_ST = text.long()[None].to(view.lm.device)
         with torch.no_grad(), view.lm.capture({read, *view.sinks.limits}) as sites:
-            view.lm(tokens_ST)
+            view.lm.run(tokens_ST)
         counted_T = ~view.masked_positions(tokens_ST, sites=sites)[0]
         for layer, parts in found.items():
             parts.append(getattr(sites, read)[layer][0][counted_T].float())

@@ -201,7 +201,7 @@ def _fires(
     for done, (text, members) in enumerate(by_text.items()):
         tokens_ST, _ = padded([texts[text]], view.lm.device)
         with view.lm.capture({read, *view.sinks.limits}) as sites:
-            view.lm(tokens_ST)
+            view.lm.run(tokens_ST)
         counted_T = ~view.masked_positions(tokens_ST, sites=sites)[0]
         for layer in layers:
             x_TD = getattr(sites, read)[layer][0].to(transcoder.dtype)

@@ -129,7 +129,7 @@ class LocalModel:
             return masked
         if sites is None:
             with self.lm.capture(rule.limits, rule.layers) as sites:
-                self.lm(tokens)
+                self.lm.run(tokens)
         large = rule.large(rule.norms({site: getattr(sites, site) for site in rule.limits}))
         return masked if large is None else masked | large
 

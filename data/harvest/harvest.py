@@ -174,7 +174,7 @@ class Harvester:
         tokens, candidates = tokens.to(lm.device), candidates.to(lm.device)
         wanted = tuple(dict.fromkeys((*SITES_LOOKED_AT, *self.layout.sites)))
         with torch.inference_mode(), lm.capture(wanted, self.layout.layers) as captured:
-            lm.model.base_model(input_ids=tokens, use_cache=False)
+            lm.run(tokens)
         return {site: getattr(captured, site) for site in wanted}, tokens, candidates
 
     @torch.inference_mode()

@@ -206,6 +206,10 @@ class LanguageModel:
         )
         return outputs.logits
 
+    def run(self, tokens: Tensor) -> None:
+        """A pass without logits, for what hooks find on the way."""
+        self.model.base_model(input_ids=tokens, use_cache=False)
+
     def new_cache(self) -> DynamicCache:
         """An empty KV cache for `__call__`."""
         return DynamicCache(config=self.config)

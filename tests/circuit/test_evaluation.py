@@ -24,6 +24,7 @@ from crosslace.circuit.judge.health import density_histogram, duplicates, warnin
 from crosslace.circuit.judge.perturbation import perturbation_growth
 from crosslace.circuit.judge.prompts import PromptSet, prompt_set
 from crosslace.circuit.model import ReplacementModel
+from crosslace.circuit.replacement import Intervention
 from crosslace.data.errors import SettingsError, UserError
 from crosslace.data.models.language_model import LanguageModel
 from crosslace.train.settings import TranscoderSettings
@@ -316,6 +317,25 @@ def test_with_attention_frozen_effects_are_measured_apart(make_exact_replacement
     assert torch.equal(live.predicted, frozen.predicted) and not torch.allclose(live.measured, frozen.measured)
     off = [compare(e.predicted, e.measured, e.prompt) for e in (live, frozen)]
     assert off[0].pearson is not None and off[1].pearson is not None and off[1].pearson > off[0].pearson
+
+
+@pytest.mark.parametrize("kind", [{"reach": "all"}, {"reach": "1", "skip": True, "activation": "topk", "k": 4}])
+def test_effects_measured_together_are_those_of_constrained_one_by_one(make_replacement, kind):
+    """Features of all layers in one pass of the live model, against each with everything before it frozen."""
+    rm = make_replacement("gemma2", **kind)
+    graph = trace(rm, [3, 0, 17, 9, 28, 4], targets=[1, 8])
+    found = measure_faithfulness(rm, [graph], FaithfulnessPlan(pairs=40, per_prompt=12))
+    sources = torch.randperm(graph.n_features, generator=torch.Generator().manual_seed(0))[:12].tolist()
+    assert len({graph.nodes[source].layer for source in sources}) > 1
+    for kind, freeze in (("to_logits", ()), ("to_logits_attention_frozen", ("attention",))):
+        alone = []
+        for source in sources:
+            node = graph.nodes[source]
+            off = [Intervention(node.layer, node.position, node.index, times=0.0)]
+            result = rm.intervene(graph.tokens, off, "constrained", freeze=freeze)
+            change = rm.lm.before_softcap(result.logits[-1]) - rm.lm.before_softcap(result.clean_logits[-1])
+            alone.append((change - change.mean())[[1, 8]])
+        torch.testing.assert_close(found[kind].measured, torch.cat(alone), rtol=1e-9, atol=1e-12)
 
 
 def test_total_effects_follow_every_path():
