@@ -2,7 +2,7 @@
 
     python -m benchmarks.large_rows restarts --model world,stdlib,sandwich,sandwich-sinks --seeds 3 --out rows.jsonl
     python -m benchmarks.large_rows reads --model world,stdlib,sandwich --out rows.jsonl
-    python -m benchmarks.large_rows restarts --model smollm2 --store PATH --out rows.jsonl
+    python -m benchmarks.large_rows restarts --model smollm2 --store PATH --layers 3,11,19,28 --out rows.jsonl
     python -m benchmarks.large_rows table --out rows.jsonl
     python -m benchmarks.large_rows picture --model smollm2,sandwich-untrained --store PATH
 
@@ -121,14 +121,14 @@ def prepare(name: str, store: str | None) -> tuple[LanguageModel, Corpus, list[A
 
 def measure(
     name: str, bench: tuple[LanguageModel, Corpus, list[ActivationStore]], read: str, options: dict[str, Any],
-    seed: int, graphs: bool, tokens: int,
+    seed: int, graphs: bool, tokens: int, layers: list[int] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train one transcoder and evaluate it."""
     lm, corpus, stores = bench
     shape, steps = SHAPES[name.removesuffix("-sinks")]
-    shape, settings = replace(shape, read=read), replace(TRAINER, seed=seed, steps=steps, **options)
+    shape, settings = replace(shape, read=read, layers=layers), replace(TRAINER, seed=seed, steps=steps, **options)
     with tempfile.TemporaryDirectory() as folder:
-        neurons = model_neurons(lm, stores[0], None, read)
+        neurons = model_neurons(lm, stores[0], layers, read)
         meta = {"masked": stores[0].attributes["masked"]}
         result = train(settings, shape, *stores, run_dir=folder, neurons=neurons, meta=meta)
         transcoder = Transcoder.load(Path(folder) / "transcoder")
@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("what", choices=["restarts", "reads", "table", "picture"])
     parser.add_argument("--model", default="world,stdlib,sandwich,sandwich-sinks")
     parser.add_argument("--store", help="a store that was cached before")
+    parser.add_argument("--layers", help="3,11,19, say; all of the store's where not given")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=6000, help="held-out tokens for KL")
     parser.add_argument("--out", default="rows.jsonl", help="a file of JSON lines, added to")
@@ -203,6 +204,7 @@ def main() -> None:
     if options.what == "picture":
         return picture(options.model.split(","), options.store)
     done = {(row["what"], row["model"], row["variant"], row["seed"]) for row in rows}
+    layers = [int(layer) for layer in options.layers.split(",")] if options.layers else None
     cases = RESTARTS if options.what == "restarts" else {"resid": {}, "mlp_in": {}}
     for name in options.model.split(","):
         bench = None
@@ -213,7 +215,7 @@ def main() -> None:
                 bench = bench or prepare(name, options.store)
                 read = variant if options.what == "reads" else "mlp_in"
                 row = {"what": options.what, "model": name, "variant": variant, "seed": seed}
-                row |= measure(name, bench, read, changes, seed, options.what == "reads", options.tokens)
+                row |= measure(name, bench, read, changes, seed, options.what == "reads", options.tokens, layers)
                 with out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)

@@ -21,6 +21,7 @@ LAM, LAM_TARGET = 1e-3, 0.1
 # Trainings up to so many steps take so many times the published rate, which is meant for long ones.
 _SHORT_STEPS, _SHORT_SCALE = 4000, 6.0
 _DEAD_AFTER = 10_000, 1_000_000
+_K_SHARE = 0.35
 
 # Below this, a bandwidth belongs to activations of unit norm, not to E|x|^2 = D.
 _LEAST_BANDWIDTH = 0.05
@@ -203,9 +204,9 @@ class TrainerSettings:
     """topk, batchtopk: k at the start of the run; ten times the final k where not given, at most a quarter of the
     features."""
 
-    k_share: float = 0.35
+    k_share: float | None = None
     """topk, batchtopk: share of the run over which k falls from k_first to its final value; 0 starts with the final
-    one."""
+    one. Not given, 0.35 where the training begins with the model's neurons or k_first is given, else 0."""
 
     sparsity: str = "auto"
     """relu, jumprelu: the penalty, tanh, l1, l0, or target (quadratic in L0 around target_l0, for jumprelu); auto is
@@ -303,8 +304,9 @@ class TrainerSettings:
             "aux_weight",
         ):
             check_range(f"trainer.{name}", getattr(self, name), low=0)
-        for name in ("lr_warmup", "lr_decay", "k_share", "lam_share", "resample_until"):
+        for name in ("lr_warmup", "lr_decay", "lam_share", "resample_until"):
             check_range(f"trainer.{name}", getattr(self, name), low=0, high=1)
+        check_range("trainer.k_share", self.falling_share(), low=0, high=1)
         for name in ("eval_tokens", "calibrate_tokens", "prefetch"):
             check_range(f"trainer.{name}", getattr(self, name), low=1)
         check_range("trainer.dead_after", self.tokens_to_die(), low=1)
@@ -357,10 +359,16 @@ class TrainerSettings:
         least, most = _DEAD_AFTER
         return most if self.lr_schedule == "constant" else min(most, max(least, self.steps * self.batch // 20))
 
-    def from_finished(self) -> "TrainerSettings":
-        """For a start from a finished transcoder, whose features need not find their places."""
-        k_share = self.k_share if self.k_first is not None else 0.0
-        return replace(self, k_share=k_share, lr_scale=self.lr_scale or 1.0)
+    def begun_with(self, finished: bool, neurons: bool) -> "TrainerSettings":
+        """What is not given and goes by the start. The features of a finished transcoder need not find their places,
+        and fresh ones learn more with the final k (docs/training.md, "Dead features")."""
+        falls = self.k_first is not None or (not finished and (neurons or self.k_share is not None))
+        lr_scale = self.lr_scale or 1.0 if finished else self.lr_scale
+        return replace(self, k_share=self.falling_share() if falls else 0.0, lr_scale=lr_scale)
+
+    def falling_share(self) -> float:
+        """`k_share`, or what suits a start from neurons."""
+        return _K_SHARE if self.k_share is None else self.k_share
 
     def penalty(self) -> str:
         """The sparsity penalty that `auto` stands for."""
@@ -373,7 +381,7 @@ class TrainerSettings:
 
     def first_k(self, k: float, features: int) -> float:
         """topk kinds: where the annealing of k starts, in a layer of so many features."""
-        if self.k_share == 0:
+        if self.falling_share() == 0:
             return k
         return max(k, self.k_first or min(10 * k, features / 4))
 

@@ -52,7 +52,8 @@ def step_inputs(parts: StepParts) -> StepInputs:
     targets = parts.targets or [float(k) for k in transcoder.settings.ks(transcoder.n_layers)]
     sizes = [size * parts.comm.feature_ranks for size in transcoder.features]
     firsts = [settings.first_k(target, size) for target, size in zip(targets, sizes, strict=True)]
-    k = [annealed_k(step, settings.steps, *pair, settings.k_share) for pair in zip(targets, firsts, strict=True)]
+    share = settings.falling_share()
+    k = [annealed_k(step, settings.steps, *pair, share) for pair in zip(targets, firsts, strict=True)]
     rising = ramp(step, settings.steps, 1.0, settings.lam_share)
     # A steered coefficient is the controller's: a ramp would work against it.
     if parts.target_l0 is not None and steered(parts):

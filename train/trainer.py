@@ -95,7 +95,7 @@ class Trainer:
         behaviour: Callable[[Transcoder], dict[str, float]] | None = None,
     ) -> None:
         # Settings.
-        settings = settings if init is None else settings.from_finished()
+        settings = settings.begun_with(finished=init is not None, neurons=neurons is not None)
         transcoder_settings = read_chosen(transcoder_settings, store, init and init.settings.read)
         self.settings, self.transcoder_settings, self.comm = settings, transcoder_settings, comm
         self.device = torch.device(device) if device is not None else find_device(settings.device, "trainer.device")

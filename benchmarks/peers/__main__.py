@@ -63,6 +63,8 @@ RECIPES: list[tuple[str, str, dict[str, Any]]] = [
     ("llamascopium", "grid: PLT, rate x12", {"kind": "plt", "lr": 5e-3, "warmup": 0.07, "first_k": 2}),
     ("llamascopium", "grid: PLT from the MLP, rate x5",
      {"kind": "plt", "lr": 2e-3, "warmup": 0.07, "first_k": 2, "start": "mlp"}),
+    ("llamascopium", "grid: PLT from the MLP, rate x12",
+     {"kind": "plt", "lr": 5e-3, "warmup": 0.07, "first_k": 2, "start": "mlp"}),
     ("llamascopium", "CLT default, warm-up 7%", {"kind": "clt", "warmup": 0.07}),
     ("llamascopium", "grid: CLT, rate x5", {"kind": "clt", "lr": 2e-3, "warmup": 0.07, "first_k": 2}),
     ("llamascopium", "grid: CLT, rate x12", {"kind": "clt", "lr": 5e-3, "warmup": 0.07, "first_k": 2}),
@@ -251,7 +253,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="world", help="world, stdlib, or a model as `crosslace` takes it")
     parser.add_argument("--dataset", default="", help="of a model that is not bundled")
     parser.add_argument("--store", default="stores/peers-world", help="made where it is missing")
-    parser.add_argument("--layers", default="", help="of a store that is made: 3,11,19; all where not given")
+    parser.add_argument("--layers", default="", help="3,11,19, say; all of the store's where not given")
     parser.add_argument("--rows", default="200K", help="of the store; read again where training is longer")
     parser.add_argument("--steps", default="200,800", help="lengths of training")
     parser.add_argument("--batch", type=int, default=512)

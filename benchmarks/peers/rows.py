@@ -29,6 +29,8 @@ def prepare(model: str, dataset: str, rows: str, path: Path, layers: list[int] |
     if not is_complete(path):
         harvest(lm, corpus, HarvestSettings(path=str(path), tokens=rows, held_out="16K", layers=layers))
     train, held_out = (ActivationStore.open(path, split=split) for split in ("train", "held_out"))
+    if layers:
+        train, held_out = (store.select(layers, store.sites) for store in (train, held_out))
     return Bench(model, lm, corpus, train, held_out)
 
 

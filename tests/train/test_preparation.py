@@ -14,6 +14,7 @@ from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.start.initialisation import initialise, quantile_bias
 from crosslace.train.start.neurons import Neurons
 from crosslace.train.start.warmstart import start_from, start_from_neurons
+from crosslace.train.trainer import Trainer
 from crosslace.train.transcoder.normalisation import Normalisation, normalisation_of
 from crosslace.train.transcoder.transcoder import Transcoder
 
@@ -56,6 +57,20 @@ def test_rate_and_patience_go_by_the_length_of_the_training():
 
     assert (patience(steps=10), patience(steps=1000), patience(steps=10**6)) == (10_000, 50_000, 10**6)
     assert patience(steps=10, dead_after=77) == 77 and patience(steps=10, lr_schedule="constant") == 10**6
+
+
+def test_k_falls_where_a_training_begins_with_neurons(planted, tmp_path):
+    def share(finished=False, neurons=False, **given):
+        return TrainerSettings(**given).begun_with(finished, neurons).k_share
+
+    assert (share(neurons=True), share(), share(k_first=40)) == (0.35, 0.0, 0.35)
+    assert share(k_share=0.2) == share(neurons=True, k_share=0.2) == 0.2 and share(neurons=True, k_share=0.0) == 0.0
+    assert share(finished=True) == share(finished=True, k_share=0.2) == 0.0
+    assert share(finished=True, k_first=40, k_share=0.2) == 0.2
+    for begin, expected in (({}, 0.0), ({"neurons": iter(())}, 0.35)):
+        rows = planted.train, planted.held_out
+        trainer = Trainer(TrainerSettings(batch=64), TranscoderSettings(features=32, k=4), *rows, tmp_path, **begin)
+        assert trainer.parts.settings.k_share == expected
 
 
 def test_normalised_rows_have_square_d(planted):

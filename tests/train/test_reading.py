@@ -34,7 +34,11 @@ def test_the_input_is_the_models_own_in_every_family(family):
     assert read_chosen(TranscoderSettings(), store).read == ("resid" if family.startswith("olmo") else "mlp_in")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+QUICK = ("gpt2", "gemma2")
+OTHERS = [family for family in TINY_FAMILIES if family not in QUICK and not family.startswith("olmo")]
+
+
+@pytest.mark.parametrize("family", [*QUICK, *(pytest.param(family, marks=pytest.mark.slow) for family in OTHERS)])
 def test_a_transcoder_reads_after_the_norm_from_a_store_of_resid(family, tmp_path):
     """Rows that are formed train as rows that are stored do, and what comes of it reads the model's own site."""
     lm = make_tiny(family, torch.float32)

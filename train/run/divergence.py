@@ -37,7 +37,7 @@ class Guard:
         self.records, self.token_name = records, token_name
         # while k falls, the error rises for that reason
         topk_kind = parts.transcoder.settings.activation in TOPK
-        self.settled_at = self.settings.k_share * self.settings.steps if topk_kind else 0
+        self.settled_at = self.settings.falling_share() * self.settings.steps if topk_kind else 0
         self.said: list[str] = []
         self.batch: Batch | None = None
         """The last rows that were trained on."""
