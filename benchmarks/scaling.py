@@ -7,6 +7,7 @@
 Where features are shared, both exchanges are measured (`parallel.exchange`).
 
 efficiency      seconds of a step on one process / (processes x seconds on a mesh), the same batch in all; a thread each
+ceiling         the same where the processes of the mesh do their parts side by side and exchange nothing
 sent, planned   bytes that a rank hands to collectives in a step, counted where they are sent, and by `train.plan`
 peak, planned   memory of a run of three steps, checkpoint and export included, beyond what its process had before
 
@@ -29,7 +30,7 @@ from crosslace.data.layout.layout import StoreLayout
 from crosslace.data.store.store import ActivationStore
 from crosslace.data.store.writer import write_store
 from crosslace.train.loss.state import Counters, RunningState
-from crosslace.train.parallel.collectives import Collectives
+from crosslace.train.parallel.collectives import Collectives, SingleProcess
 from crosslace.train.parallel.mesh import MeshCollectives, ParallelSettings, processes
 from crosslace.train.planning.plan import MachineSettings, Shape, make_plan
 from crosslace.train.run.optimizers import Optimizers
@@ -73,12 +74,23 @@ def step_parts(shape: Shape, transcoder: TranscoderSettings, trainer: TrainerSet
     )  # fmt: skip
 
 
-def measure_steps(size: str, mesh: ParallelSettings) -> None:
+class Unheard(SingleProcess):
+    """A rank of a mesh that does its part and exchanges nothing: what is left is the processes' own work."""
+
+    def __init__(self, comm: Collectives) -> None:
+        self.data_rank, self.data_ranks = comm.data_rank, comm.data_ranks
+        self.feature_rank, self.feature_ranks = comm.feature_rank, comm.feature_ranks
+
+    def top_threshold(self, values: torch.Tensor, count: int) -> torch.Tensor:
+        return super().top_threshold(values, count // (self.data_ranks * self.feature_ranks))
+
+
+def measure_steps(size: str, mesh: ParallelSettings, exchanges: bool = True) -> None:
     """In each process: seconds of a step and bytes sent, printed by the first."""
     shape, transcoder, batch = SIZES[size]
     trainer = steady(batch)
     with processes(mesh, find_device("auto")) as comm:
-        parts = step_parts(shape, transcoder, trainer, comm)
+        parts = step_parts(shape, transcoder, trainer, comm if exchanges else Unheard(comm))
         parts.counters.use_aux = False
         random = torch.Generator().manual_seed(comm.data_rank)
         x = torch.randn(batch // comm.data_ranks, shape.n_layers, shape.d_model, generator=random).to(
@@ -149,6 +161,7 @@ def scaling(count: int) -> list[dict[str, Any]]:
         trainer = steady(batch)
         for mesh in ((count, 1, "auto"), (1, count, "reconstructions"), (1, count, "actives")):
             found = child(["--steps-of", size, *map(str, mesh)], count)
+            unheard = child(["--steps-of", size, *map(str, mesh[:2]), "none"], count)["seconds"]
             plan = make_plan(shape, transcoder, trainer, ParallelSettings(*mesh), machine)
             planned = {name: size for name, size in plan.sent.items() if name in NAMES}  # no rows are read here
             sent = {name: found["sent"].get(NAMES[name], 0.0) for name in planned}
@@ -157,6 +170,7 @@ def scaling(count: int) -> list[dict[str, Any]]:
                     "transcoder": size, "L": shape.n_layers, "D": shape.d_model, "F": transcoder.features, "B": batch,
                     "data": mesh[0], "features": mesh[1], **({"exchange": mesh[2]} if mesh[1] > 1 else {}),
                     "one_s": one, "mesh_s": found["seconds"], "efficiency": one / (count * found["seconds"]),
+                    "ceiling": one / (count * unheard),
                     **{f"sent_{name}": value for name, value in sent.items()},
                     **{f"planned_{name}": value for name, value in planned.items()},
                     "sent_in_all": sum(found["sent"].values()), "planned_to_leave_a_rank": plan.moved,
@@ -198,7 +212,8 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.steps_of:
         size, data, features, exchange = asked.steps_of
-        measure_steps(size, ParallelSettings(int(data), int(features), exchange))
+        exchanges = exchange != "none"
+        measure_steps(size, ParallelSettings(int(data), int(features), exchange if exchanges else "auto"), exchanges)
     elif asked.memory_of:
         measure_memory(asked.memory_of)
     else:

@@ -100,9 +100,8 @@ class StoreWriter:
             return
         whole = {"identity": self.identity, "tokens": self.stages, "complete": False} | self.layout.to_attributes()
         self._say({"format": FORMAT, "version": VERSION} | self.facts | held | whole)
-        for split, stages in self.stages.items():
-            found = self.place.read(self._before_name(split)) if len(stages) > 1 else None
-            if found is not None:
+        for split in self.stages:
+            if (found := self.place.read(self._before_name(split))) is not None:
                 self._before[split] = read_record(self.layout, found)
 
     def _said(self) -> dict[str, Any]:
@@ -162,11 +161,12 @@ class StoreWriter:
                 scales = {site: np.asarray(group[f"{site}_channel_scale"][...]).tolist() for site in self.layout.sites}
             sample = held.get("sample", {}) | {"channel_scale": scales}
             self.place.create(f"{PROGRESS}/sample.json", json.dumps(sample, indent=1, sort_keys=True).encode())
-        for split, rows in grows.items():
-            self.complete = False
-            self.stages.setdefault(split, []).append(rows)
-            if len(self.stages[split]) > 1:
+            there = list(self.stages)
+            for split, rows in grows.items():
+                self.stages.setdefault(split, []).append(rows)
+            for split in there:
                 self.place.create(self._before_name(split), self._record_of_all(split))
+            self.complete = False
 
     def _begun(self) -> bool:
         """A window has been finished."""
@@ -222,9 +222,11 @@ class StoreWriter:
 
     def done(self, split: str, window: int) -> bool:
         """All shards of this window are in place."""
-        before = self._before.get(split)
-        earlier = sum(len(stage) for stage in self.sizes(split)[:-1])
-        return (before is not None and window < earlier) or self.place.read(_record_name(split, window)) is not None
+        return window < self._earlier(split) or self.place.read(_record_name(split, window)) is not None
+
+    def _earlier(self, split: str) -> int:
+        """How many windows were in place before the store was asked to grow."""
+        return len(self._before[split][0]["windows"]) if split in self._before else 0
 
     def window(self, split: str, window: int, rows: int) -> Window:
         """An empty window of at most `rows` rows, in memory if two of them fit."""
@@ -282,14 +284,15 @@ class StoreWriter:
     def _finish(self, windows: dict[str, int], attributes: dict[str, Any]) -> bool:
         records = {}
         for split, count in windows.items():
-            earlier = sum(len(stage) for stage in self.sizes(split)[:-1]) if split in self._before else 0
+            earlier = self._earlier(split)
             found = [self.place.read(_record_name(split, window)) for window in range(earlier, count)]
             records[split] = [read_record(self.layout, data) for data in found if data is not None]
             if len(records[split]) < len(found):
                 # another process may have closed the store and removed the records since
                 return bool(self._said().get("complete"))
         for split, found in records.items():
-            self._close(split, found)
+            if found or split not in self._before:
+                self._close(split, found)
         self._say(self._said() | attributes | {"complete": True})
         self._tidy()
         return True
