@@ -59,13 +59,14 @@ bench: $(VENV)/.tools  ## the benchmarks, one after another, as tables
 	@for file in benchmarks/*.py; do name=$$(basename $$file .py); \
 	  case $$name in _*) ;; *) echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1;; esac; done
 
-gpu: $(VENV)/.ready  ## on a machine with a GPU: every test, the demonstration and the benchmarks; figures in gpu.jsonl
+gpu: $(VENV)/.tools smollm2  ## on a machine with a GPU: the demonstration, the benchmarks, then every test; figures in gpu.jsonl
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "no GPU that torch can see"; print(torch.cuda.get_device_name())'
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not interop"
 	$(BIN)/crosslace demo run=$(RUN)-gpu
+	@$(BIN)/python -c 'import json, torch; print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__}))' > gpu.jsonl
 	@for name in train_step store attribution scaling; do echo "== $$name"; \
-	  $(BIN)/python -m benchmarks.$$name --json | tee -a gpu.jsonl || exit 1; done
+	  $(BIN)/python -m benchmarks.$$name --json >> gpu.jsonl || exit 1; done; cat gpu.jsonl
 	$(BIN)/python -m benchmarks.peers --gpu --out gpu-peers.jsonl --chart gpu-peers.svg
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not interop"
 
 clean:  ## remove the environment and what tools left; runs and stores stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

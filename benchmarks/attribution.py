@@ -14,6 +14,7 @@ its libraries included, `loaded` what it took with model and transcoder loaded, 
 tracing, scores and pruning take. A developer's environment holds packages that PyTorch and transformers import where
 they find them (triton and scipy, 0.1 GB); to compare two programs that are installed alike, `--ours` names the
 interpreter of an environment that holds Crosslace and what it needs (`pip install -e .`), as circuit-tracer's does.
+Ours runs on a GPU where there is one, and its memory is then the GPU's.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from crosslace.circuit.formats.circuit_tracer import export_circuit_tracer
 from crosslace.circuit.model import ReplacementModel
+from crosslace.data.device import find_device
 from crosslace.data.models.language_model import LanguageModel
 from crosslace.train.settings import TranscoderSettings
 from crosslace.train.transcoder.transcoder import Transcoder
@@ -106,19 +108,21 @@ def measure(folder: Path, edges: Path | None, fields: dict[str, Any]) -> dict[st
     """Ours, in this process; `fields` are settings of the trace."""
     from transformers import LlamaForCausalLM
 
-    lm = LanguageModel(LlamaForCausalLM.from_pretrained(folder / "model"))
-    replacement = ReplacementModel(lm, Transcoder.load(folder / "ours", lazy_decoders=True))
+    device = find_device("auto")
+    model = torch.nn.Module.to(LlamaForCausalLM.from_pretrained(folder / "model"), device)
+    replacement = ReplacementModel(LanguageModel(model), Transcoder.load(folder / "ours", device, lazy_decoders=True))
     prompt = load_file(folder / "prompt.safetensors")["tokens"]
-    loaded = memory("VmRSS")
+    loaded = memory("VmRSS", device)
     replacement.trace(prompt[: min(WARM_UP, len(prompt) // 2)], **fields).prune()
-    started, cpu = time.perf_counter(), time.process_time()
+    started, cpu = clock(device), time.process_time()
     graph = replacement.trace(prompt, **fields)
-    traced = time.perf_counter()
+    traced = clock(device)
     scores = graph.scores()
     graph.prune().scores()
-    seconds = time.perf_counter() - started
-    peak = memory("VmHWM")
+    seconds = clock(device) - started
+    peak = memory("VmHWM", device)
     found = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "features": graph.accounting["active_features"],
         "seconds": seconds,
         "cpu_seconds": time.process_time() - cpu,
@@ -140,12 +144,25 @@ def comparable(graph: Any) -> dict[str, Tensor]:
     kept = ~nodes.mask("bias") & ~(nodes.mask("error", "kept") & (nodes.position == 0))
     features = nodes.mask("feature")
     places = torch.stack([nodes.layer[features], nodes.position[features], nodes.index[features]], 1)
-    return {"edges": graph.rows[:, kept].contiguous(), "features": places, "logits": nodes.index[nodes.mask("logit")]}
+    return {
+        "edges": graph.rows[:, kept].cpu().contiguous(),
+        "features": places,
+        "logits": nodes.index[nodes.mask("logit")],
+    }
 
 
-def memory(entry: str) -> float:
-    """MiB of this process, by its entry in Linux's status: VmRSS now, VmHWM at its highest. (`getrusage` would give
-    that of the process which started it, where that was larger.)"""
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory(entry: str, device: torch.device) -> float:
+    """MiB of this process, by its entry in Linux's status: VmRSS now, VmHWM at its highest; on a GPU, of what it holds
+    there. (`getrusage` would give that of the process which started it, where that was larger.)"""
+    if device.type == "cuda":
+        return (torch.cuda.memory_allocated() if entry == "VmRSS" else torch.cuda.max_memory_allocated()) / 2**20
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 1024
 

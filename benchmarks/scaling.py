@@ -11,7 +11,7 @@ ceiling         the same where the processes of the mesh do their parts side by 
 sent, planned   bytes that a rank hands to collectives in a step, counted where they are sent, and by `train.plan`
 peak, planned   memory of a run of three steps, checkpoint and export included, beyond what its process had before
 
-With GPUs, as many as there are take part, and the meshes are of that many.
+With GPUs, as many as there are take part, and the meshes are of that many; one GPU alone has nothing to scale over.
 """
 
 import argparse
@@ -44,6 +44,7 @@ STEPS, WARM = 6, 2
 SIZES = {
     "clt": (Shape(6, 256, 10**6, 4), TranscoderSettings(features=4096, k=16), 2048),
     "plt": (Shape(6, 256, 10**6, 4), TranscoderSettings(features=8192, k=16, reach="1"), 2048),
+    "clt, four times the batch": (Shape(6, 256, 10**6, 4), TranscoderSettings(features=4096, k=16), 8192),
 }
 MEMORY = {
     "clt batchtopk 6 x 256 x 8192": (6, 256, TranscoderSettings(features=8192), 1024),
@@ -98,16 +99,23 @@ def measure_steps(size: str, mesh: ParallelSettings, exchanges: bool = True) -> 
         )
         seconds = []
         for number in range(STEPS + WARM):
-            comm.barrier()
+            wait_for_all(comm)
             begun = time.perf_counter()
             train_step(parts, x, x.flip(-1))
-            comm.barrier()
+            wait_for_all(comm)
             seconds.append(time.perf_counter() - begun)
             if number == WARM - 1 and isinstance(comm, MeshCollectives):
                 comm.sent.clear()
         sent = {name: size / STEPS for name, size in getattr(comm, "sent", {}).items()}
         if comm.is_main:
             print(json.dumps({"seconds": sorted(seconds[WARM:])[STEPS // 2], "sent": sent}))
+
+
+def wait_for_all(comm: Collectives) -> None:
+    """The devices of all processes have done what they were given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    comm.barrier()
 
 
 def steady(batch: int) -> TrainerSettings:
@@ -216,6 +224,8 @@ def main() -> None:
         measure_steps(size, ParallelSettings(int(data), int(features), exchange if exchanges else "auto"), exchanges)
     elif asked.memory_of:
         measure_memory(asked.memory_of)
+    elif torch.cuda.device_count() == 1 and not asked.memory:
+        print("one GPU: there is nothing to scale over", file=sys.stderr)
     else:
         lines = memory() if asked.memory else scaling(max(2, torch.cuda.device_count()))
         for line in lines:

@@ -20,6 +20,7 @@ import platform
 import pstats
 import resource
 import statistics
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,11 +207,11 @@ def encoder_seconds(case: Case) -> float:
     return min(seconds)
 
 
-def compare(case: Case) -> dict[str, Any]:
-    """One line of the output; null where the dense step does not fit into the device."""
+def compare(case: Case) -> dict[str, Any] | None:
+    """One line of the output; null where the dense step does not fit into the device, None where neither does."""
     sparse, dense = _in_process(case, True), _in_process(case, False)
     if sparse is None:
-        raise SystemExit(f"{case} does not fit into this device's memory")
+        return None
     s = case.shape
     line = {
         "transcoder": case.transcoder, "activation": case.activation, "L": s.L, "D": s.D, "F": s.F, "B": s.B,
@@ -274,7 +275,9 @@ def main() -> None:
                 if options.profile:
                     measure(replace(case, profile=True), sparse=True)
                     continue
-                line = compare(case)
+                if (line := compare(case)) is None:
+                    print(f"{case} does not fit into this device's memory", file=sys.stderr)
+                    continue
                 print(json.dumps(line) if options.json else summary(name, line), flush=True)
 
 

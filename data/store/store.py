@@ -67,10 +67,6 @@ class ActivationStore:
         )
 
     @property
-    def n_rows(self) -> int:
-        return self.source.rows
-
-    @property
     def n_layers(self) -> int:
         return len(self.layers)
 

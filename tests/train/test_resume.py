@@ -86,7 +86,9 @@ def test_ctrl_c_and_a_full_disk(work, tmp_path):
     quiet = trainer | {"log_every": 40, "eval_every": 0}
     for settings, message in ((quiet, "the checkpoint of step 21 could not"), (trainer, "could not be written")):
         full = work(broken, transcoder, settings, kill_at=19, fill_disk=True)
-        assert full.returncode == 1 and message in full.said and "goes on" in full.said, full.said
-        assert not list((broken / "checkpoints").glob(".step-*"))
+        assert full.returncode == 1 and message in full.said and "goes on from " in full.said, full.said
+        assert not list((broken / "checkpoints").glob(".step-*")) and list((broken / "checkpoints").glob("step-*"))
+    full = work(tmp_path / "new", transcoder, quiet, kill_at=5, fill_disk=True)
+    assert full.returncode == 1 and "begins anew: there is no earlier one" in full.said, full.said
     assert work(broken, transcoder, trainer).returncode == 0
     assert same(weights(whole), weights(broken))

@@ -91,9 +91,11 @@ class Checkpoints:
                 self._seal(aside, final, step, state, dict(zip(names, sums, strict=True)))
         except (OSError, CheckpointException, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
+            before = next((path.name[5:] for path in self.paths() if path.name != final.name), None)
             raise UserError(
                 f"the checkpoint of step {step} could not be written to {self.folder} ({_reason(error)}); make room "
-                "and run the same command again, it goes on from the newest checkpoint"
+                "and run the same command again, it "
+                + ("begins anew: there is no earlier one" if before is None else f"goes on from step {before}")
             ) from error
         self.comm.barrier(files=True)
         if self.comm.is_main:
