@@ -130,19 +130,6 @@ def test_any_number_of_processes_writes_the_same_store(lm, tmp_path):
     assert not list((tmp_path / "one").rglob(".*"))
 
 
-def test_held_out_rows_stay_as_they_are_when_a_store_grows(lm, tmp_path):
-    def held_out() -> dict[Path, tuple[int, int]]:
-        found = (file for file in (tmp_path / "s" / "held_out").rglob("*") if file.is_file())
-        return {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in found}
-
-    assert harvest(lm, RandomText(), to(tmp_path / "s", tokens="4000", held_out="450"))
-    before = held_out()
-    assert harvest(lm, RandomText(), to(tmp_path / "s", held_out="450")) and held_out() == before
-    assert len(ActivationStore.open(tmp_path / "s")) == 9000
-    assert harvest(lm, RandomText(), to(tmp_path / "s", held_out="900")) and held_out() != before
-    assert len(ActivationStore.open(tmp_path / "s", "held_out")) == 900
-
-
 def test_corpus_that_ends_early_and_corpus_without_text(lm, tmp_path):
     assert harvest(lm, RandomText(150), to(tmp_path / "s"))
     rows = sum(len(s.tokens) - 1 for s in RandomText(150).sequences())

@@ -110,20 +110,22 @@ def test_a_copy_that_was_compressed_gives_the_same_batches(tmp_path, dtype):
         assert torch.equal(again.token, batch.token)
 
 
-def fill(writer: StoreWriter, content: dict[str, torch.Tensor], wanted: int | None = None) -> dict[str, int]:
-    """The train split of a store, window by window; the last window of `wanted` rows comes short."""
+def fill(
+    writer: StoreWriter, content: dict[str, torch.Tensor], wanted: int | None = None, split: str = "train"
+) -> dict[str, int]:
+    """A split of a store, window by window; the first window comes short where `wanted` says its rows."""
     begin = 0
-    sizes = [size for stage in writer.sizes("train") for size in stage]
+    sizes = [size for stage in writer.sizes(split) for size in stage]
     for number, size in enumerate(sizes):
-        if not writer.done("train", number):
-            window = writer.window("train", number, size)
+        if not writer.done(split, number):
+            window = writer.window(split, number, size)
             count = size if wanted is None or number else wanted
             part = {site: x[begin : begin + count] for site, x in content.items()}
             where = torch.arange(begin, begin + count)
             window.append(part, dict.fromkeys(("token", "position", "document"), where))
-            writer.write("train", number, window)
+            writer.write(split, number, window)
         begin += size
-    return {"train": len(sizes)}
+    return {split: len(sizes)}
 
 
 def test_a_short_window_is_no_error(tmp_path):
@@ -162,6 +164,26 @@ def test_a_whole_store_grows(tmp_path):
     assert sorted(seen.tolist()) == list(range(900))
     torch.testing.assert_close(store.statistics.mean["resid"], content["resid"].mean(0), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(store.statistics.mean_square["resid"], content["resid"].square().sum(-1).mean(0))
+
+
+def test_held_out_rows_stay_as_they_are_when_a_store_grows(tmp_path):
+    path, content = tmp_path / "s", rows(900)
+
+    def write(held_out: int, train: int) -> None:
+        asked = {"train": train, "held_out": held_out}
+        with StoreWriter(path, layout(), {"seed": 0}, asked, 256) as writer:
+            assert writer.finish(fill(writer, content) | fill(writer, content, split="held_out"), {})
+
+    def files() -> list[tuple[int, int]]:
+        found = (file.stat() for file in sorted((path / "held_out").rglob("*")) if file.is_file())
+        return [(file.st_ino, file.st_mtime_ns) for file in found]
+
+    write(100, 300)
+    before = files()
+    write(100, 900)
+    assert before and files() == before and len(ActivationStore.open(path)) == 900
+    write(400, 900)
+    assert files() != before and len(ActivationStore.open(path, "held_out")) == 400
 
 
 def test_a_growth_that_was_cut_off_goes_on(tmp_path):
