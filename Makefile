@@ -8,7 +8,7 @@ RUN ?= runs/demo
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick smollm2 gpu test test-slow test-interop lint format bench clean
+.PHONY: help demo demo-quick smollm2 gpu test test-slow test-interop test-lowest lint format bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -45,6 +45,12 @@ test-slow: $(VENV)/.tools  ## the slow ones, which CI runs too
 
 test-interop: $(VENV)/.tools  ## tests against foreign programs, each in an environment of its own
 	CROSSLACE_INTEROP=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -m interop
+
+test-lowest:  ## the quick tests on the lowest versions that pyproject.toml admits, in .lowest (5 GB)
+	$(PYTHON) -m venv .lowest
+	sed -n '/^dependencies/,/^]/s/^ *"\([a-z0-9-]*\)>=\([0-9.]*\)[",].*/\1==\2/p' pyproject.toml > .lowest/versions.txt
+	.lowest/bin/pip install -q -c .lowest/versions.txt -e '.[dev,sweep]'
+	OMP_NUM_THREADS=1 .lowest/bin/pytest -q -n 2 -m "not slow and not interop"
 
 lint: $(VENV)/.tools  ## ruff (lint and format) and pyright on the whole tree
 	$(BIN)/ruff check $(SOURCES)

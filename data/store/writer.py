@@ -73,8 +73,7 @@ class StoreWriter:
 
     def __enter__(self) -> "StoreWriter":
         """Take the lock, and go on with what is there if it is the same store."""
-        if self.place.read("zarr.json") is None:
-            self._check_folder()
+        self._check_folder()
         with room(self.place):
             self._lock.take()
             try:
@@ -196,7 +195,7 @@ class StoreWriter:
         folder = self.place.folder
         if self.place.local and folder.is_dir():
             other = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS and not _ASIDE(path.name))
-            if other:
+            if other and self.place.read("zarr.json") is None:  # read after the look: another process may begin now
                 raise UserError(f"{folder} holds other files ({other[0]}) and no store: name a new or an empty folder")
 
     def agree(self, name: str, find: Callable[[], Any]) -> Any:

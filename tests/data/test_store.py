@@ -12,6 +12,7 @@ import torch
 import zarr
 from crosslace.data.errors import UserError
 from crosslace.data.layout.layout import StoreLayout
+from crosslace.data.layout.place import Place
 from crosslace.data.store.batch import Batch
 from crosslace.data.store.store import ActivationStore, in_memory_store
 from crosslace.data.store.writer import StoreWriter, write_store
@@ -298,6 +299,23 @@ def test_a_store_that_was_only_begun_may_become_another(rows, tmp_path):
         pass
     make(tmp_path / "s", rows)
     assert ActivationStore.open(tmp_path / "s").dtype == torch.float32
+
+
+def test_two_processes_may_begin_a_store_at_once(rows, tmp_path, monkeypatch):
+    """The second comes between the first one's questions whether there is a store and what else lies in the folder."""
+    read, sizes, others = Place.read, {"train": 9}, []
+
+    def read_late(place, name):
+        found = read(place, name)
+        if name == "zarr.json" and not others:
+            others.append(StoreWriter(tmp_path / "s", layout(), {"seed": 3}, sizes, process_index=1, process_count=2))
+            others[0].__enter__()
+        return found
+
+    monkeypatch.setattr(Place, "read", read_late)
+    with StoreWriter(tmp_path / "s", layout(), {"seed": 3}, sizes, process_index=0, process_count=2):
+        assert len(others) == 1 and read(others[0].place, "zarr.json")
+    others[0].__exit__(None)
 
 
 def test_a_folder_of_other_files_is_left_alone(rows, tmp_path):
