@@ -195,7 +195,7 @@ class Harvester:
             counts |= {f"sink.{place}": count for place, count in self.rule.places(norms, sinks).items()}
             words = Counter(self.lm.token_strings(tokens[sinks].tolist()))
             counts |= {f"sink.token.{word!r}": n for word, n in words.items()}
-        beyond = self._beyond_range(sites) & candidates & ~sinks
+        beyond = self._beyond_range(sites, norms) & candidates & ~sinks
         counts["beyond_range"] = int(beyond.sum())
         chosen = (candidates & ~sinks & ~beyond).flatten().nonzero()[:, 0]
         for number, sequence in group:
@@ -210,13 +210,14 @@ class Harvester:
         kept = {site: self._rows(sites[site], chosen) for site in self.layout.sites}
         window.append(kept, dict(zip(COLUMNS, columns)), counts)
 
-    def _beyond_range(self, sites: dict[str, dict[int, Tensor]]) -> Tensor:
-        """[B, T] rows that the dtype which was chosen from the sample may have no numbers for."""
+    def _beyond_range(self, sites: dict[str, dict[int, Tensor]], norms: dict[str, dict[int, Tensor]]) -> Tensor:
+        """[B, T] rows that the dtype which was chosen from the sample may have no numbers for; some norms are known."""
         found = torch.zeros(sites["resid"][self.layout.layers[0]].shape[:2], dtype=torch.bool, device=self.lm.device)
         if self.settings.dtype == "auto" and self.layout.dtype == "float16":
             for site in self.layout.sites:
                 for layer in self.layout.layers:
-                    found |= row_norms(sites[site][layer]) > FLOAT16_MAX
+                    known = norms.get(site, {}).get(layer)
+                    found |= (row_norms(sites[site][layer]) if known is None else known) > FLOAT16_MAX
         return found
 
     def _rows(self, by_layer: dict[int, Tensor], chosen: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ class Place:
         """Carry out reads; at a URL all of them are asked for at once."""
         if self.local:
             for name, offset, buffers in reads:
-                descriptor = os.open(self.folder / name, os.O_RDONLY)
+                descriptor = os.open(os.path.join(self.root, name), os.O_RDONLY)  # sooner than a Path
                 try:
                     begin = 0 if offset >= 0 else os.fstat(descriptor).st_size
                     read_fully(descriptor, name, max(0, begin + offset), buffers)
