@@ -6,9 +6,12 @@ Of held-out two-hop questions, graphs are pruned to `--node` of their influence 
 the world's truth on questions that it was trained on; groups see no label. The truth of a graph: features that are
 named after one concept, at one position. It speaks of
 
-- `holds`: the features whose concept holds at their position in this question (what a feature that is named after
-  Michigan does in a question about Virginia is not known: its name is wrong there), and
-- `all`: all that are named after a concept.
+- `holds`: the features of which a concept holds at their position in this question, each by the one that it detects
+  best of those (what a feature that is named after Michigan alone does in a question about Virginia is not known: its
+  name is wrong there, and the world has no truth to group it by), and
+- `all`: those, and the others by their names, as if every name were right everywhere.
+
+`named` and `holding` are how many those are, in all graphs.
 
 `ari` is the adjusted Rand index over those features, a mean over graphs; `found` the share of groups of two or more
 features of the question's state for which one proposed group, of those features, has at least half in F1. Then, over
@@ -63,8 +66,10 @@ def concepts(graph: Graph, labels, world: World, question: Question, holding: bo
     for id in range(graph.n_features):
         node = graph.nodes[id]
         label = labels.label(node.layer, node.index)
-        if label is not None and label.source == "truth" and (not holding or label.text in holds[node.position]):
-            found[id] = f"{label.text} @{node.position}"
+        if label is not None and label.source == "truth":
+            here = [name for name in label.concepts if name in holds[node.position]]
+            if here or not holding:
+                found[id] = f"{(here or [label.text])[0]} @{node.position}"
     return found
 
 
@@ -110,24 +115,25 @@ def main() -> None:
     for way in arguments.by.split(","):
         ari: dict[str, list[float]] = {"holds": [], "all": []}
         found: list[bool] = []
-        scores, features = [], []
+        scores, features = [], {"holds": [], "all": []}
         for question, right, whole, small, back in asked:
             nodes = [small.nodes[id] for id in range(small.n_features)]
             acts = together.of([(rm.transcoder.layers.index(node.layer), node.index) for node in nodes])
             groups = propose_supernodes(small, way.split("+"), transcoder=rm.transcoder, acts=acts)
             for kind, kept in ari.items():
                 concept = concepts(small, labels, world, question, kind == "holds")
+                features[kind].append(len(concept))
                 if len(concept) > 1:
                     index, told = compared(concept, groups, question.facts["state"])
                     kept.append(index)
                     if kind == "holds":
                         found += told
-                        features.append(len(concept))
             if right and groups:
                 scores.append(judge_groups(rm, whole, {name: [back[id] for id in ids] for name, ids in groups.items()}))
         mean = lambda values: sum(values) / max(1, len(values))
-        row = {"by": way, "graphs": len(features), "named features": mean(features), "ari holds": mean(ari["holds"])}
-        row |= {"ari all": mean(ari["all"]), "state groups": len(found), "found": mean(found)}
+        row = {"by": way, "graphs": len(ari["holds"]), "named": sum(features["all"]), "holding": sum(features["holds"])}
+        row |= {f"ari {kind}": mean(values) for kind, values in ari.items()}
+        row |= {"state groups": len(found), "found": mean(found)}
         row |= {name: mean([getattr(one, name) for one in scores]) for name in
                 ("carried", "left", "left_matched", "kept", "kept_matched")}  # fmt: skip
         for name in ("replacement_score", "completeness"):

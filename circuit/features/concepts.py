@@ -1,8 +1,9 @@
 """Features named by ground truth: which concept each detects, and how well.
 
 A concept is a boolean per token ("the state is Texas here"); a feature detects it as well as its firing agrees with
-it, in F1. Two readings are scored and the better one counts: over all tokens, and over the last token of each prompt
-alone, because a model may work a concept out only where it needs it.
+it, in F1. Precision is over all tokens: a name says what a feature means wherever it fires. Recall is the better one of
+two readings, over all tokens where the concept holds and over the last token of each prompt alone, because a model may
+work a concept out only where it needs it.
 
 Every second prompt is held out: the others choose a feature's concept and reading, and the F1 that is told is that of
 the held-out ones. (The best of F features x C concepts x 2 readings is high by chance on the prompts that chose it.)
@@ -57,6 +58,11 @@ class ConceptCounter:
         )
 
 
+def harmonic(precision: Tensor, recall: Tensor) -> Tensor:
+    """F1."""
+    return 2 * precision * recall / (precision + recall).clamp_min(1e-30)
+
+
 def label_by_concepts(
     scores: Sequence[ConceptScores],
     held_out: Sequence[ConceptScores],
@@ -64,14 +70,16 @@ def label_by_concepts(
     concepts: Sequence[str],
     least_f1: float = 0.5,
 ) -> Labels:
-    """Name each feature after the concept it detects best, where it does so with at least `least_f1`."""
+    """Name each feature after the concept it detects best, where it does so with at least `least_f1`, and after the
+    others that it detects as well as that."""
     labels = Labels()
     for layer, chosen_by, told in zip(layers, scores, held_out, strict=True):
-        best, which = chosen_by.f1.max(dim=1)
-        for feature in torch.nonzero(best >= least_f1).flatten().tolist():
-            concept = int(which[feature])
-            f1 = round(float(told.f1[feature, concept]), 4)
-            labels.set(layer, feature, Label(concepts[concept], "truth", f1))
+        for feature in torch.nonzero(chosen_by.f1.amax(1) >= least_f1).flatten().tolist():
+            row = chosen_by.f1[feature]
+            ranked = row.argsort(descending=True, stable=True)[: int((row >= least_f1).sum())].tolist()
+            f1 = {concepts[c]: round(float(told.f1[feature, c]), 4) for c in ranked}
+            name = concepts[ranked[0]]
+            labels.set(layer, feature, Label(name, "truth", f1.pop(name), f1))
     return labels
 
 
@@ -136,10 +144,11 @@ def score_concepts(model: LocalModel, prompts: Prompts, progress: Progress = sil
                     reading[l].update(acts_STF[which_ST & mine_S1], read.holds_STC[which_ST & mine_S1])
     scores, held_out = [], []
     for l in range(transcoder.n_layers):
-        (first, second), held = ([reading[l].scores() for reading in half] for half in counters)
-        take = second.f1 > first.f1
-        scores.append(ConceptScores(*(torch.where(take, b, a) for a, b in zip(first, second, strict=True))))
-        held_out.append(ConceptScores(*(torch.where(take, b, a) for a, b in zip(*held, strict=True))))
+        chosen, held = ([reading[l].scores() for reading in half] for half in counters)
+        at_the_end = chosen[1].recall > chosen[0].recall
+        for found, (all_tokens, last) in ((scores, chosen), (held_out, held)):
+            recall = torch.where(at_the_end, last.recall, all_tokens.recall)
+            found.append(ConceptScores(harmonic(all_tokens.precision, recall), all_tokens.precision, recall))
     return ConceptResult(names, list(transcoder.layers), scores, held_out)
 
 
@@ -209,20 +218,22 @@ def _grown(
     places: list[int], fires_NM: Tensor, holds_N: Tensor, reading_N: Tensor, held_N: Tensor
 ) -> tuple[list[int], float, float, float]:
     """Members, F1 on choosing tokens, on held-out ones, and of the best member on those."""
-    choose_N, told_N = reading_N & ~held_N, reading_N & held_N
-    fires, holds = fires_NM[choose_N], holds_N[choose_N]
-    members, best = max((_grown_from(start, places, fires, holds) for start in places), key=lambda found: found[1])
-    together_N = fires_NM[:, members].any(1)
-    told, alone = (_f1(x_N[told_N], holds_N[told_N]) for x_N in (together_N, fires_NM[:, members[0]]))
+    fires, holds, asked = fires_NM[~held_N], holds_N[~held_N], reading_N[~held_N]
+    members, best = max((_grown_from(start, places, fires, holds, asked) for start in places), key=lambda one: one[1])
+    told, alone = (
+        _f1(fires_NM[held_N][:, some].any(1), holds_N[held_N], reading_N[held_N]) for some in (members, members[:1])
+    )
     return members, best, told, alone
 
 
-def _grown_from(start: int, places: list[int], fires_NM: Tensor, holds_N: Tensor) -> tuple[list[int], float]:
+def _grown_from(
+    start: int, places: list[int], fires_NM: Tensor, holds_N: Tensor, asked_N: Tensor
+) -> tuple[list[int], float]:
     """Add the feature that raises F1 most until none does."""
     members, together_N = [start], fires_NM[:, start]
-    best = _f1(together_N, holds_N)
+    best = _f1(together_N, holds_N, asked_N)
     while len(members) < len(places):
-        others = [(_f1(together_N | fires_NM[:, m], holds_N), m) for m in places if m not in members]
+        others = [(_f1(together_N | fires_NM[:, m], holds_N, asked_N), m) for m in places if m not in members]
         value, m = max(others)
         if value <= best:
             break
@@ -230,8 +241,11 @@ def _grown_from(start: int, places: list[int], fires_NM: Tensor, holds_N: Tensor
     return members, best
 
 
-def _f1(fires_N: Tensor, holds_N: Tensor) -> float:
-    return 2 * float((fires_N & holds_N).sum()) / max(1.0, float(fires_N.sum() + holds_N.sum()))
+def _f1(fires_N: Tensor, holds_N: Tensor, asked_N: Tensor) -> float:
+    """Precision over all tokens, recall over those asked for."""
+    hits_N, held_N = fires_N & holds_N, holds_N & asked_N
+    precision = hits_N.sum() / fires_N.sum().clamp_min(1)
+    return float(harmonic(precision, (hits_N & asked_N).sum() / held_N.sum().clamp_min(1)))
 
 
 def _names(prompts: Prompts) -> list[str]:

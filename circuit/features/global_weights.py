@@ -8,6 +8,7 @@ that never fire together, so they are weighted by co-activation (TWERA): `E[a_j 
     activations of some tokens [N, F] a layer, sparse  --a pair of layers at a time-->  the strongest of each feature
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from ...data.models import LanguageModel
 from ...train.transcoder import Transcoder
 
 AT_ONCE = 2**26  # numbers of one dense block
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # as which torch multiplies sparse matrices
 
 
 class Together:
@@ -113,17 +115,16 @@ def find_neighbours(
     for j in range(L - 1):
         source_FN = together.acts[j].t().coalesce()
         sum_F = together.acts[j].sum(0).to_dense().clamp_min(1e-30)
+        sources = torch.arange(first[j], first[j + 1], device=device)
         for i in range(j + 1, L):
             V = virtual_weights(transcoder, j, i, lm).float()
-            block = max(1, AT_ONCE // max(together.tokens, counts[j]))
-            for start in range(0, counts[i], block):
-                numbers = torch.arange(start, min(start + block, counts[i]), device=device)
-                target_NB = together.acts[i].index_select(1, numbers).to_dense()
-                twera = torch.sparse.mm(source_FN, target_NB) / sum_F[:, None] * V[:, numbers]
-                outputs[j] = outputs[j].merged(first[i] + numbers, twera, V[:, numbers])
-                own = [each[numbers] for each in inputs[i]]
-                sources = torch.arange(first[j], first[j + 1], device=device)
-                found = Neighbours(*own).merged(sources, twera.T, V[:, numbers].T)
+            for numbers in torch.arange(counts[i], device=device).split(max(1, AT_ONCE // counts[j])):
+                # the product of two sparse matrices: a token costs the pairs that fire on it, not a whole row
+                fired_JB = torch.sparse.mm(source_FN, together.acts[i].index_select(1, numbers)).to_dense()
+                twera, virtual = fired_JB / sum_F[:, None] * V[:, numbers], V[:, numbers]
+                outputs[j] = outputs[j].merged(first[i] + numbers, twera, virtual)
+                own = Neighbours(*(each[numbers] for each in inputs[i]))
+                found = own.merged(sources, twera.T.contiguous(), virtual.T)
                 for whole, part in zip(inputs[i], found):
                     whole[numbers] = part
         progress("weighing features against each other", j + 1, L - 1)

@@ -8,7 +8,7 @@ over a guess from tokens.
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,13 @@ class Label:
     source: str = "hand"
     f1: float | None = None
     """How well the feature detects the concept on prompts that did not choose it, where the source is ground truth."""
+    also: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Other concepts that it detects well enough for a name, each with its F1: a feature of two states is of both."""
+
+    @property
+    def concepts(self) -> dict[str, float | None]:
+        """All that it is named after, with the F1 of each, the best first."""
+        return {self.text: self.f1, **self.also}
 
 
 class Labels:
@@ -110,7 +117,8 @@ def _label(entry: dict[str, Any]) -> Label:
     text = str(entry["text"])
     if entry["source"] == "truth":
         text = re.sub(r" \(F1 [\d.]+\)$", "", text)  # version 1 wrote the score into the text
-    return Label(text, entry["source"], None if f1 is None else float(f1))
+    also = {str(name): float(value) for name, value in entry.get("also", {}).items()}
+    return Label(text, entry["source"], None if f1 is None else float(f1), also)
 
 
 # --- a guess from the dashboard --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..pages import write_report
 from ..terminal import Closing, table
 from ..verbs import evaluate, trace
-from ..workspace import Job, open_corpus, open_replacement, runs, start
+from ..workspace import Job, following, open_corpus, open_replacement, runs
 
 if TYPE_CHECKING:
     from ...circuit.graph import Graph
@@ -31,9 +31,8 @@ def over_checkpoints(job: Job, folder: Path, prompt: str = "") -> Closing:
     from ...circuit.model import ReplacementModel
     from ...train.snapshot import checkpoint_steps, transcoder_at
 
-    part = start("eval", [f"run={folder}", *(word for word in job.later if word.startswith("eval."))])
-    part.process = job.process  # the others are not asked: they may have ended
-    part.progress = job.progress
+    words = [f"run={folder}", *(word for word in job.later if word.startswith("eval."))]
+    part = following(job, "eval", words, alone=True)
     last = open_replacement(part, folder)
     settings = part.section("eval")
     settings = replace(settings, controls=False, layers=False, pairs=0, prompts=min(settings.prompts, PROMPTS))

@@ -8,7 +8,7 @@ from ...conf import SOURCES, VERBS
 from ..settings import compose_config
 from ..terminal import Closing
 from ..verbs import evaluate, features
-from ..workspace import Job, recorded, runs, start
+from ..workspace import Job, following, recorded, runs
 from .checkpoints import over_checkpoints
 
 ALONE = ("trace", "checkpoints")
@@ -42,10 +42,7 @@ def follow(job: Job, folder: Path, leave_out: Sequence[str] = ()) -> Closing:
             closing = over_checkpoints(job, folder, then.graph)
         else:
             words = words_for(job, verb, folder)
-            part = start(verb, words)
-            part.progress = job.progress
-            if verb in ALONE:
-                part.process = job.process  # the others are not asked: they may have ended
+            part = following(job, verb, words, verb in ALONE)
             if is_done(verb, part, folder):
                 closing = Closing(f"{verb}: done already")
             else:

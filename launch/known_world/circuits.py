@@ -1,13 +1,16 @@
 """The circuit that the world's ground truth asks for: city -> its state -> the answer.
 
-    question -> graph, pruned -> paths, strongest first -> the first that passes a state's feature -> right or wrong
+    question -> graph -> its strongest paths -> those through a feature of a state, by state -> the state with the most
 
-The path is the strongest of those that lead from a token of the city to the answer through a feature named after any
-state, where a path's strength is the product of its edges, each as a share of all that its target receives. It names
-the right state or it does not; over many held-out cities, that is a test of graph and names together.
+Of the paths that lead from a token of the city to the answer, those count that pass a feature named after any state. A
+path's strength is the product of its edges, each as a share of all that its target receives. A state is worked out by
+several features, and some features stand for several states: the strengths of a state's paths are added, each times the
+F1 with which its feature detects that state. The state with the largest sum is named, and the strongest of its paths is
+shown. It is the right state or it is not; over many held-out cities, that is a test of graph and names together.
 """
 
 import random
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -19,17 +22,17 @@ from ..workspace import runs
 
 if TYPE_CHECKING:
     from ...circuit.attribution import TraceSettings
-    from ...circuit.graph import Graph
+    from ...circuit.graph import Graph, GraphPath
     from ...circuit.model import ReplacementModel
     from ...data.worlds import Question, World
 
 
 MOST_PATHS = 500
-"""How many of the strongest paths are looked at for one that answers."""
+"""How many of the strongest paths are looked at."""
 
 
 class StatePath(NamedTuple):
-    """The strongest path from a city through a state's feature to the answer."""
+    """The strongest path from a city to the answer through the features of the state that carries most of it."""
 
     state: str
     """The state that it names."""
@@ -46,19 +49,26 @@ def city_positions(world: "World", question: "Question") -> list[int]:
 
 
 def state_path(graph: "Graph", labels: Labels, positions: Collection[int], target: int) -> StatePath | None:
-    """The strongest path from a token at one of the positions to the target through a feature named after a state."""
-    states = {
-        node.id: name
-        for node in graph.nodes
-        if node.kind == "feature" and (name := labels.get(node.layer, node.index) or "").startswith("state: ")
-    }
-    if not states:
-        return None
-    for path in graph.top_paths(None, target, MOST_PATHS):
+    """From a token at one of the positions to the target, through the state whose paths are together the strongest."""
+    states: dict[int, dict[str, float]] = {}
+    for node in graph.nodes:
+        label = labels.label(node.layer, node.index) if node.kind == "feature" else None
+        found = {} if label is None else label.concepts
+        if of := {name: 1.0 if f1 is None else f1 for name, f1 in found.items() if name.startswith("state: ")}:
+            states[node.id] = of
+    carried: dict[str, float] = defaultdict(float)
+    best: dict[str, tuple[float, GraphPath]] = {}
+    for path in graph.top_paths(None, target, MOST_PATHS) if states else ():
         named = [states[id] for id in path.nodes if id in states]
         if named and int(graph.nodes.position[path.nodes[0]]) in positions:
-            return StatePath(named[-1], path.strength, path.nodes)
-    return None
+            for state, f1 in named[-1].items():
+                worth = path.strength * f1
+                carried[state] += worth
+                best[state] = max(best.get(state, (worth, path)), (worth, path), key=lambda one: one[0])
+    if not best:
+        return None
+    state = max(carried, key=carried.__getitem__)
+    return StatePath(state, best[state][1].strength, best[state][1].nodes)
 
 
 def answer_node(graph: "Graph", token: int) -> int | None:

@@ -56,8 +56,9 @@ def here(job: Job, waiting: Sequence[Combination], parts: dict[Path, Job]) -> Fa
     failed: Failures = {}
     if job.top.stack:
         for group in groups(parts, [one.folder for one in waiting if not one.trained]):
-            for folder, error in train_together(parts, group).items():
-                failed[folder] = _reason_of(error, folder, parts[folder])
+            # no error outlives this line: its traceback holds the training that it ended
+            failed |= {folder: _reason_of(error, folder, parts[folder]) for folder, error in
+                       train_together(parts, group).items()}  # fmt: skip
             _give_memory_back()
     for number, one in enumerate(one for one in waiting if one.folder not in failed):
         job.progress("sweep", number, len(waiting), one.folder.name)

@@ -201,6 +201,7 @@ def features_table(
         ("disk of a process", format_bytes(taken.disk)),
         ("minutes of arithmetic", f"{taken.operations / (machine.tflops * 1e12) / 60:.3g}"),
         ("minutes of writing records", f"{taken.writing / 60:.3g}"),
+        ("minutes of comparing features, on one CPU thread", f"{taken.comparing / 60:.3g}"),
     ]
     return table("dashboards, by `crosslace features`", ("", "estimate"), rows)
 

@@ -3,6 +3,7 @@
 from . import runs as runs
 from . import tracking as tracking
 from .job import Job as Job
+from .job import following as following
 from .job import start as start
 from .processes import Process as Process
 from .processes import wait_until as wait_until

@@ -114,3 +114,13 @@ def start(verb: str, words: Sequence[str]) -> Job:
     config.check()
     job = Job(verb, config, list(words), later)
     return job if job.is_main else replace(job, progress=Watched(Unseen()))
+
+
+def following(job: Job, verb: str, words: Sequence[str], alone: bool = False) -> Job:
+    """A command that goes on where another ended, on its line of progress; `alone`, as this process, with nothing asked
+    of the others, which may have ended."""
+    part = start(verb, words)
+    part.progress = job.progress
+    if alone:
+        part.process = job.process
+    return part

@@ -1,5 +1,6 @@
 """Dashboards: every figure against a plain recount, on a random model; the files; labels."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -302,18 +303,30 @@ def test_f1_against_a_plain_count():
 
 
 def test_a_planted_detector_is_named(model, texts):
-    """Concepts that are exactly where a feature fires, everywhere or on last tokens alone, are found with F1 1."""
-    prompts = []
+    """Concepts that hold exactly where a feature fires, or at more tokens but for the last ones, are found with F1 1;
+    one that holds at last tokens alone is not what a feature means that fires elsewhere too."""
+    prompts, number = [], itertools.count()
     for text in texts:
         acts = model.activations(text)
         held = [["everywhere"] if bool(acts[0][t, 3] > 0) else [] for t in range(len(text))]
-        if bool(acts[2][-1, 4] > 0):
-            held[-1] = [*held[-1], "at the end"]
+        for concepts in filter(None, held):
+            concepts.append(f"part {next(number) % 2}")
+        for t in range(len(text)):
+            if bool(acts[2][t, 4] > 0) or (t < len(text) - 1 and t % 2):
+                held[t].append("worked out at the end")
+        if bool(acts[2][-1, 5] > 0):
+            held[-1].append("at the end")
         prompts.append((text, held))
     result = score_concepts(model, prompts)
     assert result.detectors("everywhere")[0] == (0, 3, 1.0)
-    assert (2, 4, 1.0) in result.detectors("at the end")
-    assert label_by_prompts(model, prompts).get(0, 3) == "everywhere"
+    assert (2, 4, 1.0) in result.detectors("worked out at the end")
+    fired = [acts[2][:, 5] > 0 for acts in map(model.activations, texts[::2])]
+    precision = sum(bool(one[-1]) for one in fired) / sum(int(one.sum()) for one in fired)
+    c = result.concepts.index("at the end")
+    assert float(result.scores[2].f1[5, c]) == pytest.approx(2 * precision / (1 + precision))
+    label = label_by_prompts(model, prompts, least_f1=0.2).label(0, 3)
+    assert label is not None and label.text == "everywhere"
+    assert set(label.also) >= {"part 0", "part 1"} and all(f1 < 1 for f1 in label.also.values())
     with pytest.raises(UserError, match="one list a token"):
         score_concepts(model, [(texts[0], [["x"]] * (len(texts[0]) + 1))])
     with pytest.raises(UserError, match="no concept"):

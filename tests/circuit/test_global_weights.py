@@ -27,7 +27,7 @@ def plain_virtual(transcoder, j, a, i, b):
 
 @pytest.mark.parametrize("reach", ["1", "2", "all"])
 def test_twera_against_loops(reach, monkeypatch):
-    monkeypatch.setattr(global_weights, "AT_ONCE", 4 * N)  # blocks of four targets
+    monkeypatch.setattr(global_weights, "AT_ONCE", 4 * F)  # blocks of four targets
     transcoder = make(reach)
     x = torch.randn(N + 50, L, D, generator=torch.Generator().manual_seed(0))
     together = Together(L, N)

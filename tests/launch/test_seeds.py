@@ -5,9 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import UserList
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from crosslace.circuit.features import Label, Labels
+from crosslace.circuit.graph import GraphPath
+from crosslace.launch.known_world.circuits import state_path
 
 
 @pytest.fixture
@@ -37,6 +43,26 @@ def test_what_cannot_be_compared_is_refused(demo: Path, runs: list[Path], crossl
     assert ended.code == 2 and "has no graph nowhere" in ended.err
     ended = crosslace("seeds", f"run={demo}", "slug=dallas")
     assert ended.code == 2 and "holds 0 configurations with several seeds" in ended.err
+
+
+def test_a_feature_of_two_states_counts_for_both() -> None:
+    """The strongest path is by a feature that detects Colorado best and Pennsylvania nearly as well; a weaker one says
+    which of the two it is. A path from another word than the city counts for nothing."""
+    labels = Labels(
+        {
+            (0, 1): Label("state: Colorado", "truth", 0.5, {"state: Pennsylvania": 0.45}),
+            (0, 2): Label("state: Pennsylvania", "truth", 0.8),
+            (0, 3): Label("state: Texas", "truth", 1.0),
+        }
+    )
+    nodes = UserList(SimpleNamespace(id=i, kind="feature", layer=0, index=i) for i in (1, 2, 3))
+    paths = [GraphPath([5, 3, 9], 0.9), GraphPath([4, 1, 9], 0.2), GraphPath([4, 2, 9], 0.05), GraphPath([4, 9], 0.3)]
+    graph = SimpleNamespace(nodes=nodes, top_paths=lambda source, target, count: paths)
+    nodes.position = torch.tensor([0, 7, 7, 7, 7, 2])
+    found = state_path(graph, labels, {7}, 9)
+    assert found == ("state: Pennsylvania", 0.2, [4, 1, 9])
+    labels.replace(0, 2, None)
+    assert state_path(graph, labels, {7}, 9).state == "state: Colorado"
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from crosslace.launch.workspace import Job, device_hours, start
 from crosslace.train.trainer import Trainer
 
 from .test_sweep import QUICK
+from .test_tracking import finished
 
 SMALL = [
     *("transcoder.features=24", "trainer.steps=12", "trainer.log_every=3", "trainer.eval_every=4"),
@@ -127,7 +128,8 @@ def test_streaming_runs_the_language_model_once(demo, crosslace, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_each_stacked_run_is_a_run_of_its_own_in_wandb(demo, crosslace, tmp_path) -> None:
+def test_each_stacked_run_is_a_run_of_its_own_in_wandb(demo, crosslace, tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
     words = [f"run={tmp_path / 's'}", f"store={demo / 'store'}", *SMALL, "transcoder.k=2,3", "stack=true"]
     ended = crosslace("sweep", *words, "wandb.mode=offline")
     assert ended.code == 0, ended.err
@@ -135,3 +137,6 @@ def test_each_stacked_run_is_a_run_of_its_own_in_wandb(demo, crosslace, tmp_path
     assert [len(files) for files in kept] == [1, 1] and kept[0][0].name != kept[1][0].name
     metrics = [path.read_bytes().count(b"held_out/nmse") for (path,) in kept]
     assert metrics[0] == metrics[1] > 0
+    for (path,), name in zip(kept, ("k-2", "k-3")):
+        run = next(record.run for record in finished(path) if record.WhichOneof("record_type") == "run")
+        assert (run.run_group, run.display_name, run.project) == ("s", name, "crosslace")

@@ -5,13 +5,15 @@ import os
 import subprocess
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from crosslace.data.errors import SettingsError
 from crosslace.launch.settings import grid, single_values, tidy
-from crosslace.launch.verbs import train
+from crosslace.launch.verbs import evaluate, train
 
 QUICK = [
     *("trainer.batch=128", "trainer.eval_tokens=128", "trainer.calibrate_tokens=256", "wandb.mode=disabled"),
@@ -237,3 +239,42 @@ def test_runs_of_a_sweep_are_one_group_and_say_what_they_cost(demo, crosslace, t
     assert [line["command"].split()[1] for line in lines] == ["train", "eval"]
     assert lines[0]["scheduling"]["slurm_job_id"] == "77"
     assert "device_hours" in ended.out and "device_hours" in (tmp_path / "s" / "report.html").read_text()
+
+
+def test_memory_is_given_back_between_runs(demo, crosslace, tmp_path, monkeypatch) -> None:
+    """When a run begins, nothing is left of those before it: of one that ended, one that broke, two side by side."""
+    from crosslace.data.models import LanguageModel
+    from crosslace.data.store import ActivationStore
+    from crosslace.train.trainer import Trainer
+    from crosslace.train.transcoder import Transcoder
+
+    made: list[weakref.ref] = []
+    left: list[list[str]] = []
+
+    def noted(kind: type, begin: Callable[..., None]) -> None:
+        def note(self, *args, **kwargs):
+            made.append(weakref.ref(self))
+            begin(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "__init__", note)
+
+    def look() -> None:
+        left.append([type(one).__name__ for ref in made if (one := ref()) is not None])
+
+    for kind in (Trainer, Transcoder, ActivationStore, LanguageModel):
+        noted(kind, kind.__init__)
+    log, fit = Trainer._log, train.fit
+
+    def broken(self, *args):
+        if self.folder.name == "k-3":
+            raise RuntimeError("CUDA out of memory")
+        log(self, *args)
+
+    monkeypatch.setattr(Trainer, "_log", broken)
+    monkeypatch.setattr(train, "fit", lambda job, folder: look() or fit(job, folder))
+    measure = evaluate.run
+    monkeypatch.setattr(evaluate, "run", lambda job: look() or measure(job))
+    words = [f"store={demo / 'store'}", *SMALL]
+    assert crosslace("sweep", f"run={tmp_path / 'one'}", *words, "transcoder.k=2,3,4").code == 1
+    assert crosslace("sweep", f"run={tmp_path / 'two'}", *words, "transcoder.k=2,3", "stack=true").code == 1
+    assert len(made) > 20 and left == [[]] * 6  # three trainings and three evaluations begun
