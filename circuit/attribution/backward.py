@@ -149,13 +149,11 @@ class FrozenModel:
         parallel, frozen = self.parallel[layer], self.layers[layer]
         if seen:
             after = self._through_mlp(layer, above, out) if parallel else None
-            if parallel:
-                V = frozen.mix(above)
-            else:
+            if not parallel:
                 skipped = self._through_mlp(layer, above, out)
                 if skipped is not None:
                     above += skipped
-                V = frozen.mix(above)
+            V = frozen.mix(above, by_head=visit is not None)
             self._read_attention(layer, above, V, out)
             if visit is not None:
                 visit(layer, slice(0, seen), above, V)
@@ -195,6 +193,8 @@ class FrozenModel:
             out.biases[layer, : len(G), :n] += readout(written[None], G)[:, 0]
         vectors = self.readers[layer]
         if vectors is not None:
+            if vectors.shape[-1] != V.shape[1]:  # heads that share values are read together
+                vectors = self.layers[layer].of_key_heads(vectors).flatten(-2)
             self._book(layer, readout(vectors, V), slice(0, n), out)
 
     def _book(self, layer: int, found: Tensor, columns: slice, out: EdgeColumns) -> None:

@@ -138,32 +138,41 @@ class FrozenLayer:
 
         self.W_O = W_O.T.contiguous()  # [H * hd, D]
         self.W_V = W_V.T.contiguous()  # [D, H * hd]
+        self.shared_W_V = self.W_V if groups == 1 else self.of_key_heads(self.W_V).flatten(-2)  # [D, KV * hd]
         self.pattern = pattern / values_in.squeeze(-1)  # [H, T (to), T (from)]
 
-    def mix(self, G: Tensor) -> Tensor:
-        """Cotangents G [T, D, n] of what attention writes -> V [T, H * hd, n] of its values."""
+    def mix(self, G: Tensor, by_head: bool = False) -> Tensor:
+        """Cotangents G [T, D, n] of what attention writes -> V [T, KV * hd, n] of its values; `by_head`: of each head's
+        by itself, [T, H * hd, n], also where heads share them."""
         T, _, n = G.shape
-        V = G.new_empty(T, self.n_heads, self.head_dim * n)
+        share = 1 if by_head else self.n_heads // self.n_kv_heads
+        V = G.new_empty(T, self.n_heads // share, self.head_dim * n)
         for first in range(0, self.n_heads, self.heads_together):
             heads = range(first, min(first + self.heads_together, self.n_heads))
             W_O = self.W_O[heads.start * self.head_dim : heads.stop * self.head_dim]
             U = torch.bmm(W_O.expand(T, -1, -1), G).view(T, len(heads), -1)
             for h in heads:
-                self._attend(self.pattern[h, :T, :T], U[:, h - first], V[:, h])
+                self._attend(self.pattern[h, :T, :T], U[:, h - first], V[:, h // share], add=h % share > 0)
         return V.view(T, -1, n)
 
-    def _attend(self, pattern: Tensor, U: Tensor, V: Tensor) -> None:
-        """V [T, m] = pattern^T U, a block of positions at a time: nothing comes back from earlier positions."""
+    def _attend(self, pattern: Tensor, U: Tensor, V: Tensor, add: bool) -> None:
+        """V [T, m] = pattern^T U, or that added, a block of positions at a time: nothing comes back from earlier
+        positions."""
         for start in range(0, len(pattern), BLOCK):
             stop = start + BLOCK
-            torch.mm(pattern[start:, start:stop].T, U[start:], out=V[start:stop])
+            of_later = pattern[start:, start:stop].T
+            if add:
+                V[start:stop].addmm_(of_later, U[start:])
+            else:
+                torch.mm(of_later, U[start:], out=V[start:stop])
 
     def pull(self, G: Tensor, V: Tensor) -> None:
         """Add to cotangents G [T, D, n] what comes back through the values."""
+        W_V = self.W_V if V.shape[1] == self.W_V.shape[1] else self.shared_W_V
         if G.is_contiguous():
-            G.baddbmm_(self.W_V.expand(len(G), -1, -1), V)
+            G.baddbmm_(W_V.expand(len(G), -1, -1), V)
         else:
-            G += torch.bmm(self.W_V.expand(len(G), -1, -1), V)
+            G += torch.bmm(W_V.expand(len(G), -1, -1), V)
 
     def of_key_heads(self, x: Tensor) -> Tensor:
         """What the heads that share values hold alike, [..., H * hd] -> [..., KV, hd]."""
@@ -171,7 +180,7 @@ class FrozenLayer:
 
     def values(self, F: Tensor) -> Tensor:
         """Forwards: what changes F [n, T', D] of the layer's input make of values, [n, T', KV, hd]."""
-        return (F @ self.of_key_heads(self.W_V).flatten(-2)).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        return (F @ self.shared_W_V).unflatten(-1, (self.n_kv_heads, self.head_dim))
 
     def carry(self, values: Tensor, first: int) -> Tensor:
         """Forwards: what attention makes of changed values [n, T', KV, hd], positions from `first` on: [n, T', D]."""
