@@ -28,7 +28,7 @@ from .nodes import NODE_COLUMNS, Nodes
 from .paths import GraphPath, top_paths
 from .rows import DenseRows, Rows, rows_of_tensors
 
-FORMAT, VERSION = "crosslace-graph", 1
+FORMAT, VERSION = "crosslace-graph", 2
 
 
 class Logit(NamedTuple):

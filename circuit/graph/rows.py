@@ -7,11 +7,13 @@ feature: errors, embeddings and biases have a value in every row. What must know
 source, paths, files) asks the rows.
 """
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -207,18 +209,14 @@ class DenseRows(Rows):
         if edges > LISTED_BELOW * rows.numel():
             return {"rows": rows}
         places = rows.flatten().nonzero().squeeze(1)
-        counts, values = (rows != 0).sum(1), rows.flatten()[places]
-        scale = row_scales(rows)
-        halves = (values / scale.repeat_interleave(counts)).half()
-        if torch.equal(halves.to(rows) * scale.repeat_interleave(counts), values):  # as `rounded` leaves them
+        values, scale = rows.flatten()[places], row_scales(rows)
+        of_edges = scale.repeat_interleave((rows != 0).sum(1))
+        halves = (values / of_edges).half()
+        if torch.equal(halves.to(rows) * of_edges, values):  # as `rounded` leaves them
             packed = {"rows.halves": halves, "rows.scales": scale}
         else:
             packed = {"rows.values": values}
-        return packed | {
-            "rows.shape": torch.tensor(rows.shape),
-            "rows.counts": counts,
-            "rows.columns": packed_columns(places % max(1, rows.shape[1]), rows.shape[1]),
-        }
+        return packed | {"rows.shape": torch.tensor(rows.shape), "rows.gaps": packed_places(places)}
 
     def rounded(self) -> "DenseRows":
         """Each value to the nearest that takes two bytes in a file: off by 1 in 2,000 of itself, or by 2 in 10^12 of
@@ -320,11 +318,23 @@ def row_scales(rows: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(largest), exponent - 15)
 
 
-def packed_columns(columns: Tensor, width: int) -> Tensor:
-    """Columns in as few bytes as they take: two below 65,536, where the upper half counts as negative."""
-    if width > 2**16:
-        return columns.int()
-    return torch.where(columns < 2**15, columns, columns - 2**16).to(torch.int16)
+def packed_places(places: Tensor) -> Tensor:
+    """Rising places as compressed bytes: the gaps between them, 255 for each whole 255 of a gap, then what is left."""
+    gaps = torch.diff(places.cpu(), prepend=torch.tensor([-1]))
+    length = gaps // 255 + 1
+    gap_bytes = torch.full((int(length.sum()),), 255, dtype=torch.uint8)
+    gap_bytes[length.cumsum(0) - 1] = (gaps % 255).to(torch.uint8)
+    return as_tensor(zlib.compress(gap_bytes.numpy(), 1))
+
+
+def unpacked_places(packed: Tensor) -> Tensor:
+    """What `packed_places` was given."""
+    gap_bytes = as_tensor(zlib.decompress(packed.cpu().numpy()))
+    return gap_bytes.long().cumsum(0)[gap_bytes < 255] - 1
+
+
+def as_tensor(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
 
 
 def rows_of_tensors(tensors: dict[str, Tensor]) -> Rows:
@@ -334,14 +344,13 @@ def rows_of_tensors(tensors: dict[str, Tensor]) -> Rows:
         return SparseRows(tensors["strongest.values"], tensors["strongest.columns"], features)
     if "rows" in tensors:
         return DenseRows(tensors["rows"])
-    shape, counts = tensors["rows.shape"].tolist(), tensors["rows.counts"]
+    places = unpacked_places(tensors["rows.gaps"])
+    shape = tensors["rows.shape"].tolist()
     if "rows.halves" in tensors:
-        scale = tensors["rows.scales"].repeat_interleave(counts)
+        scale = tensors["rows.scales"][(places // shape[1]).to(tensors["rows.scales"].device)]
         values = tensors["rows.halves"].to(scale) * scale
     else:
         values = tensors["rows.values"]
     rows = values.new_zeros(shape)
-    row = torch.arange(shape[0], device=rows.device).repeat_interleave(counts)
-    columns = tensors["rows.columns"].long()
-    rows[row, columns & 0xFFFF if tensors["rows.columns"].dtype == torch.int16 else columns] = values
+    rows.view(-1)[places.to(rows.device)] = values
     return DenseRows(rows)

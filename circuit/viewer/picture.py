@@ -172,8 +172,13 @@ def _feature_box(graph: Graph, group: Group, row: int, share: float) -> Box:
     where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}–{layers[-1]}"
     count = f"{len(group.ids)} features" if len(group.ids) > 1 else f"feature {int(graph.nodes.index[group.ids[0]])}"
     count += f" · {share:.0%}" if share >= 0.005 else ""
-    note = count if group.title.startswith(("layer ", "layers ")) else f"{where} · {count}"
-    return Box(group.key, _short(group.title), note, "feature", row, group.position, len(group.ids))
+    band = group.title.startswith(("layer ", "layers "))
+    title, note = group.title, count if band else f"{where} · {count}"
+    says = {id: label.partition(" says ")[2] for id in group.ids if (label := graph.nodes.labels.get(id, ""))}
+    if band and any(says.values()):  # the row says which layers: the box, what its strongest feature makes likelier
+        strongest = max(filter(says.get, says), key=graph.influence().__getitem__)
+        title, note = says[strongest], f"{note}, most by L{graph.nodes[strongest].layer}:{graph.nodes[strongest].index}"
+    return Box(group.key, _short(title), note, "feature", row, group.position, len(group.ids))
 
 
 def _short(text: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from crosslace.circuit.attribution.tracer import trace
 from crosslace.circuit.graph import KINDS, DenseRows, Graph
 from crosslace.circuit.graph.influence import fewest_nodes
+from crosslace.circuit.graph.rows import packed_places, unpacked_places
 from crosslace.circuit.graph.text import path_text, strongest_paths_text, summary_text
 from crosslace.circuit.model import ReplacementModel
 from crosslace.data.errors import SettingsError, UserError
@@ -175,3 +176,9 @@ def test_text_of_paths_and_scores(graph):
 def test_a_group_takes_nodes_of_the_graph(graph):
     with pytest.raises(UserError, match="supernode"):
         graph.group("nothing", [10**6])
+
+
+@pytest.mark.parametrize("places", [[], [0], [254], [255], [0, 1, 256, 511, 512, 70_000, 70_001]])
+def test_places_come_back_from_their_gaps(places):
+    wanted = torch.tensor(places, dtype=torch.long)
+    assert torch.equal(unpacked_places(packed_places(wanted)), wanted)

@@ -10,7 +10,7 @@ from crosslace.circuit.graph.graph import Graph
 from crosslace.circuit.graph.text import summary_text
 from crosslace.circuit.viewer.drawing import Box, Line, draw
 from crosslace.circuit.viewer.payload import graph_payload, node_keys
-from crosslace.circuit.viewer.picture import boxes_of, group_scores, render_graph_svg
+from crosslace.circuit.viewer.picture import Group, _feature_box, boxes_of, group_scores, render_graph_svg
 
 
 @pytest.mark.parametrize("theme", ["light", "dark", "auto"])
@@ -50,6 +50,18 @@ def test_groups_are_those_that_share_a_label_and_a_position(view_run):
     assert [group.ids for group in groups if group.title == "state: Texas" and group.position == 3] == [chosen]
     graph.group("by hand", chosen[:2])
     assert boxes_of(graph, labels)[0].ids == chosen[:2]
+
+
+def test_a_band_of_layers_is_called_by_what_its_strongest_feature_says(view_run):
+    graph = Graph.load(view_run / "graphs" / "dallas")
+    ids = graph.nodes.ids("feature")[:5]
+    strongest = max(ids, key=lambda id: float(graph.influence()[id]))
+    for id in ids[:4] + [strongest]:
+        graph.nodes.labels[id] = f"L0:{id} says 'cold'" if id == strongest else f"L0:{id} says 'warm'"
+    box = _feature_box(graph, Group("b", "layers 0-4", ids, 3), 0, 0.2)
+    assert box.title == "'cold'" and box.note.startswith("5 features · 20%, most by L")
+    graph.nodes.labels = {}
+    assert _feature_box(graph, Group("b", "layers 0-4", ids, 3), 0, 0.2).title == "layers 0-4"
 
 
 def test_edges_between_groups_are_sums_of_influence(view_run):
