@@ -30,7 +30,7 @@ class OnGPU(torch.Tensor):
 
     there: torch.Tensor
     device, is_cuda, is_meta = CUDA, True, False
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore
 
     @staticmethod
     def __new__(cls, there: torch.Tensor) -> "OnGPU":
