@@ -277,4 +277,4 @@ def test_memory_is_given_back_between_runs(demo, crosslace, tmp_path, monkeypatc
     words = [f"store={demo / 'store'}", *SMALL]
     assert crosslace("sweep", f"run={tmp_path / 'one'}", *words, "transcoder.k=2,3,4").code == 1
     assert crosslace("sweep", f"run={tmp_path / 'two'}", *words, "transcoder.k=2,3", "stack=true").code == 1
-    assert len(made) > 20 and left == [[]] * 6  # three trainings and three evaluations begun
+    assert len(made) > 10 and left == [[]] * 6  # three trainings and three evaluations begun
