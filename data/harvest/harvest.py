@@ -10,7 +10,7 @@
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -210,7 +210,7 @@ class Harvester:
         kept = {site: self._rows(sites[site], chosen) for site in self.layout.sites}
         window.append(kept, dict(zip(COLUMNS, columns)), counts)
 
-    def _beyond_range(self, sites: dict[str, dict[int, Tensor]], norms: dict[str, dict[int, Tensor]]) -> Tensor:
+    def _beyond_range(self, sites: dict[str, dict[int, Tensor]], norms: Mapping[str, Mapping[int, Tensor]]) -> Tensor:
         """[B, T] rows that the dtype which was chosen from the sample may have no numbers for; some norms are known."""
         found = torch.zeros(sites["resid"][self.layout.layers[0]].shape[:2], dtype=torch.bool, device=self.lm.device)
         if self.settings.dtype == "auto" and self.layout.dtype == "float16":
