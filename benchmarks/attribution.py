@@ -112,7 +112,7 @@ def measure(folder: Path, edges: Path | None, fields: dict[str, Any]) -> dict[st
     model = torch.nn.Module.to(LlamaForCausalLM.from_pretrained(folder / "model"), device)
     replacement = ReplacementModel(LanguageModel(model), Transcoder.load(folder / "ours", device, lazy_decoders=True))
     prompt = load_file(folder / "prompt.safetensors")["tokens"]
-    loaded = memory("VmRSS", device)
+    loaded = memory("VmRSS", device.type)
     replacement.trace(prompt[: min(WARM_UP, len(prompt) // 2)], **fields).prune()
     started, cpu = clock(device), time.process_time()
     graph = replacement.trace(prompt, **fields)
@@ -120,7 +120,7 @@ def measure(folder: Path, edges: Path | None, fields: dict[str, Any]) -> dict[st
     scores = graph.scores()
     graph.prune().scores()
     seconds = clock(device) - started
-    peak = memory("VmHWM", device)
+    peak = memory("VmHWM", device.type)
     found = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "features": graph.accounting["active_features"],
@@ -158,10 +158,10 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def memory(entry: str, device: torch.device) -> float:
+def memory(entry: str, device: str = "cpu") -> float:
     """MiB of this process, by its entry in Linux's status: VmRSS now, VmHWM at its highest; on a GPU, of what it holds
     there. (`getrusage` would give that of the process which started it, where that was larger.)"""
-    if device.type == "cuda":
+    if device == "cuda":
         return (torch.cuda.memory_allocated() if entry == "VmRSS" else torch.cuda.max_memory_allocated()) / 2**20
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 1024

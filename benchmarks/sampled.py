@@ -22,6 +22,7 @@ from crosslace.data.worlds.stdlib import StdlibSettings
 from crosslace.train.settings import TrainerSettings, TranscoderSettings
 from crosslace.train.trainer import train
 from crosslace.train.transcoder import Transcoder
+from crosslace.train.transcoder.reading import Reading
 
 TEXTS = ("stdlib", "sampled")
 
@@ -30,10 +31,10 @@ TEXTS = ("stdlib", "sampled")
 def nmse(transcoder: Transcoder, held_out: ActivationStore) -> float:
     """Mean over layers of the squared error's share of the variance."""
     mean = held_out.statistics.mean["mlp_out"]
-    parts = []
+    parts, reading = [], Reading(held_out, transcoder.settings.read, held_out.layers)
     for batch in held_out.rows_in_order(2048):
         y = batch.y.float()
-        error = (y - transcoder(batch.x.float())).square().sum((0, 2))
+        error = (y - transcoder(reading.of(batch).float())).square().sum((0, 2))
         parts.append(torch.stack([error, (y - mean).square().sum((0, 2))]))
     error, variance = torch.stack(parts).sum(0)
     return (error / variance).mean().item()

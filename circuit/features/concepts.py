@@ -76,7 +76,7 @@ def label_by_concepts(
     for layer, chosen_by, told in zip(layers, scores, held_out, strict=True):
         for feature in torch.nonzero(chosen_by.f1.amax(1) >= least_f1).flatten().tolist():
             row = chosen_by.f1[feature]
-            ranked = row.argsort(descending=True, stable=True)[: int((row >= least_f1).sum())].tolist()
+            ranked: list[int] = row.argsort(descending=True, stable=True)[: int((row >= least_f1).sum())].tolist()
             f1 = {concepts[c]: round(float(told.f1[feature, c]), 4) for c in ranked}
             name = concepts[ranked[0]]
             labels.set(layer, feature, Label(name, "truth", f1.pop(name), f1))

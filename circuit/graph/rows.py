@@ -324,12 +324,12 @@ def packed_places(places: Tensor) -> Tensor:
     length = gaps // 255 + 1
     gap_bytes = torch.full((int(length.sum()),), 255, dtype=torch.uint8)
     gap_bytes[length.cumsum(0) - 1] = (gaps % 255).to(torch.uint8)
-    return as_tensor(zlib.compress(gap_bytes.numpy(), 1))
+    return as_tensor(zlib.compress(gap_bytes.numpy().tobytes(), 1))
 
 
 def unpacked_places(packed: Tensor) -> Tensor:
     """What `packed_places` was given."""
-    gap_bytes = as_tensor(zlib.decompress(packed.cpu().numpy()))
+    gap_bytes = as_tensor(zlib.decompress(packed.cpu().numpy().tobytes()))
     return gap_bytes.long().cumsum(0)[gap_bytes < 255] - 1
 
 

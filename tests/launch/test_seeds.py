@@ -8,6 +8,7 @@ import sys
 from collections import UserList
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -55,14 +56,15 @@ def test_a_feature_of_two_states_counts_for_both() -> None:
             (0, 3): Label("state: Texas", "truth", 1.0),
         }
     )
-    nodes = UserList(SimpleNamespace(id=i, kind="feature", layer=0, index=i) for i in (1, 2, 3))
+    nodes: Any = UserList(SimpleNamespace(id=i, kind="feature", layer=0, index=i) for i in (1, 2, 3))
     paths = [GraphPath([5, 3, 9], 0.9), GraphPath([4, 1, 9], 0.2), GraphPath([4, 2, 9], 0.05), GraphPath([4, 9], 0.3)]
     graph = SimpleNamespace(nodes=nodes, top_paths=lambda source, target, count: paths)
     nodes.position = torch.tensor([0, 7, 7, 7, 7, 2])
     found = state_path(graph, labels, {7}, 9)
     assert found == ("state: Pennsylvania", 0.2, [4, 1, 9])
     labels.replace(0, 2, None)
-    assert state_path(graph, labels, {7}, 9).state == "state: Colorado"
+    found = state_path(graph, labels, {7}, 9)
+    assert found and found.state == "state: Colorado"
 
 
 @pytest.mark.slow
