@@ -69,12 +69,11 @@ def test_a_feature_of_two_states_counts_for_both() -> None:
 
 @pytest.mark.slow
 def test_the_worlds_true_paths_hold_over_two_seeds(crosslace, tmp_path: Path) -> None:
-    """The true path in each seed, two thirds of its edges found again (more after the demo's whole training, of which
-    benchmarks/RESULTS.md speaks), and far more than by chance."""
+    """What benchmarks/RESULTS.md says of five: the true path in each seed, four fifths of its edges found again."""
     store = f"store={tmp_path / 'store'}"
-    assert crosslace("cache", "experiment=demo", store, "tokens=400K").code == 0
+    assert crosslace("cache", "experiment=demo", store).code == 0
     runs = [tmp_path / f"seed-{seed}" for seed in (0, 1)]
-    quick = ["transcoder=plt", "trainer.steps=350", "trainer.eval_every=0", "wandb.mode=disabled"]
+    quick = ["transcoder=plt", "trainer.eval_every=0", "wandb.mode=disabled"]
     for seed, run in enumerate(runs):
         ended = crosslace("train", "experiment=demo", store, f"run={run}", *quick, f"seed={seed}")
         assert ended.code == 0, ended.err
@@ -84,4 +83,4 @@ def test_the_worlds_true_paths_hold_over_two_seeds(crosslace, tmp_path: Path) ->
     right, asked = map(int, re.findall(r"true path in all 2 seeds: (\d+) of (\d+)", said)[0])
     share = lambda words: int(re.findall(rf"{words}[^:]*: (\d+)%", said)[0])
     along, chance = share("edges of the true path found"), share("all edges, features paired")
-    assert right >= asked - 1 and along >= 66 > 30 > chance, said
+    assert right >= asked - 1 and along >= 80 > 40 > chance, said
